@@ -1,0 +1,32 @@
+# Everything runs in .venv, which `make install` builds; python3 can be any version from 3.10 on.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: install demo test lint stress bench clean
+
+install: .venv/installed
+
+.venv/installed: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else "Python 3.10 or newer is needed; make PYTHON=python3.11 chooses another")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+demo: install
+	$(BIN)/gradmix-pretrain run_dir=runs/demo
+
+test: install
+	$(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff check .
+
+stress: install
+	$(BIN)/python -m pytest tests/stress --stress
+
+bench: install
+	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+
+clean:
+	rm -rf .venv build dist *.egg-info

@@ -1,0 +1,1 @@
+"""Hydra configs; the schema that they fill is gradmix.ssl.config."""

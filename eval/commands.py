@@ -1,0 +1,221 @@
+"""The three commands: gradmix-pretrain, gradmix-eval, gradmix-score."""
+
+import difflib
+import json
+import os
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from gradmix.eval.config import EvalConfig, ScoreConfig
+from gradmix.ssl.config import Config
+
+PATHS = ("run", "run_dir", "detector", "images", "out", "data.root", "encoder.init")
+
+
+def pretrain() -> None:
+    """gradmix-pretrain: train, then evaluate."""
+    _command("pretrain", Config, run_pretrain)
+
+
+def evaluate() -> None:
+    """gradmix-eval: evaluate a run again."""
+    _command("eval", EvalConfig, run_eval)
+
+
+def score() -> None:
+    """gradmix-score: score image files with a saved detector."""
+    _command("score", ScoreConfig, run_score)
+
+
+def run_pretrain(config: Config) -> None:
+    # Imported here, so that --help and errors in the config answer at once.
+    from gradmix.eval.evaluate import parse_detector, table
+    from gradmix.ssl.files import write_json
+    from gradmix.ssl.splits import SPLITS
+
+    for entry in config.detectors:
+        parse_detector(entry)
+    if config.data.split != "all":
+        print(table(pretrain_one(config)))
+        print(f"\n{config.run_dir}: config, metrics, weights, detector and TensorBoard events")
+        return
+    if config.data.name not in SPLITS:
+        raise ValueError(f"data.split: data={config.data.name} has no splits; name the known classes with data.known")
+    results = []
+    for split in range(len(SPLITS[config.data.name])):
+        one = replace(config, data=replace(config.data, split=split), run_dir=f"{config.run_dir}/split-{split}")
+        results.append(pretrain_one(one))
+    summary = over_splits(results)
+    write_json(Path(config.run_dir) / "metrics.json", summary)
+    print(table(summary))
+    print(f"\nmean ± standard deviation over {len(results)} splits; {config.run_dir}/split-*: the runs")
+
+
+def pretrain_one(config: Config) -> dict:
+    from gradmix.eval.evaluate import device_of, evaluate
+    from gradmix.eval.online import online_knn
+    from gradmix.ssl.data import load_data
+    from gradmix.ssl.run import claim
+    from gradmix.ssl.train import train
+
+    run_dir = Path(config.run_dir)
+    if (run_dir / "metrics.json").exists():
+        claim(run_dir, config)
+        print(f"{run_dir}: finished already; gradmix-eval run={run_dir} evaluates again")
+        return json.loads((run_dir / "metrics.json").read_text())
+    data = load_data(config.data, config.seed)
+    print(describe(config, data))
+    if config.knn_k > len(data.train):
+        raise ValueError(f"knn_k: {config.knn_k} is larger than the training set, {len(data.train)} images")
+    if not (run_dir / "training.json").exists():
+        train(config, data, online_knn(data, config.knn_every, config.knn_k, config.knn_temperature))
+    else:
+        claim(run_dir, config)
+    return evaluate(run_dir, config, data, device_of(config))
+
+
+def describe(config: Config, data) -> str:
+    """One paragraph on what is about to happen."""
+    known = len(data.classes)
+    unknown = int((data.test.labels < 0).sum()) if known else 0
+    lines = [
+        f"{config.data.name}: {len(data.train)} training, {len(data.held_out)} held-out, {len(data.test)} test images"
+        + (f" ({unknown} of unknown classes)" if unknown else ""),
+    ]
+    if known:
+        shown = ", ".join(data.classes[:10]) + (", ..." if known > 10 else "")
+        lines.append(f"{known} known classes: {shown}; {len(data.unknown)} unknown")
+    lines.append(
+        f"{config.method.name} with mix={config.mix.name}, {config.encoder.name} width {config.encoder.width}, "
+        f"{config.epochs} epochs, batch {config.batch_size}"
+    )
+    return "\n".join(lines)
+
+
+def over_splits(results: list[dict]) -> dict:
+    """Mean and sample standard deviation of every number that all splits have."""
+    import numpy as np
+
+    first = results[0]
+    numbers = [key for key, value in first.items() if isinstance(value, float | int) and all(key in r for r in results)]
+    summary: dict = {"splits": len(results)}
+    for key in numbers:
+        values = [r[key] for r in results]
+        summary |= {key: float(np.mean(values)), f"{key}/std": float(np.std(values, ddof=1))}
+    others = {key: value for key, value in first.items() if isinstance(value, str)}
+    return summary | others
+
+
+def run_eval(config: EvalConfig) -> None:
+    from gradmix.eval.evaluate import device_of, evaluate, parse_detector, table
+    from gradmix.ssl.data import load_data
+    from gradmix.ssl.run import read_config
+
+    run_dir = Path(config.run).expanduser()
+    run = read_config(run_dir)
+    if config.detectors is not None:
+        run.detectors = config.detectors
+    for entry in run.detectors:
+        parse_detector(entry)
+    if config.root is not None:
+        run.data.root = config.root
+    if not (run_dir / "training.json").exists():
+        raise ValueError(f"run: {run_dir} has not finished training; gradmix-pretrain run_dir={run_dir} goes on")
+    print(table(evaluate(run_dir, run, load_data(run.data, run.seed), device_of(run))))
+
+
+def run_score(config: ScoreConfig) -> None:
+    from gradmix.eval.scoring import Scorer, find_images, write_scores
+
+    paths = find_images(config.images)
+    scorer = Scorer(config.detector)
+    out = Path(config.out).expanduser()
+    rows, unknown, unreadable = write_scores(scorer.score(paths, config.batch_size, progress=True), out)
+    print(f"{out}: {rows} images, {unknown} unknown, {unreadable} unreadable")
+    if scorer.detector.threshold is None:
+        print("no threshold was calibrated (data.holdout=0), so nothing is called unknown")
+    if unreadable:
+        raise ValueError(f"images: {unreadable} of {rows} files can't be read; the error column of {out} says why")
+
+
+def _command(name: str, schema: type, run: Callable) -> None:
+    """Run a command under Hydra. Bad input: one line on stderr, exit code 2; --debug shows the traceback."""
+    debug = "--debug" in sys.argv or os.environ.get("HYDRA_FULL_ERROR") == "1"
+    arguments = [_quoted(argument) for argument in sys.argv[1:] if argument != "--debug"]
+    sys.argv[1:] = arguments
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises, and the lines below say it shorter
+    ConfigStore.instance().store("schema" if name == "pretrain" else f"{name}_schema", schema)
+
+    composed = []
+
+    # The work itself is done outside Hydra, which would add a line of its own to every error.
+    @hydra.main(config_path="pkg://gradmix.configs", config_name=name, version_base="1.3")
+    def compose(config) -> None:
+        composed.append(config)
+
+    try:
+        compose()
+        for config in composed:  # several with --multirun, none with --help
+            # Once more into the schema, as plain values: Hydra's + adds any key.
+            plain = OmegaConf.to_container(config, resolve=True)
+            config = OmegaConf.merge(OmegaConf.structured(schema), plain)
+            if missing := sorted(OmegaConf.missing_keys(config)):
+                raise ValueError(f"{missing[0]}: missing; give it as {missing[0]}=VALUE")
+            run(OmegaConf.to_object(config))
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        if debug or not isinstance(error, ValueError | OSError | HydraException | OmegaConfBaseException):
+            raise
+        print(f"gradmix-{name}: {explain(error, schema)}", file=sys.stderr)
+        sys.exit(2)
+
+
+def explain(error: Exception, schema: type) -> str:
+    """An exception in one line, with the nearest key where a key is unknown."""
+    if isinstance(error, HydraException) and error.__cause__ is not None:
+        error = error.__cause__  # Hydra says that it failed, OmegaConf why
+    text = str(error)
+    unknown = re.search(r"Key '[^']+' (?:is )?not in .*\s+full_key: (\S+)", text)
+    if unknown:
+        wrong = unknown.group(1)
+        keys = _keys(OmegaConf.structured(schema))
+        near = difflib.get_close_matches(wrong, keys, 1, cutoff=0.5)
+        return f"{wrong}: no such key" + (f"; did you mean {near[0]}?" if near else f"; keys: {', '.join(keys)}")
+    missing_option = re.search(r"Could not find '([^']+)'\s+Available options in '([^']+)':\s+(.*)", text, re.DOTALL)
+    if missing_option:
+        asked, group, options = missing_option.groups()
+        return f"{group}: no option {asked.split('/')[-1]!r}; choose from {', '.join(options.split())}"
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    key = re.search(r"full_key: (\S+)", text)
+    return (f"{key.group(1)}: " if key else "") + (lines[0] if lines else type(error).__name__)
+
+
+def _keys(config, prefix: str = "") -> list[str]:
+    keys = []
+    for key in config:
+        keys.append(prefix + str(key))
+        if OmegaConf.is_dict(config._get_node(key)):
+            keys += _keys(config._get_node(key), f"{prefix}{key}.")
+    return keys
+
+
+def _quoted(argument: str) -> str:
+    """Hydra's grammar reads blanks, commas and brackets in values; a path has to be quoted to survive it.
+    Any argument of Lightning's Trainer may be given, also one that configs/pretrain.yaml does not list."""
+    key, equals, value = argument.partition("=")
+    if equals and key.lstrip("+") in PATHS and not value.startswith(("'", '"')) and value != "null":
+        return key + "='" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+    if equals and key.startswith(("trainer.", "mix.options.")):
+        return "++" + argument
+    return argument

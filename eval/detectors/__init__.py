@@ -1,0 +1,37 @@
+"""Open-set detectors: one contract (`base.Detector`), scores that are higher for more unknown images."""
+
+from pathlib import Path
+
+from gradmix.eval.detectors.base import Detector
+from gradmix.eval.detectors.class_knn import ClassKNN
+from gradmix.eval.detectors.class_mean import ClassMean
+from gradmix.eval.detectors.deep_knn import DeepKNN
+from gradmix.eval.detectors.gaussian_mixture import GaussianMixture
+from gradmix.eval.detectors.mahalanobis import Mahalanobis, RelativeMahalanobis
+from gradmix.eval.detectors.mean_shift import MeanShift
+from gradmix.eval.detectors.nnguide import NNGuide
+from gradmix.eval.detectors.store import read_manifest
+from gradmix.eval.detectors.vim import ViM
+
+KINDS = (
+    DeepKNN,
+    ClassKNN,
+    ClassMean,
+    Mahalanobis,
+    RelativeMahalanobis,
+    ViM,
+    NNGuide,
+    GaussianMixture,
+    MeanShift,
+)
+DETECTORS = {kind.NAME: kind for kind in KINDS}
+
+__all__ = ["DETECTORS", "Detector", "load", *(kind.__name__ for kind in KINDS)]
+
+
+def load(folder, mmap=False):
+    """The detector that `.save(folder)` wrote, of whichever kind; arguments and errors as `Detector.load`."""
+    name = read_manifest(Path(folder))["detector"]
+    if name not in DETECTORS:
+        raise ValueError(f"{folder}: unknown detector {name!r}, expected one of {', '.join(DETECTORS)}")
+    return DETECTORS[name].load(folder, mmap=mmap)

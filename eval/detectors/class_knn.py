@@ -1,0 +1,51 @@
+"""Class-wise nearest neighbours, normalised over classes: the score of the GradMix paper (arXiv
+2505.12803)."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from gradmix.eval.detectors.base import Detector
+from gradmix.eval.search import check_k, inner_product, unit_rows
+
+SMALLEST_SUM = 1e-6
+
+
+@dataclass
+class ClassKNN(Detector):
+    """Score: minus the largest share that a class has in the similarities.
+
+    A class's similarity is the sum of the k largest cosine similarities to its training features (a class
+    with fewer, n, sums them all and counts them k / n times); its share is that, divided by the sum over
+    classes. The class is the one with the largest share. Search is exact, within each class.
+
+    The sum over classes is taken as at least 1e-6: where negative similarities outweigh the positive ones, an
+    image that resembles some class stays known and one that resembles none scores above 0. A feature of zero
+    norm scores 0.
+
+    Args:
+        k: neighbours per class.
+    """
+
+    k: int = 3
+
+    NAME: ClassVar[str] = "class_knn"
+    ARRAYS: ClassVar[tuple[str, ...]] = ("rows_", "starts_")
+
+    def _fit(self, features, positions):
+        check_k(self.k, len(features))
+        order = np.argsort(positions, kind="stable")  # each class in one piece
+        self.rows_ = unit_rows(features[order])
+        self.starts_ = np.searchsorted(positions[order], np.arange(len(self.classes_) + 1))
+
+    def _assess(self, features):
+        queries = unit_rows(features)
+        similarity = np.empty((len(queries), len(self.classes_)))
+        for position in range(len(self.classes_)):
+            rows = self.rows_[self.starts_[position] : self.starts_[position + 1]]
+            k = min(self.k, len(rows))
+            top, _ = inner_product(queries, rows, k)
+            similarity[:, position] = top.sum(axis=1, dtype=np.float64) * self.k / k
+        total = np.maximum(similarity.sum(axis=1), SMALLEST_SUM)
+        return -similarity.max(axis=1) / total, similarity.argmax(axis=1)

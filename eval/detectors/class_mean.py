@@ -1,0 +1,37 @@
+"""Cosine similarity to the class means, the nearest-prototype baseline."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from gradmix.eval.detectors.base import Detector
+from gradmix.eval.search import blocks, inner_product, unit_rows
+
+
+@dataclass
+class ClassMean(Detector):
+    """Score: minus the largest cosine similarity to a class mean, -1 to 1.
+
+    A class's mean is that of its L2-normalised features. The class is the nearest one. A feature of zero norm
+    scores 0, and so does everything if all class means are zero.
+    """
+
+    NAME: ClassVar[str] = "class_mean"
+    ARRAYS: ClassVar[tuple[str, ...]] = ("means_",)
+
+    def _fit(self, features, positions):
+        self.means_ = unit_rows(class_means(features, positions, len(self.classes_), prepare=unit_rows))
+
+    def _assess(self, features):
+        cosine, position = inner_product(unit_rows(features), self.means_, 1)
+        return -cosine[:, 0], position[:, 0]
+
+
+def class_means(features, positions, classes, prepare=np.asarray):
+    """Means `[classes, F]` in float64 of `prepare(features)`, block by block."""
+    sums = np.zeros((classes, features.shape[1]))
+    for rows in blocks(features.shape):
+        members = (positions[rows] == np.arange(classes)[:, None]).astype(np.float64)
+        sums += members @ prepare(features[rows])
+    return sums / np.bincount(positions, minlength=classes)[:, None]

@@ -1,0 +1,48 @@
+"""Distance to the k-th nearest training feature (Sun et al., arXiv 2204.06507)."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from gradmix.eval.detectors.base import Detector
+from gradmix.eval.knn import vote
+from gradmix.eval.search import Neighbours, check_features, check_k, like, unit_rows
+
+
+@dataclass
+class DeepKNN(Detector):
+    """Score: Euclidean distance (not squared, 0 to 2) of the L2-normalised feature to its k-th neighbour.
+
+    A feature of zero norm is at distance 1 from every other. The class is the vote of the k neighbours with
+    weight exp(cosine / 0.07), the smallest label on a tie. Needs labels only for `classify`.
+
+    Args:
+        k: which neighbour.
+        index: how to search, see `gradmix.eval.search.Neighbours`.
+    """
+
+    k: int = 5
+    index: str = "auto"
+
+    NAME: ClassVar[str] = "deep_knn"
+    ARRAYS: ClassVar[tuple[str, ...]] = ("bank_", "positions_")
+    NEEDS_LABELS: ClassVar[bool] = False
+
+    def neighbours(self, features, k=1):
+        """Cosines `[N, k]`, descending, and row numbers `[N, k]` of the nearest training features."""
+        queries = check_features("features", features, width=self.width_)
+        similarity, rows = self.bank_.search(queries, k)
+        return like(similarity, features), like(rows, features)
+
+    def _fit(self, features, positions):
+        check_k(self.k, len(features))
+        self.bank_, self.positions_ = Neighbours(features, self.index), positions
+
+    def _assess(self, features):
+        similarity, rows = self.bank_.search(features, self.k)
+        # 2 - 2 cos cancels for near duplicates, so the one distance that matters is computed from the rows
+        distance = np.linalg.norm(unit_rows(features) - self.bank_[rows[:, -1]], axis=1)
+        if self.positions_ is None:
+            return distance, None
+        return distance, vote(similarity, self.positions_[rows], len(self.classes_), 0.07).argmax(axis=1)

@@ -1,0 +1,28 @@
+"""A linear classifier's logits, for the detectors that combine them with distances."""
+
+import numpy as np
+import torch
+
+
+def check_head(head, classes, width):
+    """`(weight [K, F], bias [K])` as one float64 array `[K, F + 1]`, bias last; ValueError if it isn't."""
+    arrays = [part.detach().cpu() if isinstance(part, torch.Tensor) else part for part in head]
+    weight, bias = (np.asarray(part, np.float64) for part in arrays)
+    if weight.shape != (classes, width):
+        raise ValueError(f"head: expected a weight of shape {(classes, width)}, got {weight.shape}")
+    if bias.shape != (classes,):
+        raise ValueError(f"head: expected a bias of shape {(classes,)}, got {bias.shape}")
+    if not (np.isfinite(weight).all() and np.isfinite(bias).all()):
+        raise ValueError("head: non-finite values")
+    return np.concatenate([weight, bias[:, None]], axis=1)
+
+
+def logits(head, features):
+    """`[N, K]` in float64."""
+    return features @ head[:, :-1].T + head[:, -1]
+
+
+def logsumexp(values):
+    """log of the sum of exponentials along the last axis: the (negative) energy of logits."""
+    largest = values.max(axis=-1, keepdims=True)
+    return np.log(np.exp(values - largest).sum(axis=-1)) + largest[..., 0]

@@ -1,0 +1,64 @@
+"""Nearest-neighbour guidance of a classifier's confidence (Park et al., arXiv 2309.14888)."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from gradmix.eval.detectors.base import Detector
+from gradmix.eval.detectors.head import check_head, logits, logsumexp
+from gradmix.eval.linear import LinearProbe
+from gradmix.eval.search import Neighbours, blocks, check_k
+
+
+@dataclass
+class NNGuide(Detector):
+    """Score: minus energy(x) times the guidance of x.
+
+    The energy is the logsumexp of a linear head's logits; the guidance is the mean of the k largest values of
+    energy(t) * cosine(x, t) over the training features t, all of them. The class is the head's. With a head
+    of one's own an energy can be negative, and the product then means little, as in the paper; the probe
+    fitted here has logits that sum to zero, so that its energies are positive.
+
+    Args:
+        k: neighbours that guide.
+        index: how to search, see `gradmix.eval.search.Neighbours`.
+    """
+
+    k: int = 10
+    index: str = "auto"
+
+    NAME: ClassVar[str] = "nnguide"
+    ARRAYS: ClassVar[tuple[str, ...]] = ("bank_", "head_")
+
+    def fit(self, features, labels=None, head=None):
+        """As `Detector.fit`.
+
+        Args:
+            head: `(weight [K, F], bias [K])` on these features, classes in the order of the sorted labels;
+                None fits a `LinearProbe` to the training features.
+        """
+        self._given = head
+        return super().fit(features, labels)
+
+    def _fit(self, features, positions):
+        check_k(self.k, len(features))
+        head = self._given
+        if head is None:
+            head = fit_head(features, positions, len(self.classes_))
+        self.head_ = check_head(head, len(self.classes_), features.shape[1])
+        energy = [logsumexp(logits(self.head_, features[rows])) for rows in blocks(features.shape)]
+        self.bank_ = Neighbours(features, self.index, weight=np.concatenate(energy))
+
+    def _assess(self, features):
+        values = logits(self.head_, features)
+        guidance, _ = self.bank_.search(features, self.k)
+        return -logsumexp(values) * guidance.mean(axis=1, dtype=np.float64), values.argmax(axis=1)
+
+
+def fit_head(features, positions, classes):
+    """Weight and bias of a linear probe; of one class alone, zeros: the logit that a softmax ignores."""
+    if classes == 1:
+        return np.zeros((1, features.shape[1])), np.zeros(1)
+    probe = LinearProbe().fit(features, positions)
+    return probe.weight_, probe.bias_

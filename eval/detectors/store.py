@@ -1,0 +1,155 @@
+"""A fitted detector on disk: JSON and safetensors, each file under its hash. Nothing is unpickled.
+
+    detector.json          format, detector, parameters, threshold, versions; size and SHA-256 of each other
+                           file, and the SHA-256 of this manifest's own content
+    detector.safetensors   the fitted arrays
+    detector.faiss         the search index, only where search is not exact
+
+Written streaming and read back memory-mapped if asked, so that a bank larger than memory can be saved and
+used.
+The hashes find damage, not malice: who can write the folder can write the hashes too.
+"""
+
+import hashlib
+import json
+import os
+import platform
+from pathlib import Path
+
+import faiss
+import numpy as np
+import torch
+
+from gradmix.eval.search import blocks
+
+FORMAT = 1
+MANIFEST, TENSORS, INDEX = "detector.json", "detector.safetensors", "detector.faiss"
+DTYPES = {"F64": np.float64, "F32": np.float32, "I64": np.int64}  # the safetensors names we write
+
+
+def write(folder, manifest, arrays, index=None):
+    """Write `arrays` (name -> numpy array, or anything with shape and dtype that is sliced by rows) and
+    index.
+
+    Each file appears whole or not at all. The manifest comes last: a save that was interrupted halfway over
+    an older detector leaves hashes that don't match, which `read` refuses.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    _replace(folder / TENSORS, lambda path: _write_tensors(path, arrays))
+    files = [TENSORS]
+    if index is not None:
+        _replace(folder / INDEX, lambda path: faiss.write_index(index, str(path)))
+        files.append(INDEX)
+    manifest = {
+        "format": FORMAT,
+        **manifest,
+        "versions": {
+            "python": platform.python_version(),
+            "numpy": np.__version__,
+            "torch": torch.__version__,
+            "faiss": faiss.__version__,
+        },
+        "files": {
+            name: {"bytes": (folder / name).stat().st_size, "sha256": _hash_file(folder / name)}
+            for name in files
+        },
+    }
+    manifest["sha256"] = _hash_manifest(manifest)
+    text = json.dumps(manifest, indent=1, allow_nan=False) + "\n"
+    _replace(folder / MANIFEST, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def read_manifest(folder):
+    """The manifest, its own hash and format checked.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is damaged, or of a format that this version doesn't know.
+    """
+    path = Path(folder) / MANIFEST
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no saved detector here")
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        stated = manifest.pop("sha256")
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path}: damaged, not a detector's manifest ({error})") from error
+    if stated != _hash_manifest(manifest):
+        raise ValueError(f"{path}: damaged, its content doesn't match its hash")
+    if manifest["format"] != FORMAT:
+        raise ValueError(f"{path}: format {manifest['format']}, this version reads {FORMAT}")
+    return manifest
+
+
+def read(folder, mmap=False):
+    """Manifest, arrays by name, and FAISS index or None, everything checked against the hashes.
+
+    Args:
+        mmap: leave the arrays on disk (read once for the hash, then when used).
+
+    Raises:
+        ValueError: a file is missing or doesn't match its hash; else as `read_manifest`.
+    """
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    for name, stated in manifest["files"].items():
+        path = folder / name
+        if not path.is_file():
+            raise ValueError(f"{path}: missing, the manifest lists it")
+        if path.stat().st_size != stated["bytes"] or _hash_file(path) != stated["sha256"]:
+            raise ValueError(f"{path}: damaged, its content doesn't match the manifest's hash")
+    index = faiss.read_index(str(folder / INDEX)) if INDEX in manifest["files"] else None
+    return manifest, _read_tensors(folder / TENSORS, mmap), index
+
+
+def _write_tensors(path, arrays):
+    # widest types first keeps every array aligned, so that it can be used in the mapped file
+    names = sorted(arrays, key=lambda name: -np.dtype(arrays[name].dtype).itemsize)
+    header, end = {}, 0
+    for name in names:
+        dtype, shape = np.dtype(arrays[name].dtype), arrays[name].shape
+        start, end = end, end + dtype.itemsize * int(np.prod(shape))
+        code = next(code for code, known in DTYPES.items() if dtype == known)
+        header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            array = arrays[name]
+            for rows in blocks((len(array), max(1, int(np.prod(array.shape[1:]))))):
+                file.write(np.ascontiguousarray(array[rows]).tobytes())
+
+
+def _read_tensors(path, mmap):
+    data = np.memmap(path, np.uint8, "r") if mmap else np.fromfile(path, np.uint8)
+    start = 8 + int.from_bytes(data[:8].tobytes(), "little")
+    arrays = {}
+    for name, entry in json.loads(data[8:start].tobytes()).items():
+        first, last = entry["data_offsets"]
+        arrays[name] = data[start + first : start + last].view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
+    return arrays
+
+
+def _replace(path, write_to):
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write_to(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _hash_file(path):
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _hash_manifest(manifest):
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,94 @@
+"""Virtual-logit matching (Wang et al., arXiv 2203.10807)."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from gradmix.eval.detectors.base import Detector
+from gradmix.eval.detectors.class_mean import class_means
+from gradmix.eval.detectors.head import check_head, logits, logsumexp
+from gradmix.eval.detectors.mahalanobis import SMALLEST_VARIANCE, covariance
+from gradmix.eval.search import blocks, inner_product, unit_rows
+
+
+@dataclass
+class ViM(Detector):
+    """Score: the part of a feature outside the principal space of the training features, as a virtual logit.
+
+    With a linear head: alpha * residual - logsumexp(logits), where the residual is the norm of the feature
+    (from the origin -pinv(W) b) outside the space of the largest `dimension` eigenvalues, and alpha makes the
+    mean residual of training features their mean largest logit. This orders images as the paper's softmax
+    probability of the virtual logit does. The class is the head's. Without a head: the residual norm alone,
+    from the training mean; the class is that of the class mean with the largest cosine.
+
+    Args:
+        dimension: of the principal space; None takes the paper's, 1000 for features of 2048 or more, 512 from
+            768, else half, but half the rank of the training features where those don't span more than that.
+    """
+
+    dimension: int | None = None
+
+    NAME: ClassVar[str] = "vim"
+    ARRAYS: ClassVar[tuple[str, ...]] = ("origin_", "residual_space_", "alpha_", "head_", "means_")
+    NEEDS_LABELS: ClassVar[bool] = False
+
+    def fit(self, features, labels=None, head=None):
+        """As `Detector.fit`.
+
+        Args:
+            head: `(weight [K, F], bias [K])` on these features, classes in the order of the sorted labels,
+                which it needs.
+        """
+        if head is not None and labels is None:
+            raise ValueError("labels: with a head they are needed, got None")
+        self._given = head
+        return super().fit(features, labels)
+
+    def _fit(self, features, positions):
+        count, width = features.shape
+        self.head_ = self.alpha_ = self.means_ = None
+        self.origin_ = features.mean(axis=0, dtype=np.float64)
+        if self._given is not None:
+            self.head_ = check_head(self._given, len(self.classes_), width)
+            self.origin_ = -np.linalg.pinv(self.head_[:, :-1]) @ self.head_[:, -1]
+        elif positions is not None:
+            self.means_ = unit_rows(class_means(features, positions, len(self.classes_), prepare=unit_rows))
+
+        spread = covariance(features, self.origin_[None], np.zeros(count, np.int64))
+        variance, directions = np.linalg.eigh(spread)
+        self.residual_space_ = np.ascontiguousarray(directions[:, : width - self._dimension(variance)])
+        if self.head_ is not None:
+            residual = block_mean(self._residual, features)
+            largest = block_mean(lambda block: logits(self.head_, block).max(axis=1), features)
+            self.alpha_ = np.array([largest / residual if residual > 0 else 1.0])
+
+    def _assess(self, features):
+        residual = self._residual(features)
+        if self.head_ is not None:
+            values = logits(self.head_, features)
+            return self.alpha_[0] * residual - logsumexp(values), values.argmax(axis=1)
+        if self.means_ is not None:
+            return residual, inner_product(unit_rows(features), self.means_, 1)[1][:, 0]
+        return residual, None
+
+    def _residual(self, features):
+        return np.linalg.norm((features - self.origin_) @ self.residual_space_, axis=1)
+
+    def _dimension(self, variance):
+        """Of the principal space, for ascending eigenvalues `[F]`."""
+        width = len(variance)
+        rank = int((variance > SMALLEST_VARIANCE * variance[-1]).sum())
+        if self.dimension is None:
+            paper = 1000 if width >= 2048 else 512 if width >= 768 else width // 2
+            return paper if paper < rank else rank // 2
+        if not 0 <= self.dimension < rank:
+            raise ValueError(
+                f"dimension: expected 0 to {rank - 1}, below the features' rank, got {self.dimension}"
+            )
+        return self.dimension
+
+
+def block_mean(values, features):
+    """Mean of `values(features)`, block by block."""
+    return sum(values(features[rows]).sum() for rows in blocks(features.shape)) / len(features)

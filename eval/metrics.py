@@ -1,0 +1,190 @@
+"""How well scores tell unknown from known images. Unknown is positive; higher scores mean more unknown.
+
+Every function takes numpy arrays, tensors or lists, computes in float64 and returns a Python float. Ties are
+counted exactly: a pair of equal scores is half right. Empty or non-finite scores are a ValueError that names
+the argument.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from sklearn.metrics import average_precision_score
+
+
+def auroc(known_scores, unknown_scores):
+    """Probability that an unknown image scores above a known one, ties half."""
+    known, unknown = _scores(known_scores, unknown_scores)
+    below, equal = _counts(known, unknown)
+    return float((2 * below.sum() + equal.sum()) / (2 * len(known) * len(unknown)))
+
+
+def aupr(known_scores, unknown_scores, positive="unknown"):
+    """Average precision (area under precision-recall in steps, as scikit-learn's) of one side.
+
+    Args:
+        positive: "unknown" finds unknown images by high scores, "known" finds known images by low ones. The
+            value of random scores is the positive side's share of the images.
+    """
+    known, unknown = _scores(known_scores, unknown_scores)
+    _check_side(positive)
+    target = np.r_[np.zeros(len(known)), np.ones(len(unknown))]
+    scores = np.r_[known, unknown]
+    if positive == "known":
+        target, scores = 1 - target, -scores
+    return float(average_precision_score(target, scores))
+
+
+def fpr_at_tpr(known_scores, unknown_scores, tpr=0.95, positive="unknown"):
+    """False-positive rate where at least `tpr` of the positive side is found. Both conventions of the field:
+
+    positive="unknown": the share of known images rejected at the highest threshold that detects `tpr` of the
+        unknown ones.
+    positive="known": the share of unknown images accepted at the lowest threshold that accepts `tpr` of the
+        known ones; out-of-distribution papers call this one FPR95.
+
+    An image whose score equals the threshold counts as positive.
+    """
+    known, unknown = _scores(known_scores, unknown_scores)
+    _check_side(positive)
+    if not 0 < tpr <= 1:
+        raise ValueError(f"tpr: expected a share in (0, 1], got {tpr}")
+    if positive == "known":
+        return float((unknown <= threshold_for(known, tpr)).mean())
+    return float((-known <= threshold_for(-unknown, tpr)).mean())
+
+
+def oscr(known_scores, unknown_scores, correct):
+    """Area under the open-set classification rate curve (Dhamija et al., arXiv 1811.04110).
+
+    The share of known images that are accepted and correctly classified, against the share of unknown images
+    accepted, over all thresholds: the probability that a known image is correctly classified and scores below
+    an unknown one, ties half. At most the closed-set accuracy.
+
+    Args:
+        correct: `[N_known]` booleans, whether the closed-set class of each known image is right.
+    """
+    known, unknown = _scores(known_scores, unknown_scores)
+    correct = _array(correct)
+    if correct.shape != known.shape or not np.isin(correct, (0, 1)).all():
+        got = f"{correct.dtype} of shape {correct.shape}"
+        raise ValueError(f"correct: expected {len(known)} booleans, got {got}")
+    below, equal = _counts(known[correct.astype(bool)], unknown)
+    return float((2 * below.sum() + equal.sum()) / (2 * len(known) * len(unknown)))
+
+
+def closed_set_accuracy(predicted, labels):
+    """Share of known images whose closest known class is their own."""
+    predicted, labels = _array(predicted), _array(labels)
+    if labels.ndim != 1 or len(labels) == 0:
+        raise ValueError(f"labels: expected [N], got shape {labels.shape}")
+    if predicted.shape != labels.shape:
+        raise ValueError(f"predicted: expected shape {labels.shape} as labels have, got {predicted.shape}")
+    return float((predicted == labels).mean())
+
+
+def balanced_accuracy(known_scores, unknown_scores, threshold):
+    """Mean of the shares of known images at or below the threshold and of unknown images above it."""
+    known, unknown = _scores(known_scores, unknown_scores)
+    return float(((known <= threshold).mean() + (unknown > threshold).mean()) / 2)
+
+
+class Interval(NamedTuple):
+    """A value with the ends of its confidence interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+def bootstrap(metric, known_scores, unknown_scores, *correct, samples=1000, level=0.95, seed=0):
+    """Percentile bootstrap interval of `metric(known_scores, unknown_scores, *correct)`.
+
+    Known and unknown images are drawn with replacement, separately.
+
+    Args:
+        metric: one of this module's functions, or any that takes the same arrays.
+        correct: with `oscr`, its third argument.
+    """
+    run = _run(known_scores, unknown_scores, correct)
+    values = [_evaluate(metric, run, *rows) for rows in _draws(run, samples, seed)]
+    return _interval(_evaluate(metric, run), values, level)
+
+
+def paired_bootstrap(metric, first, second, samples=1000, level=0.95, seed=0):
+    """Interval of `metric(second) - metric(first)` for two runs on the same images in the same order.
+
+    Args:
+        first, second: `(known_scores, unknown_scores)`, with `oscr` `(known_scores, unknown_scores,
+            correct)`. A drawn image is drawn for both, so what makes images easy or hard cancels out.
+    """
+    first, second = _run(*first[:2], first[2:]), _run(*second[:2], second[2:])
+    for name, ours, theirs in zip(("known_scores", "unknown_scores"), first, second, strict=False):
+        if len(ours) != len(theirs):
+            raise ValueError(f"{name}: {len(ours)} in the first run, {len(theirs)} in the second")
+
+    def difference(*rows):
+        return _evaluate(metric, second, *rows) - _evaluate(metric, first, *rows)
+
+    return _interval(difference(), [difference(*rows) for rows in _draws(first, samples, seed)], level)
+
+
+def threshold_for(scores, share):
+    """The lowest score such that at least `share` of `scores` are at or below it."""
+    # the guard: 0.35 * 20 is 7.000000000000001 in floating point
+    wanted = int(np.ceil(share * len(scores) - 1e-9))
+    return np.partition(scores, wanted - 1)[wanted - 1]
+
+
+def _scores(known_scores, unknown_scores):
+    known = _array(known_scores)
+    unknown = _array(unknown_scores)
+    for name, scores in (("known_scores", known), ("unknown_scores", unknown)):
+        if scores.ndim != 1:
+            raise ValueError(f"{name}: expected [N], got shape {scores.shape}")
+        if len(scores) == 0:
+            raise ValueError(f"{name}: empty")
+        bad = ~np.isfinite(scores)
+        if bad.any():
+            raise ValueError(f"{name}: {bad.sum()} non-finite, first at {bad.argmax()}")
+    return known.astype(np.float64), unknown.astype(np.float64)
+
+
+def _array(values):
+    return values.detach().cpu().numpy() if isinstance(values, torch.Tensor) else np.asarray(values)
+
+
+def _counts(known, unknown):
+    """For each unknown score, how many known ones are below it and how many are equal."""
+    known = np.sort(known)
+    below = np.searchsorted(known, unknown, "left")
+    return below, np.searchsorted(known, unknown, "right") - below
+
+
+def _check_side(positive):
+    if positive not in ("unknown", "known"):
+        raise ValueError(f"positive: expected unknown or known, got {positive!r}")
+
+
+def _run(known_scores, unknown_scores, correct):
+    return *_scores(known_scores, unknown_scores), *(_array(part) for part in correct)
+
+
+def _evaluate(metric, run, known_rows=slice(None), unknown_rows=slice(None)):
+    known, unknown, *correct = run
+    return metric(known[known_rows], unknown[unknown_rows], *(part[known_rows] for part in correct))
+
+
+def _draws(run, samples, seed):
+    if samples < 1:
+        raise ValueError(f"samples: expected at least 1, got {samples}")
+    generator = np.random.default_rng(seed)
+    for _ in range(samples):
+        yield tuple(generator.integers(len(side), size=len(side)) for side in run[:2])
+
+
+def _interval(value, values, level):
+    if not 0 < level < 1:
+        raise ValueError(f"level: expected a share in (0, 1), got {level}")
+    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(float(value), float(low), float(high))

@@ -1,0 +1,170 @@
+"""A detector's folder scores image files, with nothing but itself.
+
+detector.json, detector.safetensors   the detector (gradmix.eval.detectors.store)
+backbone.safetensors                  the weights, and in its header which encoder and image size
+scorer.json                           class names, names of the training images, hash of the weights
+"""
+
+import csv
+import glob
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+
+from gradmix.eval import detectors
+from gradmix.eval.detectors import DeepKNN
+from gradmix.ssl.backbones import load_backbone
+from gradmix.ssl.files import write_atomically, write_json
+from gradmix.ssl.images import list_images
+
+UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True)
+class Score:
+    """One scored image; the columns of ``scores.csv``.
+
+    Attributes:
+        path: the file.
+        score: higher is more unknown; None when the file could not be read.
+        prediction: class name, ``"unknown"`` above the threshold, ``""`` when there is no threshold or class.
+        margin: score minus threshold; above 0 is unknown.
+        nearest: the nearest training image: its path, or its row when it never was a file.
+        error: why the file could not be read, else empty.
+    """
+
+    path: str
+    score: float | None = None
+    prediction: str = ""
+    margin: float | None = None
+    nearest: str = ""
+    error: str = ""
+
+
+def save_scorer(
+    folder: Path, detector: DeepKNN, backbone: Path, classes: Sequence[str], train_files: Sequence[str] | None
+) -> None:
+    """Write the folder that :class:`Scorer` loads."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / "backbone.safetensors", lambda temporary: shutil.copyfile(backbone, temporary))
+    detector.save(folder)
+    write_json(
+        folder / "scorer.json",
+        {
+            "classes": list(classes),
+            "train_files": None if train_files is None else list(train_files),
+            "backbone_sha256": _hash(folder / "backbone.safetensors"),
+        },
+    )
+
+
+class Scorer:
+    """A saved detector, ready for image files.
+
+    Raises:
+        ValueError: the folder is no detector's, or a file in it is damaged.
+    """
+
+    def __init__(self, folder: str | Path, device: str = "cpu"):
+        folder = Path(folder).expanduser()
+        if not (folder / "scorer.json").is_file():
+            hint = f"; did you mean {folder / 'detector'}?" if (folder / "detector/scorer.json").is_file() else ""
+            raise ValueError(f"detector: {folder} is not a detector's folder, scorer.json is missing{hint}")
+        try:
+            about = json.loads((folder / "scorer.json").read_text())
+            self.classes, self.train_files, expected = about["classes"], about["train_files"], about["backbone_sha256"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{folder / 'scorer.json'}: damaged ({error})") from error
+        if _hash(folder / "backbone.safetensors") != expected:
+            raise ValueError(f"{folder / 'backbone.safetensors'}: damaged, it does not match scorer.json's hash")
+        self.detector = detectors.load(folder)
+        self.backbone = load_backbone(folder).to(device)
+        self.device = device
+
+    def score(self, paths: Sequence[str], batch_size: int = 256, progress: bool = False) -> Iterator[Score]:
+        """Score image files one batch at a time, in order. Unreadable files get a row with the error."""
+        with ThreadPoolExecutor() as pool, tqdm(total=len(paths), unit="image", disable=not progress) as bar:
+            for first in range(0, len(paths), batch_size):
+                batch = list(paths[first : first + batch_size])
+                decoded = list(pool.map(self._decode, batch))
+                readable = [image for image in decoded if isinstance(image, torch.Tensor)]
+                scored = iter(self._score(torch.stack(readable)) if readable else ())
+                for path, image in zip(batch, decoded, strict=True):
+                    yield next(scored)(path) if isinstance(image, torch.Tensor) else Score(path, error=image)
+                bar.update(len(batch))
+
+    def _decode(self, path: str) -> torch.Tensor | str:
+        try:
+            return self.backbone.transform(path)
+        except ValueError as error:
+            return str(error)
+
+    @torch.inference_mode()
+    def _score(self, images: torch.Tensor):
+        features = self.backbone(images.to(self.device)).cpu()
+        detector = self.detector
+        scores, nearest = detector.score(features), detector.neighbours(features, 1)[1][:, 0]
+        threshold = detector.threshold
+        labels = detector.classify(features) if detector.classes_ is not None else [None] * len(features)
+        for score, label, row in zip(scores.tolist(), labels, nearest.tolist(), strict=True):
+            prediction = "" if label is None else self.classes[int(label)]
+            if threshold is not None and score > threshold:
+                prediction = UNKNOWN
+            margin = None if threshold is None else score - threshold
+            near = f"training image {row}" if self.train_files is None else self.train_files[row]
+            yield lambda path, s=score, p=prediction, m=margin, n=near: Score(path, s, p, m, n)
+
+
+def find_images(where: str) -> list[str]:
+    """Files named by a path, a folder (searched to the bottom) or a glob pattern, sorted.
+
+    Raises:
+        ValueError: nothing there.
+    """
+    path = Path(where).expanduser()
+    if path.is_file():
+        return [str(path)]
+    if path.is_dir():
+        found = list_images(path)
+    else:
+        found = sorted(name for name in glob.glob(str(path), recursive=True) if Path(name).is_file())
+    if not found:
+        raise ValueError(f"images: {where} names no image file (a file, a folder or a pattern such as 'photos/*.jpg')")
+    return found
+
+
+def write_scores(scores: Iterator[Score], out: Path) -> tuple[int, int, int]:
+    """Write rows as CSV, or as JSON lines when ``out`` ends in ``.jsonl``.
+
+    Returns:
+        Numbers of rows, of images called unknown, and of files that could not be read.
+    """
+    counts = [0, 0, 0]
+
+    def write(temporary: Path) -> None:
+        with open(temporary, "w", newline="") as file:
+            table = None if out.suffix == ".jsonl" else csv.DictWriter(file, list(Score.__dataclass_fields__))
+            if table:
+                table.writeheader()
+            for score in scores:
+                row = asdict(score)
+                table.writerow(row) if table else file.write(json.dumps(row) + "\n")
+                counts[0] += 1
+                counts[1] += score.prediction == UNKNOWN
+                counts[2] += bool(score.error)
+
+    write_atomically(out, write)
+    return counts[0], counts[1], counts[2]
+
+
+def _hash(path: Path) -> str:
+    if not path.is_file():
+        raise ValueError(f"{path}: missing")
+    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -1,0 +1,26 @@
+"""GradMix: contrastive pretraining that hides what the network already relies on, and what its features know.
+
+Three rooms: this package is the method itself (attribution and mixing, for any training loop),
+``gradmix.ssl`` the pretraining, ``gradmix.eval`` kNN, linear probe and open-set scoring.
+"""
+
+from gradmix.attribution import layercam
+from gradmix.mixing import MIXERS, CutMix, FMix, GradMix, Mixed, Mixer, MixUp, ResizeMix
+
+__all__ = ["MIXERS", "CutMix", "FMix", "GradMix", "MixUp", "Mixed", "Mixer", "ResizeMix", "layercam", "load"]
+__version__ = "0.1.0"
+
+
+def load(run):
+    """The pretrained backbone of a run's folder, or of a detector's, ready for features.
+
+    Args:
+        run: path of a run (it holds ``backbone.safetensors``) or of its ``detector/`` folder.
+
+    Returns:
+        A module in eval mode: ``model(images)`` takes float images ``[N, 3, H, W]`` in [0, 1] or uint8 and gives
+        features ``[N, F]``; ``model.transform(image)`` turns a PIL image or a path into such an image.
+    """
+    from gradmix.ssl.backbones import load_backbone  # only here: the method itself must not import the trainer
+
+    return load_backbone(run)

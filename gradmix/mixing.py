@@ -1,0 +1,410 @@
+"""GradMix and the mixers it is compared with: one contract, whole batches, no per-image loop, no host copy.
+
+A batch holds two views of each of B images, view-major: view v of image i is row ``v * B + i`` of ``[2B, C, H, W]``.
+A mixer gives every row a partner, the *other* view of *another* image, and says which fraction of the row's own
+pixels it kept. GradMix: arXiv 2505.12803.
+
+On a GPU nothing here waits for the device. Two habits keep it so: no ``torch.where`` with a Python number (it becomes
+a tensor on the host, whose copy to the device waits), and sizes multiplied as numbers, not as tensors.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gradmix.attribution import EVIDENCE, default_layers, layercam, record, still
+
+PASTE = ("resize", "cut", "noise")
+CENTRE = ("peak", "random")
+PARTNER = ("random", "similar", "dissimilar")
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """A mixed batch.
+
+    Attributes:
+        images: ``[2B, C, H, W]``, dtype and memory format of the input.
+        kept: ``[2B]`` float32: fraction of each row's own pixels that are still there (its share, for blends).
+        partner: ``[2B]`` int64: the row that was mixed in; the row itself where none was.
+        attribution: ``[2B, H, W]`` in [0, 1], or None for mixers that do not look.
+        boxes: ``[2B, 4]`` int64 (top, left, bottom, right; ends exclusive), or None for mixers without boxes.
+    """
+
+    images: Tensor
+    kept: Tensor
+    partner: Tensor
+    attribution: Tensor | None = None
+    boxes: Tensor | None = None
+
+
+class Mixer:
+    """What all mixers share: checks, partners, and where random numbers come from.
+
+    Args:
+        partner: ``"random"``, or the most ``"similar"`` or ``"dissimilar"`` other image, measured on the
+            ``projections`` given in the call.
+    """
+
+    def __init__(self, partner: str = "random"):
+        self.partner = _one_of("partner", partner, PARTNER)
+        self._generators: dict[torch.device, torch.Generator] = {}
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        images: Tensor,
+        loss: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        projections: Tensor | None = None,
+    ) -> Mixed:
+        """Mix a batch of two views.
+
+        Args:
+            images: ``[2B, C, H, W]``, floating point, view-major. Not changed.
+            loss: the scalar whose gradient guides the mixing; only GradMix uses it, before ``backward()``.
+            generator: source of all randomness, on the device of ``images`` (one on the CPU works too, at the
+                price of a copy). Without one a private generator is used, seeded from ``torch.initial_seed()``;
+                the global RNG is never touched.
+            projections: ``[2B, D]``, L2-normalised; only for ``partner="similar" | "dissimilar"``.
+
+        A batch of one image has no partner: images come back as they are, with ``kept`` = 1.
+
+        Raises:
+            ValueError: ``images`` not of that form, or something the mixer needs is missing.
+        """
+        if images.ndim != 4 or images.shape[0] % 2 or not images.numel() or not images.is_floating_point():
+            raise ValueError(f"images: expected float [2B, C, H, W], got {images.dtype} {tuple(images.shape)}")
+        rows, device = images.shape[0], images.device
+        if rows == 2:
+            return Mixed(images, torch.ones(2, device=device), torch.arange(2, device=device))
+        generator = generator or self._private_generator(device)
+        mixed = self._mix(images, self._partners(rows, device, generator, projections), loss, generator)
+        if images.is_contiguous(memory_format=torch.channels_last):
+            mixed = replace(mixed, images=mixed.images.contiguous(memory_format=torch.channels_last))
+        return mixed
+
+    def _mix(self, images: Tensor, partner: Tensor, loss: Tensor | None, generator: torch.Generator) -> Mixed:
+        raise NotImplementedError
+
+    def _private_generator(self, device: torch.device) -> torch.Generator:
+        if device not in self._generators:
+            self._generators[device] = torch.Generator(device).manual_seed(torch.initial_seed())
+        return self._generators[device]
+
+    def _partners(
+        self, rows: int, device: torch.device, generator: torch.Generator, projections: Tensor | None
+    ) -> Tensor:
+        """For each row the row of the other view of another image, ``[2B]`` int64."""
+        batch = rows // 2
+        row = torch.arange(rows, device=device)
+        image, other_view = row % batch, 1 - row // batch
+        if self.partner == "random":
+            step = torch.randint(1, batch, (rows,), generator=generator, device=generator.device)
+            return other_view * batch + (image + step.to(device, non_blocking=True)) % batch
+        if projections is None or projections.ndim != 2 or projections.shape[0] != rows:
+            got = None if projections is None else tuple(projections.shape)
+            raise ValueError(f"projections: partner={self.partner!r} needs [{rows}, D] in the call, got {got}")
+        with torch.autocast(device.type, enabled=False):  # half precision would make ties
+            similarity = projections.float() @ projections.float().T
+        if self.partner == "dissimilar":
+            similarity = -similarity
+        allowed = (image[:, None] != image) & (other_view[:, None] != other_view)
+        return similarity.masked_fill(~allowed, -torch.inf).argmax(1)
+
+
+class GradMix(Mixer):
+    """Hides what the network relies on: a box around the peak of each image's attribution map is filled.
+
+    Use::
+
+        mixer = GradMix()
+        with mixer.watch(encoder):                # records the stages' outputs in this forward pass
+            z = normalize(head(encoder(views)))   # views [2B, C, H, W]
+        loss = ntxent(z)
+        mixed = mixer(views, loss)                # before backward(); no second forward, no .grad touched
+        p = normalize(head(encoder(mixed.images)))
+        (loss + ntxent(z, positives=p, weight=mixed.kept)).backward()
+
+    Args:
+        layers: names of the submodules whose outputs are attributed, or how many of the last stages of a known
+            family (ResNet, ConvNeXt, ViT).
+        alpha: the keep-ratio is Beta(alpha, alpha), drawn per image and mapped to ``keep``.
+        keep: smallest and largest share of pixels kept, before rounding to whole pixels.
+        paste: what fills the box: the partner ``"resize"``d into it whole, the partner ``"cut"`` at the same
+            place, or Gaussian ``"noise"`` with the image's own mean and deviation per channel.
+        evidence: see :func:`gradmix.layercam`.
+        centre: ``"peak"`` of the map, or ``"random"``: the control that boxes without looking (no loss needed).
+        partner: see :class:`Mixer`.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[str] | int | None = 3,
+        alpha: float = 1.0,
+        keep: tuple[float, float] = (0.5, 0.9),
+        paste: str = "resize",
+        evidence: str = "loss",
+        centre: str = "peak",
+        partner: str = "random",
+    ):
+        super().__init__(partner)
+        layers = 3 if layers is None else layers
+        if isinstance(layers, str) or (layers < 1 if isinstance(layers, int) else not list(layers)):
+            raise ValueError(f"layers: expected a list of names or how many of the last stages, got {layers!r}")
+        self.layers = layers
+        self.alpha = _positive("alpha", alpha)
+        self.keep = _range("keep", keep)
+        self.paste = _one_of("paste", paste, PASTE)
+        self.evidence = _one_of("evidence", evidence, EVIDENCE)
+        self.centre = _one_of("centre", centre, CENTRE)
+        self._activations: list[Tensor] = []
+        self._watched: nn.Module = nn.Module()
+
+    def watch(self, module: nn.Module) -> AbstractContextManager[None]:
+        """Context manager: the forward pass of ``module`` inside it is the one that is attributed.
+
+        Args:
+            module: the encoder, or any module that it is a part of. Both views go through it in one call.
+
+        Raises:
+            ValueError: a layer that ``module`` does not have, or no default for it; the message lists the choices.
+        """
+        if isinstance(module, nn.parallel.DistributedDataParallel):
+            module = module.module  # so that layers are named as without it
+        layers = default_layers(module, self.layers) if isinstance(self.layers, int) else self.layers
+        self._activations.clear()
+        self._watched = module
+        return record(module, layers, self._activations)
+
+    def _mix(self, images: Tensor, partner: Tensor, loss: Tensor | None, generator: torch.Generator) -> Mixed:
+        rows, _, height, width = images.shape
+        attribution = None
+        centres = _random_pixels(rows, (height, width), images.device, generator)
+        if self.centre == "peak":
+            attribution = self._attribution(images, loss)
+            highest, peak = attribution.flatten(1).max(1)
+            peaks = torch.stack([peak // width, peak % width], 1)
+            centres = torch.where(highest[:, None] > 0, peaks, centres)
+        low, high = self.keep
+        lam = low + (high - low) * _beta(rows, self.alpha, images.device, generator)
+        boxes = boxes_inside(centres, (1 - lam).sqrt(), (height, width))
+        if self.paste == "noise":
+            partner = torch.arange(rows, device=images.device)
+            filling = _noise_like(images, generator)
+        elif self.paste == "cut":
+            filling = images[partner]
+        else:
+            filling = resize_into(images[partner], boxes)
+        return Mixed(paste(images, filling, boxes), kept_fraction(boxes, (height, width)), partner, attribution, boxes)
+
+    def _attribution(self, images: Tensor, loss: Tensor | None) -> Tensor:
+        if loss is None:
+            raise ValueError("loss: GradMix needs the contrastive loss of the watched forward pass")
+        if not self._activations:
+            raise ValueError("loss: no forward pass was recorded; run the encoder inside `with mixer.watch(encoder):`")
+        activations = tuple(self._activations)
+        self._activations.clear()  # they hold the step's graph
+        if activations[0].shape[0] != images.shape[0]:
+            raise ValueError(
+                f"images: {images.shape[0]} rows, but the watched forward pass had {activations[0].shape[0]}; "
+                "both views go through the network in one call"
+            )
+        with still(self._watched):
+            return layercam(loss, activations, tuple(images.shape[2:]), self.evidence)
+
+
+class CutMix(Mixer):
+    """A box at a uniformly random place is cut from the partner (arXiv 1905.04899), per-image lam ~ Beta(alpha, alpha).
+
+    The box is clipped at the border, as in the paper; ``kept`` counts the pixels after clipping.
+    """
+
+    def __init__(self, alpha: float = 1.0, partner: str = "random"):
+        super().__init__(partner)
+        self.alpha = _positive("alpha", alpha)
+
+    def _mix(self, images: Tensor, partner: Tensor, loss: Tensor | None, generator: torch.Generator) -> Mixed:
+        rows, _, height, width = images.shape
+        share = (1 - _beta(rows, self.alpha, images.device, generator)).sqrt()
+        centres = _random_pixels(rows, (height, width), images.device, generator)
+        sides = torch.stack([share * height, share * width], 1).long()
+        start = centres - sides // 2
+        bottom, right = (start + sides).unbind(1)
+        end = torch.stack([bottom.clamp(max=height), right.clamp(max=width)], 1)
+        boxes = torch.cat([start.clamp(min=0), end], 1)
+        kept = kept_fraction(boxes, (height, width))
+        return Mixed(paste(images, images[partner], boxes), kept, partner, boxes=boxes)
+
+
+class ResizeMix(Mixer):
+    """The whole partner, shrunk to a random share of the sides, at a random place (arXiv 2012.11101).
+
+    Args:
+        scale: smallest and largest share of the image's sides that the pasted partner takes.
+    """
+
+    def __init__(self, scale: tuple[float, float] = (0.1, 0.8), partner: str = "random"):
+        super().__init__(partner)
+        self.scale = _range("scale", scale)
+
+    def _mix(self, images: Tensor, partner: Tensor, loss: Tensor | None, generator: torch.Generator) -> Mixed:
+        rows, _, height, width = images.shape
+        low, high = self.scale
+        share = low + (high - low) * _uniform((rows,), images.device, generator)
+        sides = torch.stack([share * height, share * width], 1).round()
+        room = torch.stack([height - sides[:, 0], width - sides[:, 1]], 1) + 1
+        start = (_uniform((rows, 2), images.device, generator) * room).long()
+        boxes = torch.cat([start, start + sides.long()], 1)
+        filling = resize_into(images[partner], boxes)
+        return Mixed(paste(images, filling, boxes), kept_fraction(boxes, (height, width)), partner, boxes=boxes)
+
+
+class MixUp(Mixer):
+    """Each image is blended with its partner (arXiv 1710.09412); ``kept`` is its share lam ~ Beta(alpha, alpha)."""
+
+    def __init__(self, alpha: float = 1.0, partner: str = "random"):
+        super().__init__(partner)
+        self.alpha = _positive("alpha", alpha)
+
+    def _mix(self, images: Tensor, partner: Tensor, loss: Tensor | None, generator: torch.Generator) -> Mixed:
+        lam = _beta(images.shape[0], self.alpha, images.device, generator).to(images.dtype)  # as the blend has it
+        return Mixed(torch.lerp(images[partner], images, lam[:, None, None, None]), lam.float(), partner)
+
+
+class FMix(Mixer):
+    """A mask thresholded from low-frequency noise decides pixel by pixel (arXiv 2002.12047).
+
+    Args:
+        alpha: lam ~ Beta(alpha, alpha) per image is the share of pixels kept.
+        decay: power with which the noise's spectrum falls; larger gives larger blobs.
+    """
+
+    def __init__(self, alpha: float = 1.0, decay: float = 3.0, partner: str = "random"):
+        super().__init__(partner)
+        self.alpha = _positive("alpha", alpha)
+        self.decay = _positive("decay", decay)
+
+    def _mix(self, images: Tensor, partner: Tensor, loss: Tensor | None, generator: torch.Generator) -> Mixed:
+        rows, _, height, width = images.shape
+        device = images.device
+        frequency = torch.hypot(
+            torch.fft.fftfreq(height, device=device)[:, None], torch.fft.rfftfreq(width, device=device)
+        ).clamp(min=1 / max(height, width))
+        spectrum = torch.view_as_complex(_normal((rows, *frequency.shape, 2), device, generator))
+        noise = torch.fft.irfft2(spectrum / frequency**self.decay, s=(height, width))
+        keep = (_beta(rows, self.alpha, device, generator) * height * width).round()  # pixels
+        rank = noise.flatten(1).argsort(1, descending=True).argsort(1).view_as(noise)
+        mask = (rank < keep[:, None, None])[:, None]
+        return Mixed(torch.where(mask, images, images[partner]), keep / (height * width), partner)
+
+
+MIXERS: dict[str, Callable[..., Mixer]] = {
+    "gradmix": GradMix,
+    "random_box": partial(GradMix, centre="random"),
+    "noise_box": partial(GradMix, paste="noise"),
+    "cutmix": CutMix,
+    "mixup": MixUp,
+    "resizemix": ResizeMix,
+    "fmix": FMix,
+}
+
+
+# Boxes: [N, 4] int64 (top, left, bottom, right), ends exclusive.
+
+
+def boxes_inside(centres: Tensor, share: Tensor, size: tuple[int, int]) -> Tensor:
+    """Boxes with sides ``share * size`` (rounded) around ``centres`` [N, 2], moved so that nothing is clipped."""
+    top, bottom = _span_inside(centres[:, 0], share, size[0])
+    left, right = _span_inside(centres[:, 1], share, size[1])
+    return torch.stack([top, left, bottom, right], 1)
+
+
+def _span_inside(centre: Tensor, share: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    side = (share * length).round().long()
+    start = torch.minimum((centre - side // 2).clamp(min=0), length - side)
+    return start, start + side
+
+
+def kept_fraction(boxes: Tensor, size: tuple[int, int]) -> Tensor:
+    """Fraction of pixels outside each box, ``[N]``."""
+    area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+    return 1 - area / (size[0] * size[1])
+
+
+def paste(images: Tensor, filling: Tensor, boxes: Tensor) -> Tensor:
+    """``filling`` inside the boxes, ``images`` outside; both ``[N, C, H, W]``."""
+    top, left, bottom, right = boxes[:, :, None].unbind(1)  # each [N, 1]
+    y = torch.arange(images.shape[2], device=images.device)
+    x = torch.arange(images.shape[3], device=images.device)
+    inside_y, inside_x = (y >= top) & (y < bottom), (x >= left) & (x < right)
+    return torch.where((inside_y[:, :, None] & inside_x[:, None, :])[:, None], filling, images)
+
+
+def resize_into(images: Tensor, boxes: Tensor) -> Tensor:
+    """Each image of ``[N, C, H, W]`` resized whole into its box (bilinear); undefined outside the box.
+
+    One ``grid_sample`` for the batch: the box's pixel centres are mapped to [-1, 1], which for
+    ``align_corners=False`` is exactly ``F.interpolate`` of each image to its own size.
+    """
+    _, _, height, width = images.shape
+    precise = images.to(torch.promote_types(images.dtype, torch.float32))  # half-precision coordinates would blur
+    top, left, bottom, right = boxes[:, :, None].to(precise.dtype).unbind(1)  # each [N, 1]
+    y = torch.arange(height, device=images.device) + 0.5
+    x = torch.arange(width, device=images.device) + 0.5
+    grid_y = 2 * (y - top) / (bottom - top).clamp(min=1) - 1  # [N, H]
+    grid_x = 2 * (x - left) / (right - left).clamp(min=1) - 1  # [N, W]
+    grid = torch.stack([grid_x[:, None].expand(-1, height, -1), grid_y[:, :, None].expand(-1, -1, width)], -1)
+    with torch.autocast(images.device.type, enabled=False):
+        return F.grid_sample(precise, grid, padding_mode="border", align_corners=False).to(images.dtype)
+
+
+# Random numbers are drawn where the generator lives and then moved: a CPU generator works for images on a GPU.
+
+
+def _uniform(shape: tuple[int, ...], device: torch.device, generator: torch.Generator) -> Tensor:
+    return torch.rand(shape, generator=generator, device=generator.device).to(device, non_blocking=True)
+
+
+def _normal(shape: tuple[int, ...], device: torch.device, generator: torch.Generator) -> Tensor:
+    return torch.randn(shape, generator=generator, device=generator.device).to(device, non_blocking=True)
+
+
+def _random_pixels(count: int, size: tuple[int, int], device: torch.device, generator: torch.Generator) -> Tensor:
+    """Pixel positions (row, column), ``[count, 2]`` int64."""
+    u = _uniform((count, 2), device, generator)
+    return torch.stack([u[:, 0] * size[0], u[:, 1] * size[1]], 1).long()
+
+
+def _beta(count: int, alpha: float, device: torch.device, generator: torch.Generator) -> Tensor:
+    """Beta(alpha, alpha), ``[count]``; as a two-way Dirichlet, because torch.distributions takes no generator."""
+    concentration = torch.full((count, 2), float(alpha), device=generator.device)
+    return torch._sample_dirichlet(concentration, generator=generator)[:, 0].to(device, non_blocking=True)
+
+
+def _noise_like(images: Tensor, generator: torch.Generator) -> Tensor:
+    deviation, mean = torch.std_mean(images.float(), dim=(2, 3), keepdim=True, correction=0)
+    return (mean + deviation * _normal(tuple(images.shape), images.device, generator)).to(images.dtype)
+
+
+def _one_of(name: str, value: str, choices: Sequence[str]) -> str:
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
+    return value
+
+
+def _positive(name: str, value: float) -> float:
+    if not 0 < value < float("inf"):
+        raise ValueError(f"{name}: expected a finite number above 0, got {value!r}")
+    return float(value)
+
+
+def _range(name: str, value: Sequence[float]) -> tuple[float, float]:
+    if len(value) != 2 or not 0 <= value[0] <= value[1] <= 1:
+        raise ValueError(f"{name}: expected 0 <= low <= high <= 1, got {tuple(value)}")
+    return float(value[0]), float(value[1])

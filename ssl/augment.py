@@ -1,0 +1,53 @@
+"""Two random views of every image, whole batches on the device, parameters per image (kornia)."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import kornia.augmentation as K
+import torch
+from torch import Tensor, nn
+
+from gradmix.ssl.config import AugmentConfig
+from gradmix.ssl.images import normalize
+
+
+class TwoViews(nn.Module):
+    """uint8 ``[B, 3, S, S]`` to normalised float views ``[2B, 3, S, S]``, view-major.
+
+    Crop, rotation, flip, colour jitter, greyscale, blur: SimCLR's (arXiv 2002.05709), as far as the config has them.
+    """
+
+    def __init__(self, config: AugmentConfig, size: int):
+        super().__init__()
+        c = config
+        # Resampling through grid_sample crops the whole batch at once; "slice" would go image by image.
+        steps: list[nn.Module] = [
+            K.RandomResizedCrop((size, size), tuple(c.crop), tuple(c.ratio), cropping_mode="resample")
+        ]
+        if c.rotate:
+            steps.append(K.RandomRotation(c.rotate, p=1.0))
+        if c.flip:
+            steps.append(K.RandomHorizontalFlip(p=c.flip))
+        if c.jitter and (c.brightness or c.contrast or c.saturation or c.hue):
+            steps.append(K.ColorJitter(c.brightness, c.contrast, c.saturation, c.hue, p=c.jitter))
+        if c.greyscale:
+            steps.append(K.RandomGrayscale(p=c.greyscale))
+        if c.blur:
+            kernel = max(3, size // 10 // 2 * 2 + 1)  # a tenth of the image, odd
+            steps.append(K.RandomGaussianBlur((kernel, kernel), (0.1, 2.0), p=c.blur))
+        self.steps = nn.Sequential(*steps)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor, seed: int) -> Tensor:
+        views = images.float().div(255).repeat(2, 1, 1, 1)
+        with forked_rng(seed, images.device):
+            views = self.steps(views)
+        return normalize(views.clamp(0, 1))
+
+
+@contextmanager
+def forked_rng(seed: int, device: torch.device) -> Iterator[None]:
+    """The global RNG, seeded, inside; as if nothing had been drawn, outside."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield

@@ -1,0 +1,140 @@
+"""Encoders: torchvision's ResNets at any width, with the small-image stem of SimCLR; saved under torchvision's names."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from torchvision.models import resnet
+
+from gradmix.ssl.config import EncoderConfig
+from gradmix.ssl.images import decode, normalize, to_square
+
+RESNETS: dict[str, tuple[type[nn.Module], list[int]]] = {
+    "resnet18": (resnet.BasicBlock, [2, 2, 2, 2]),
+    "resnet34": (resnet.BasicBlock, [3, 4, 6, 3]),
+    "resnet50": (resnet.Bottleneck, [3, 4, 6, 3]),
+    "resnet101": (resnet.Bottleneck, [3, 4, 23, 3]),
+}
+STEMS = ("small", "imagenet")
+SMALL_IMAGE = 64  # up to this side, the ImageNet stem would throw away most of the picture
+
+
+class ResNet(resnet.ResNet):
+    """torchvision's ResNet without its classifier: images ``[N, 3, H, W]`` to features ``[N, F]``.
+
+    Args:
+        name: key of ``RESNETS``.
+        width: channels of the first stage; 64 is the standard network. F = 8 * width (32 * width for bottlenecks).
+        stem: ``"imagenet"`` (7x7 stride 2, max-pool) or ``"small"`` (3x3 stride 1, none; SimCLR's for CIFAR).
+    """
+
+    def __init__(self, name: str, width: int = 64, stem: str = "imagenet"):
+        block, depths = RESNETS[name]
+        super().__init__(block, depths)
+        if width != 64:  # torchvision has no such argument, so its stages are built again at the other width
+            self.inplanes = width
+            self.bn1 = nn.BatchNorm2d(width)
+            self.layer1 = self._make_layer(block, width, depths[0])
+            self.layer2 = self._make_layer(block, 2 * width, depths[1], stride=2)
+            self.layer3 = self._make_layer(block, 4 * width, depths[2], stride=2)
+            self.layer4 = self._make_layer(block, 8 * width, depths[3], stride=2)
+        small = stem == "small"
+        self.conv1 = nn.Conv2d(3, width, 3 if small else 7, 1 if small else 2, 1 if small else 3, bias=False)
+        if small:
+            self.maxpool = nn.Identity()
+        self.num_features = 8 * width * block.expansion
+        self.fc = nn.Identity()
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+
+def build_backbone(config: EncoderConfig, image_size: int) -> ResNet:
+    """The encoder that a config asks for, freshly initialised, or from ``config.init``.
+
+    Raises:
+        ValueError: unknown encoder or stem, or weights that do not fit.
+    """
+    if config.name not in RESNETS:
+        raise ValueError(f"encoder.name: expected one of {', '.join(RESNETS)}, got {config.name!r}")
+    if config.stem not in (*STEMS, None):
+        raise ValueError(f"encoder.stem: expected small, imagenet or null, got {config.stem!r}")
+    if config.width < 1:
+        raise ValueError(f"encoder.width: expected a positive number, got {config.width}")
+    stem = config.stem or ("small" if image_size <= SMALL_IMAGE else "imagenet")
+    backbone = ResNet(config.name, config.width, stem)
+    if config.init is not None:
+        backbone.load_state_dict(load_weights(Path(config.init)))
+    return backbone
+
+
+def load_weights(path: Path) -> dict[str, Tensor]:
+    """A state dict from safetensors, or from a torch file that holds nothing but tensors.
+
+    Raises:
+        ValueError: missing, damaged, or a pickle with anything else in it (never executed).
+    """
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt") as file:
+                return {name: file.get_tensor(name) for name in file.keys()}
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, RuntimeError, OSError, EOFError, ValueError) as error:
+        raise ValueError(f"{path}: not a readable weights file ({error})") from error
+
+
+class Backbone(nn.Module):
+    """A pretrained backbone with its transform, as :func:`gradmix.load` returns it.
+
+    Attributes:
+        image_size: side of the square images it was trained on.
+        num_features: F.
+    """
+
+    def __init__(self, encoder: ResNet, image_size: int):
+        super().__init__()
+        self.encoder = encoder.eval().requires_grad_(False)
+        self.image_size = image_size
+        self.num_features = encoder.num_features
+
+    def transform(self, image) -> Tensor:
+        """A PIL image or a path to ``[3, S, S]`` uint8, as in training."""
+        is_path = isinstance(image, str | Path)
+        return decode(image, self.image_size) if is_path else to_square(image, self.image_size)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """``[N, 3, H, W]`` uint8, or float in [0, 1], to features ``[N, F]``."""
+        return self.encoder(normalize(images))
+
+
+def backbone_metadata(config: EncoderConfig, stem: str, image_size: int) -> dict[str, str]:
+    """What a weights file must say of itself to be rebuilt; goes into its safetensors header."""
+    encoder = {"name": config.name, "width": config.width, "stem": stem}
+    return {"gradmix": json.dumps({"encoder": encoder, "image_size": image_size})}
+
+
+def load_backbone(run: str | Path) -> Backbone:
+    """See :func:`gradmix.load`.
+
+    Raises:
+        ValueError: no backbone there, or not one of ours.
+    """
+    path = Path(run).expanduser()
+    path = path / "backbone.safetensors" if path.is_dir() else path
+    weights = load_weights(path)
+    with safe_open(path, "pt") as file:
+        metadata = (file.metadata() or {}).get("gradmix")
+    if metadata is None:
+        raise ValueError(f"{path}: does not say which encoder it belongs to; it was not written by gradmix-pretrain")
+    described = json.loads(metadata)
+    encoder = ResNet(**described["encoder"])
+    encoder.load_state_dict(weights)
+    return Backbone(encoder, described["image_size"])
+
+
+def stem_of(backbone: ResNet) -> str:
+    return "small" if backbone.conv1.kernel_size == (3, 3) else "imagenet"

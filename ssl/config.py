@@ -1,0 +1,100 @@
+"""The run's configuration: every key with its type, default and meaning. configs/*.yaml hold only differences.
+
+Hydra composes it, so that types are checked and an unknown key is an error.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING
+
+
+@dataclass
+class AugmentConfig:
+    """The views of an image. Probabilities and strengths; 0 switches a step off."""
+
+    crop: tuple[float, float] = (0.2, 1.0)  # area of the random resized crop
+    ratio: tuple[float, float] = (0.75, 1.3333)  # aspect ratio of the crop
+    rotate: float = 0.0  # degrees, uniform in +-rotate
+    flip: float = 0.5
+    jitter: float = 0.8  # probability of the colour jitter
+    brightness: float = 0.4
+    contrast: float = 0.4
+    saturation: float = 0.4
+    hue: float = 0.1
+    greyscale: float = 0.2
+    blur: float = 0.0
+
+
+@dataclass
+class DataConfig:
+    name: str = MISSING
+    root: str | None = None  # folder of the images; where torchvision's data sets are downloaded to
+    image_size: int = 32
+    split: int | str | None = None  # 0-4: the field's open-set splits; all: every one; null: all classes are known
+    known: list[Any] | None = None  # known classes by name or index, instead of a split
+    holdout: float = 0.1  # share of the known training images kept aside: thresholds, kNN while training
+    test_fraction: float = 0.25  # imagefolder without test/: share of the images that becomes the test set
+    memory_gib: float = 4.0  # images that fit are decoded once and kept as uint8; larger sets stream
+    workers: int = 2  # decoder processes, when streaming
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+
+
+@dataclass
+class MethodConfig:
+    """loss = supervised * SupCon + selfsup * NT-Xent (+ the mixed term, weighted like the loss that it belongs to)."""
+
+    name: str = MISSING
+    supervised: float = 0.0
+    selfsup: float = 0.0
+    temperature: float = 0.1
+    mixed_loss: str = "selfsup"  # which loss the mixed images enter: selfsup | supervised
+    attribution: str = "selfsup"  # whose gradient guides GradMix: selfsup | supervised | joint
+
+
+@dataclass
+class MixConfig:
+    name: str = MISSING
+    weight: float = 1.0  # of the mixed term
+    probability: float = 1.0  # that a batch is mixed
+    start_epoch: int = 0
+    end_epoch: int | None = None  # stop mixing at this epoch
+    options: dict[str, Any] = field(default_factory=dict)  # the mixer's own arguments
+
+
+@dataclass
+class EncoderConfig:
+    name: str = MISSING
+    width: int = 64  # channels of the first stage
+    stem: str | None = None  # small: 3x3 stride 1, no max-pool; imagenet; null: by image size (small up to 64)
+    init: str | None = None  # weights to start from (safetensors or a plain state dict)
+    head_dim: int = 128  # of the projections
+
+
+@dataclass
+class OptimizerConfig:
+    name: str = MISSING
+    base_lr: float = 1e-3  # for a batch of 256; lr = base_lr * batch_size / 256
+    weight_decay: float = 0.0
+    warmup_epochs: float = 0.0
+    final_lr: float = 0.0  # where the cosine ends, as a share of lr
+
+
+@dataclass
+class Config:
+    seed: int = 0
+    epochs: int = 100
+    batch_size: int = 256  # over all devices
+    run_dir: str = MISSING
+    data: DataConfig = field(default_factory=DataConfig)
+    method: MethodConfig = field(default_factory=MethodConfig)
+    mix: MixConfig = field(default_factory=MixConfig)
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    detectors: list[str] = field(default_factory=lambda: ["deep_knn", "class_knn", "mahalanobis"])
+    knn_k: int = 20
+    knn_temperature: float = 0.07
+    knn_every: int = 10  # epochs between two kNN checks on the held-out images, 0 for none
+    pictures_every: int = 25  # epochs between two pictures of views, maps and mixed images, 0 for none
+    checkpoint_seconds: float = 30.0  # how much training a killed run may lose
+    trainer: dict[str, Any] = field(default_factory=dict)  # handed to Lightning's Trainer

@@ -1,0 +1,234 @@
+"""Where images come from, and who is known: training, held-out and test sets of one open-set split."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gradmix.ssl.config import DataConfig
+from gradmix.ssl.images import ImageSet, from_array, list_images
+from gradmix.ssl.splits import SPLITS
+
+
+@dataclass(frozen=True)
+class OpenSetData:
+    """One split.
+
+    Attributes:
+        train: images of known classes; the bank of every detector.
+        held_out: a share of the known training images kept aside, for thresholds and for watching training.
+        test: known classes labelled 0..K-1, unknown ones -1.
+        classes: names of the K known classes; empty when the images have none.
+        unknown: names of the unknown classes.
+    """
+
+    train: ImageSet
+    held_out: ImageSet
+    test: ImageSet
+    classes: list[str]
+    unknown: list[str]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set before the split: labels index ``classes``; -1 where an image has no class."""
+
+    train: ImageSet
+    test: ImageSet
+    classes: list[str]
+
+
+def load_data(config: DataConfig, seed: int) -> OpenSetData:
+    """Read a data set and split it into known and unknown.
+
+    Args:
+        config: the ``data`` part of the run's config.
+        seed: draws the held-out images (and the test images of a folder that has no ``test/``).
+
+    Raises:
+        ValueError: missing or empty folders, unreadable images, unknown splits or classes; one line each.
+    """
+    source = SOURCES[config.name](config, seed)
+    if not source.classes:
+        if config.known is not None:
+            raise ValueError("data.known: the images in data.root have no classes to choose from")
+        train, test, known = source.train, source.test, []
+    else:
+        known = known_classes(config, source)
+        of_class = torch.full((len(source.classes) + 1,), -1)
+        of_class[known] = torch.arange(len(known))
+        train_labels, test_labels = of_class[source.train.labels], of_class[source.test.labels]
+        train = replace(source.train, labels=train_labels).select((train_labels >= 0).nonzero()[:, 0])
+        test = replace(source.test, labels=test_labels)
+        present = train.labels.bincount(minlength=len(known))
+        if (present == 0).any():
+            missing = [source.classes[known[i]] for i in (present == 0).nonzero()[:, 0].tolist()]
+            raise ValueError(f"data.root: {config.root}: no training images of the known classes {', '.join(missing)}")
+        if len(known) < 2:
+            raise ValueError(
+                f"data: one known class only ({source.classes[known[0]]}); give at least two, "
+                "or a flat folder without classes and method=simclr"
+            )
+    kept, aside = _stratified(train.labels, config.holdout, seed)
+    limit = int(config.memory_gib * 2**30)
+    train = train.in_memory(limit)
+    return OpenSetData(
+        train=train.select(kept),
+        held_out=train.select(aside),
+        test=test.in_memory(limit),
+        classes=[source.classes[i] for i in known],
+        unknown=[name for i, name in enumerate(source.classes) if i not in set(known)],
+    )
+
+
+def known_classes(config: DataConfig, source: Source) -> list[int]:
+    """Indices of the known classes: ``data.known``, else the data set's split, else all that have training images."""
+    if config.known is not None:
+        by_name = {name: index for index, name in enumerate(source.classes)}
+        known = []
+        for entry in config.known:
+            index = by_name.get(str(entry), entry)
+            if not isinstance(index, int) or not 0 <= index < len(source.classes):
+                raise ValueError(
+                    f"data.known: {entry!r} is no class of data={config.name}; classes are "
+                    f"{', '.join(source.classes[:20])}{', ...' if len(source.classes) > 20 else ''}"
+                )
+            known.append(index)
+        if len(set(known)) < len(known):
+            raise ValueError(f"data.known: a class is named twice in {list(config.known)}")
+        return known
+    if config.split is None:
+        return source.train.labels.unique().tolist()
+    splits = SPLITS.get(config.name)
+    if splits is None:
+        raise ValueError(f"data.split: data={config.name} has no splits; name the known classes with data.known=[...]")
+    if not isinstance(config.split, int) or not 0 <= config.split < len(splits):
+        raise ValueError(f"data.split: {config.split!r} does not exist; choose 0-{len(splits) - 1}, or all")
+    return splits[config.split]
+
+
+def _stratified(labels: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Indices kept and set aside: ``share`` of each class (at least one image of a class that has two), seeded."""
+    rng = np.random.default_rng([seed, 0x5EED])
+    aside = torch.zeros(len(labels), dtype=torch.bool)
+    for label in labels.unique().tolist():
+        members = (labels == label).nonzero()[:, 0].numpy()
+        count = min(max(round(share * len(members)), 1), len(members) - 1) if share > 0 else 0
+        aside[torch.from_numpy(rng.permutation(members)[:count])] = True
+    return (~aside).nonzero()[:, 0], aside.nonzero()[:, 0]
+
+
+def digits(config: DataConfig, seed: int) -> Source:
+    """scikit-learn's 1,797 real handwritten digits, 8 x 8; a fixed third of each class is the test set."""
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    images = from_array((data.images * (255 / 16)).round().astype(np.uint8), config.image_size)
+    everything = ImageSet(torch.from_numpy(data.target).long(), config.image_size, images)
+    train, test = _stratified(everything.labels, 1 / 3, seed=0)  # fixed: the same test set for every seed
+    return Source(everything.select(train), everything.select(test), [str(i) for i in range(10)])
+
+
+def imagefolder(config: DataConfig, seed: int) -> Source:
+    """``root/train/<class>/`` and ``root/test/<class>/``; or ``root/<class>/``; or ``root/`` with images alone."""
+    root = _existing_root(config)
+    if (root / "train").is_dir():
+        test_root = next((root / name for name in ("test", "val") if (root / name).is_dir()), None)
+        if test_root is None:
+            raise ValueError(f"data.root: {root} has train/ but neither test/ nor val/")
+        names = sorted({*_class_names(root / "train"), *_class_names(test_root)})
+        return Source(
+            _folder(root / "train", names, config.image_size), _folder(test_root, names, config.image_size), names
+        )
+    names = _class_names(root)
+    everything = _folder(root, names, config.image_size)
+    train, test = _stratified(everything.labels, config.test_fraction, seed)
+    return Source(everything.select(train), everything.select(test), names)
+
+
+def tinyimagenet(config: DataConfig, seed: int) -> Source:
+    """TinyImageNet in its own layout; the validation images are the test set. Training folders may be missing."""
+    root = _existing_root(config)
+    root = root / "tiny-imagenet-200" if (root / "tiny-imagenet-200").is_dir() else root
+    for needed in ("wnids.txt", "train", "val/val_annotations.txt"):
+        if not (root / needed).exists():
+            raise ValueError(f"data.root: {root} is not TinyImageNet's folder, {needed} is missing")
+    names = sorted((root / "wnids.txt").read_text().split())
+    index = {name: i for i, name in enumerate(names)}
+    rows = [line.split("\t")[:2] for line in (root / "val/val_annotations.txt").read_text().splitlines()]
+    test = ImageSet(
+        torch.tensor([index[wnid] for _, wnid in rows]),
+        config.image_size,
+        files=[str(root / "val/images" / file) for file, _ in rows],
+    )
+    present = [name for name in names if (root / "train" / name).is_dir()]
+    return Source(_folder(root / "train", names, config.image_size, present), test, names)
+
+
+def _torchvision(name: str) -> Callable[[DataConfig, int], Source]:
+    def load(config: DataConfig, seed: int) -> Source:
+        from torchvision import datasets
+
+        kind = getattr(datasets, name)
+        parts = []
+        for train in (True, False):
+            which = {"split": "train" if train else "test"} if name == "SVHN" else {"train": train}
+            try:
+                parts.append(kind(config.root or "data", download=True, **which))
+            except (OSError, RuntimeError) as error:
+                raise ValueError(
+                    f"data.root: {config.root or 'data'} does not hold {name}, and it can't be downloaded ({error})"
+                ) from error
+        sets = []
+        for part in parts:
+            array = np.asarray(part.data)
+            array = array.transpose(0, 2, 3, 1) if name == "SVHN" else array
+            labels = torch.as_tensor(np.asarray(part.labels if name == "SVHN" else part.targets)).long()
+            sets.append(ImageSet(labels, config.image_size, from_array(array, config.image_size)))
+        classes = [str(c) for c in range(10)] if name in ("SVHN", "MNIST") else list(parts[0].classes)
+        return Source(*sets, classes)
+
+    return load
+
+
+SOURCES: dict[str, Callable[[DataConfig, int], Source]] = {
+    "digits": digits,
+    "imagefolder": imagefolder,
+    "tinyimagenet": tinyimagenet,
+    "cifar10": _torchvision("CIFAR10"),
+    "cifar100": _torchvision("CIFAR100"),
+    "svhn": _torchvision("SVHN"),
+    "mnist": _torchvision("MNIST"),
+}
+
+
+def _existing_root(config: DataConfig) -> Path:
+    if config.root is None:
+        raise ValueError(f"data.root: data={config.name} needs the folder of its images, data.root=PATH")
+    root = Path(config.root).expanduser()
+    if not root.is_dir():
+        raise ValueError(f"data.root: {root} is not a folder")
+    return root
+
+
+def _class_names(root: Path) -> list[str]:
+    return sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+
+
+def _folder(root: Path, names: list[str], size: int, present: list[str] | None = None) -> ImageSet:
+    """Images of ``root/<class>/``; of ``root`` itself, labelled -1, when there are no class folders."""
+    files, labels = [], []
+    for index, name in enumerate(names):
+        if present is None or name in present:
+            found = list_images(root / name) if (root / name).is_dir() else []
+            files += found
+            labels += [index] * len(found)
+    if not names:
+        files = list_images(root)
+        labels = [-1] * len(files)
+    if not files:
+        raise ValueError(f"data.root: no images in {root}; expected {root}/<class>/*.jpg (or .png, ...)")
+    return ImageSet(torch.tensor(labels), size, files=files)

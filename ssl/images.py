@@ -1,0 +1,135 @@
+"""Images as the project sees them: uint8 RGB squares of one size, in memory or decoded on demand."""
+
+import warnings
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torchvision.transforms.functional import InterpolationMode, center_crop, pil_to_tensor, resize
+
+EXTENSIONS = frozenset(Image.registered_extensions())
+# The usual constants, for every data set: the first BatchNorm absorbs the rest, and ImageNet weights fit in.
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images and labels.
+
+    Attributes:
+        labels: ``[N]`` int64: 0..K-1, or -1 for unknown classes and for images without a class.
+        size: side S of the square that every image becomes.
+        images: ``[N, 3, S, S]`` uint8, or None while they are only files.
+        files: paths, or None when the images never were files.
+    """
+
+    labels: Tensor
+    size: int
+    images: Tensor | None = None
+    files: Sequence[str] | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int, int]:
+        """One image ``[3, S, S]`` uint8, its label and its index: what DataLoader workers ask for."""
+        index = int(index)
+        image = self.images[index] if self.images is not None else decode(self.files[index], self.size)
+        return image, int(self.labels[index]), index
+
+    def select(self, indices: Tensor) -> "ImageSet":
+        """The images at ``indices`` (int64), in that order."""
+        return ImageSet(
+            self.labels[indices],
+            self.size,
+            None if self.images is None else self.images[indices],
+            None if self.files is None else [self.files[i] for i in indices.tolist()],
+        )
+
+    def in_memory(self, limit: int) -> "ImageSet":
+        """With all images decoded if they take at most ``limit`` bytes, else unchanged.
+
+        Raises:
+            ValueError: files that are no readable images; the message names them.
+        """
+        if self.images is not None or len(self) * 3 * self.size**2 > limit:
+            return self
+        images = torch.empty(len(self), 3, self.size, self.size, dtype=torch.uint8)
+        bad: list[str] = []
+
+        def fill(index: int) -> None:
+            try:
+                images[index] = decode(self.files[index], self.size)
+            except ValueError as error:
+                bad.append(str(error))
+
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(fill, range(len(self))))
+        if bad:
+            shown = "; ".join(sorted(bad)[:20])
+            raise ValueError(f"data: {len(bad)} of {len(self)} files can't be used; remove or replace them: {shown}")
+        return replace(self, images=images)
+
+
+def decode(path: str | Path, size: int) -> Tensor:
+    """An image file as ``[3, size, size]`` uint8 RGB: upright, shorter side scaled to ``size``, centre cropped.
+
+    Raises:
+        ValueError: the file is missing or no image that can be read in full; the message names it.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                return to_square(image, size)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ValueError(f"{path}: not a readable image ({error})") from error
+
+
+def to_square(image: Image.Image, size: int) -> Tensor:
+    """A PIL image as ``[3, size, size]`` uint8 RGB."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16 bit: convert("RGB") would clip everything above 255
+        image = Image.fromarray((np.asarray(image, dtype=np.float64) / 257).clip(0, 255).astype(np.uint8))
+    image = image.convert("RGB")
+    if image.size != (size, size):
+        image = center_crop(resize(image, size, InterpolationMode.BILINEAR, antialias=True), size)
+    return pil_to_tensor(image)
+
+
+def from_array(array: np.ndarray, size: int) -> Tensor:
+    """``[N, H, W]`` or ``[N, H, W, 3]`` uint8 to ``[N, 3, size, size]`` uint8."""
+    images = torch.from_numpy(np.ascontiguousarray(array))
+    images = images[:, None].expand(-1, 3, -1, -1) if images.ndim == 3 else images.permute(0, 3, 1, 2)
+    if images.shape[2:] != (size, size):
+        images = resize(images, [size, size], InterpolationMode.BILINEAR, antialias=True)
+    return images.contiguous()
+
+
+def normalize(images: Tensor) -> Tensor:
+    """uint8, or floats in [0, 1], ``[..., 3, H, W]`` to the backbone's input: float, mean and deviation removed."""
+    images = images.float() / 255 if images.dtype == torch.uint8 else images
+    return (images - _channels(MEAN, images)) / _channels(STD, images)
+
+
+def denormalize(images: Tensor) -> Tensor:
+    """The inverse of :func:`normalize`, in [0, 1]; for pictures."""
+    return (images * _channels(STD, images) + _channels(MEAN, images)).clamp(0, 1)
+
+
+def _channels(values: tuple[float, ...], like: Tensor) -> Tensor:
+    return torch.tensor(values, dtype=like.dtype, device=like.device)[:, None, None]
+
+
+def list_images(folder: Path) -> list[str]:
+    """Image files in ``folder`` and below, by extension, sorted; hidden files are left out."""
+    return sorted(
+        str(path)
+        for path in folder.rglob("*")
+        if path.suffix.lower() in EXTENSIONS and not path.name.startswith(".") and path.is_file()
+    )

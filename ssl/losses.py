@@ -1,0 +1,161 @@
+"""Contrastive losses on L2-normalised projections, gathered across processes, with an optional mixed term.
+
+Every process computes the loss of its own rows against the rows of all; the mean over processes (what
+DistributedDataParallel takes of the gradients) is then the loss of the concatenated batch, and its gradient.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+class NTXentLoss(nn.Module):
+    """NT-Xent, the loss of SimCLR (arXiv 2002.05709), and the mixed term of GradMix (arXiv 2505.12803).
+
+    Args:
+        temperature: T > 0 in ``similarity / T``.
+    """
+
+    def __init__(self, temperature: float = 0.05):
+        super().__init__()
+        self.temperature = _positive_temperature(temperature)
+
+    def forward(self, z: Tensor, positives: Tensor | None = None, weight: Tensor | None = None) -> Tensor:
+        """
+        Args:
+            z: ``[2B, D]``, L2-normalised, view-major: rows r and (r + B) mod 2B are views of one image.
+            positives: ``[2B, D]``, projections of the mixed images; row r belongs to row r of ``z``. With them
+                the mixed term alone is returned: anchor r is drawn to the *other* view's mixed row; the
+                denominator stays that of the clean rows.
+            weight: ``[2B]``, the share of each mixed row that is still itself; pairs with ``positives``.
+
+        Returns:
+            Scalar: mean over the 2B anchors of this process.
+
+        Raises:
+            ValueError: shapes that do not fit.
+        """
+        _check(z, positives, weight)
+        if z.shape[0] % 2:
+            raise ValueError(f"z: expected two views per image, got {z.shape[0]} rows")
+        with torch.autocast(z.device.type, enabled=False):
+            z, positives, weight = _full_precision(z, positives, weight)
+            everyone, first = gather(z)
+            own = first + torch.arange(len(z), device=z.device)
+            similarity = z @ everyone.T / self.temperature  # [2B, all rows]
+            denominator = similarity.scatter(1, own[:, None], -torch.inf).logsumexp(1)
+            half = len(z) // 2
+            partner = (z if positives is None else positives).roll(half, 0)  # the other view's row
+            loss = denominator - (z * partner).sum(1) / self.temperature
+            if weight is not None:
+                loss = loss * weight.roll(half, 0)
+            return loss.mean()
+
+
+class SupConLoss(nn.Module):
+    """Supervised contrastive loss, the variant L_out (sum outside the logarithm) of arXiv 2004.11362.
+
+    Args:
+        temperature: T > 0 in ``similarity / T``.
+    """
+
+    def __init__(self, temperature: float = 0.05):
+        super().__init__()
+        self.temperature = _positive_temperature(temperature)
+
+    def forward(
+        self, z: Tensor, labels: Tensor, positives: Tensor | None = None, weight: Tensor | None = None
+    ) -> Tensor:
+        """
+        Args:
+            z: ``[N, D]``, L2-normalised.
+            labels: ``[N]`` int64, one per row of ``z``.
+            positives: ``[N, D]``, projections of the mixed images. With them the mixed term alone is returned:
+                an anchor is drawn to the mixed rows of its class, its own left out; the denominator stays that
+                of the clean rows.
+            weight: ``[N]``, the share of each mixed row that is still itself; pairs with ``positives``.
+
+        Returns:
+            Scalar: mean over the anchors that have a positive (over all processes); 0 if none has.
+
+        Raises:
+            ValueError: shapes that do not fit.
+        """
+        _check(z, positives, weight)
+        if labels.shape != z.shape[:1]:
+            raise ValueError(f"labels: expected one per row of z, [{len(z)}], got {tuple(labels.shape)}")
+        with torch.autocast(z.device.type, enabled=False):
+            z, positives, weight = _full_precision(z, positives, weight)
+            everyone, first = gather(z)
+            everyones_labels, _ = gather(labels)
+            own = (first + torch.arange(len(z), device=z.device))[:, None]
+            similarity = z @ everyone.T / self.temperature  # [N, all rows]
+            denominator = similarity.scatter(1, own, -torch.inf).logsumexp(1)
+            same = (labels[:, None] == everyones_labels[None]).scatter(1, own, False)
+            count = same.sum(1)
+            if positives is not None:
+                similarity = z @ gather(positives)[0].T / self.temperature
+            pair_loss = denominator[:, None] - similarity
+            if weight is not None:
+                pair_loss = pair_loss * gather(weight)[0][None]
+            loss = pair_loss.masked_fill(~same, 0).sum(1) / count.clamp(min=1)
+            return loss.sum() / _mean_over_processes((count > 0).sum()).clamp(min=1 / world_size())
+
+
+def gather(rows: Tensor) -> tuple[Tensor, int]:
+    """Rows of all processes, in rank order, with gradients, and where this process's rows begin."""
+    if world_size() == 1:
+        return rows, 0
+    return _Gather.apply(rows), dist.get_rank() * len(rows)
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+class _Gather(torch.autograd.Function):
+    """Own function because torch.distributed.nn is deprecated, and most gathers in use drop the gradient that
+    other processes have for one's rows or scale it by 1 / world size."""
+
+    @staticmethod
+    def forward(ctx, rows: Tensor) -> Tensor:
+        ctx.count = len(rows)
+        parts = [torch.empty_like(rows, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, rows.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        gradient = gradient.contiguous().clone()
+        dist.all_reduce(gradient)  # sum: every process's loss counts these rows
+        first = dist.get_rank() * ctx.count
+        return gradient[first : first + ctx.count]
+
+
+def _mean_over_processes(value: Tensor) -> Tensor:
+    value = value.float()
+    if world_size() > 1:
+        dist.all_reduce(value)
+    return value / world_size()
+
+
+def _full_precision(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Half precision cannot hold exp(1 / 0.05); float64 stays as it is."""
+    return tuple(t.float() if t is not None and t.dtype in (torch.float16, torch.bfloat16) else t for t in tensors)
+
+
+def _check(z: Tensor, positives: Tensor | None, weight: Tensor | None) -> None:
+    if z.ndim != 2 or len(z) < 2:
+        raise ValueError(f"z: expected [N, D] with at least 2 rows, got {tuple(z.shape)}")
+    if positives is not None and positives.shape != z.shape:
+        raise ValueError(f"positives: expected the shape of z, {tuple(z.shape)}, got {tuple(positives.shape)}")
+    if weight is not None and positives is None:
+        raise ValueError("weight: belongs to positives, but there are none")
+    if weight is not None and weight.shape != z.shape[:1]:
+        raise ValueError(f"weight: expected one per row, [{len(z)}], got {tuple(weight.shape)}")
+
+
+def _positive_temperature(temperature: float) -> float:
+    if not temperature > 0:
+        raise ValueError(f"temperature: expected a number above 0, got {temperature!r}")
+    return float(temperature)

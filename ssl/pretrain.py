@@ -1,0 +1,172 @@
+"""The training step: two views, contrastive loss, attribution on the same graph, mixed views, one backward pass."""
+
+from contextlib import nullcontext
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from lightly.models.modules.heads import ProjectionHead
+from lightly.utils.lars import LARS
+from lightly.utils.scheduler import CosineWarmupScheduler
+from pytorch_lightning import LightningModule
+from torch import Tensor, nn
+
+from gradmix.mixing import MIXERS, GradMix, Mixed, Mixer
+from gradmix.ssl.augment import TwoViews
+from gradmix.ssl.backbones import build_backbone
+from gradmix.ssl.config import Config, MethodConfig, MixConfig
+from gradmix.ssl.images import ImageSet
+from gradmix.ssl.loader import Batch, TrainLoader, seed_of
+from gradmix.ssl.losses import NTXentLoss, SupConLoss
+
+OPTIMIZERS = ("adam", "adamw", "sgd", "lars")
+
+
+class Pretraining(LightningModule):
+    """SimCLR, SupCon or both on ``train``, with or without mixing.
+
+    Args:
+        config: the whole run's configuration.
+        train: training images; labels are used by ``supervised`` losses only.
+    """
+
+    def __init__(self, config: Config, train: ImageSet):
+        super().__init__()
+        method = config.method
+        if method.supervised <= 0 and method.selfsup <= 0:
+            raise ValueError("method: supervised and selfsup are both 0, nothing would be learned")
+        if method.supervised > 0 and (train.labels < 0).any():
+            raise ValueError(f"method: {method.name} needs classes, but data.root has none; use method=simclr")
+        self.config, self.train_set = config, train
+        self.mixer = build_mixer(config.mix)
+        if self.mixer is not None:
+            check_mixing(method)
+        # channels_last: the layout that convolutions want, on GPUs and on CPUs (measured: 1.2 to 1.6 times faster).
+        self.backbone = build_backbone(config.encoder, config.data.image_size).to(memory_format=torch.channels_last)
+        features = self.backbone.num_features
+        self.head = ProjectionHead(
+            [(features, features, None, nn.ReLU()), (features, config.encoder.head_dim, None, None)]
+        )
+        self.augment = TwoViews(config.data.augment, config.data.image_size)
+        self.selfsup_loss = NTXentLoss(method.temperature)
+        self.supervised_loss = SupConLoss(method.temperature)
+        self.pictures: tuple[Tensor, Mixed] | None = None  # the last views and their mix, for TensorBoard
+
+    def project(self, views: Tensor) -> Tensor:
+        return F.normalize(self.head(self.backbone(views)).float(), dim=1)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        method, mix = self.config.method, self.config.mix
+        mixing = self.mixer is not None and mixes_at(mix, self.config.seed, batch.epoch, batch.step)
+        looking = mixing and isinstance(self.mixer, GradMix) and self.mixer.centre == "peak"
+        seed = seed_of(self.config.seed, batch.epoch, batch.step, self.global_rank)
+
+        views = self.augment(batch.images, seed).contiguous(memory_format=torch.channels_last)  # [2B, 3, H, W]
+        labels = batch.labels.repeat(2)  # [2B]
+        with self.mixer.watch(self.backbone) if looking else nullcontext():
+            z = self.project(views)  # [2B, D]
+
+        zero = z.new_zeros(())
+        supervised = self.supervised_loss(z, labels) if method.supervised else zero
+        selfsup = self.selfsup_loss(z) if self.needs_selfsup else zero
+        loss = method.supervised * supervised + method.selfsup * selfsup
+
+        if mixing:
+            guide = {"selfsup": selfsup, "supervised": supervised, "joint": loss}[method.attribution]
+            generator = torch.Generator(views.device).manual_seed(seed)
+            mixed = self.mixer(views, guide if looking else None, generator, projections=z)
+            p = self.project(mixed.images)
+            if method.mixed_loss == "selfsup":
+                mixed_loss = self.selfsup_loss(z, p, mixed.kept)
+                loss = loss + mix.weight * method.selfsup * mixed_loss
+            else:
+                mixed_loss = self.supervised_loss(z, labels, p, mixed.kept)
+                loss = loss + mix.weight * method.supervised * mixed_loss
+            self.log_scalars(mixed=mixed_loss, kept=mixed.kept.mean())
+            self.pictures = views, mixed
+        self.log_scalars(loss=loss, supervised=supervised, selfsup=selfsup)
+        return loss
+
+    @property
+    def needs_selfsup(self) -> bool:
+        method = self.config.method
+        return bool(method.selfsup) or (self.mixer is not None and method.attribution == "selfsup")
+
+    def log_scalars(self, **values: Tensor) -> None:
+        self.log_dict({f"train/{name}": value.detach() for name, value in values.items()})
+
+    def train_dataloader(self) -> TrainLoader:
+        return TrainLoader(
+            self.train_set,
+            self.config.batch_size,
+            self.config.seed,
+            device=self.device,
+            rank=self.global_rank,
+            world_size=self.trainer.world_size,
+            workers=self.config.data.workers,
+        )
+
+    def configure_optimizers(self):
+        optimizer = build_optimizer(self.config, self.parameters())
+        total = int(self.trainer.estimated_stepping_batches)
+        warmup = self.config.optimizer.warmup_epochs * total / max(self.config.epochs, 1)
+        schedule = CosineWarmupScheduler(optimizer, warmup, total, end_value=self.config.optimizer.final_lr)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def build_mixer(config: MixConfig) -> Mixer | None:
+    """The mixer that a config asks for; None for ``mix=none``.
+
+    Raises:
+        ValueError: unknown mixer or option.
+    """
+    if config.name == "none":
+        return None
+    if config.name not in MIXERS:
+        raise ValueError(f"mix.name: expected none or one of {', '.join(MIXERS)}, got {config.name!r}")
+    if not 0 <= config.probability <= 1:
+        raise ValueError(f"mix.probability: expected 0 to 1, got {config.probability}")
+    try:
+        return MIXERS[config.name](**config.options)
+    except TypeError as error:
+        raise ValueError(f"mix.options: {config.name} does not take {dict(config.options)} ({error})") from error
+
+
+def check_mixing(method: MethodConfig) -> None:
+    """
+    Raises:
+        ValueError: the mixed images enter a loss, or attribution follows one, that the method does not have.
+    """
+    weights = {"selfsup": method.selfsup, "supervised": method.supervised}
+    if not weights.get(method.mixed_loss):
+        options = " or ".join(name for name, weight in weights.items() if weight)
+        raise ValueError(f"method.mixed_loss: {method.name} has only {options}, got {method.mixed_loss!r}")
+    guides = ["selfsup", *(["supervised", "joint"] if method.supervised else [])]
+    if method.attribution not in guides:
+        raise ValueError(f"method.attribution: {method.name} has {', '.join(guides)}, got {method.attribution!r}")
+
+
+def mixes_at(config: MixConfig, seed: int, epoch: int, step: int) -> bool:
+    """Whether this step mixes. The same on every process: one that mixed alone would wait forever in the gather."""
+    if epoch < config.start_epoch or (config.end_epoch is not None and epoch >= config.end_epoch):
+        return False
+    return np.random.default_rng([seed, epoch, step]).random() < config.probability
+
+
+def learning_rate(config: Config) -> float:
+    """The linear scaling rule of arXiv 1706.02677."""
+    return config.optimizer.base_lr * config.batch_size / 256
+
+
+def build_optimizer(config: Config, parameters) -> torch.optim.Optimizer:
+    lr, weight_decay = learning_rate(config), config.optimizer.weight_decay
+    match config.optimizer.name:
+        case "adam":
+            return torch.optim.Adam(parameters, lr, weight_decay=weight_decay)
+        case "adamw":
+            return torch.optim.AdamW(parameters, lr, weight_decay=weight_decay)
+        case "sgd":
+            return torch.optim.SGD(parameters, lr, momentum=0.9, weight_decay=weight_decay)
+        case "lars":
+            return LARS(parameters, lr, momentum=0.9, weight_decay=weight_decay)
+    raise ValueError(f"optimizer.name: expected one of {', '.join(OPTIMIZERS)}, got {config.optimizer.name!r}")

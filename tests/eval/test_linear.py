@@ -1,0 +1,109 @@
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_digits
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import StandardScaler
+
+from gradmix.eval.linear import LinearProbe
+
+
+def digits():
+    features, labels = load_digits(return_X_y=True)
+    train = np.random.default_rng(0).random(len(labels)) < 2 / 3
+    return features[train], labels[train], features[~train], labels[~train]
+
+
+def noisy(n, seed, width=64, classes=5):
+    generator = np.random.default_rng(seed)
+    centres = np.random.default_rng(99).normal(size=(classes, width))
+    labels = generator.integers(classes, size=n)
+    return 0.4 * centres[labels] + generator.normal(size=(n, width)), labels
+
+
+def test_is_the_minimum_that_scikit_learn_finds():
+    train, labels, test, _ = digits()
+    scaler = StandardScaler().fit(train)
+    theirs = LogisticRegression(C=1 / (1e-3 * len(train)), max_iter=5000, tol=1e-8)
+    theirs.fit(scaler.transform(train), labels)
+    ours = LinearProbe(weight_decay=1e-3, max_iter=1000).fit(train, labels)
+    expected = theirs.predict_proba(scaler.transform(test))
+    np.testing.assert_allclose(ours.predict_proba(test), expected, atol=5e-3)
+    assert ours.weight_decay_ == 1e-3
+
+
+@pytest.mark.parametrize("data", [digits(), (*noisy(2000, 0), *noisy(4000, 1))], ids=["digits", "noisy"])
+def test_accuracy_is_within_a_fifth_of_a_point_of_scikit_learn(data):
+    train, labels, test, test_labels = data
+    theirs = LogisticRegression(max_iter=5000).fit(StandardScaler().fit(train).transform(train), labels)
+    expected = theirs.score(StandardScaler().fit(train).transform(test), test_labels)
+    accuracy = (LinearProbe().fit(train, labels).predict(test) == test_labels).mean()
+    assert accuracy >= expected - 0.002
+
+
+def test_strength_is_chosen_where_it_matters():
+    """Few images in many dimensions: weak regularisation overfits, and the held-out part notices."""
+    (train, labels), (test, test_labels) = noisy(150, 0), noisy(4000, 1)
+    weak = LinearProbe(weight_decay=1e-6).fit(train, labels)
+    chosen = LinearProbe().fit(train, labels)
+    assert chosen.weight_decay_ >= 1e-2
+    assert (chosen.predict(test) == test_labels).mean() > (weak.predict(test) == test_labels).mean() + 0.01
+
+
+def test_is_deterministic():
+    train, labels, test, _ = digits()
+    first, second = (LinearProbe(max_iter=20).fit(train, labels).predict_proba(test) for _ in range(2))
+    np.testing.assert_array_equal(first, second)
+
+
+def test_weights_are_for_raw_features():
+    train, labels, test, _ = digits()
+    probe = LinearProbe(weight_decay=1e-2).fit(train, labels)
+    np.testing.assert_array_equal((test @ probe.weight_.T + probe.bias_).argmax(axis=1), probe.predict(test))
+    moved = LinearProbe(weight_decay=1e-2).fit(train * 50 - 300, labels)
+    np.testing.assert_allclose(moved.predict_proba(test * 50 - 300), probe.predict_proba(test), atol=1e-3)
+
+
+def test_labels_with_gaps_and_tensors():
+    train, labels, test, test_labels = digits()
+    gaps = np.array([3, 5, 8, 100, 101, 102, 103, 200, 300, 301])
+    probe = LinearProbe(weight_decay=1e-2).fit(torch.from_numpy(train), torch.from_numpy(gaps[labels]))
+    predicted, probabilities = (
+        probe.predict(torch.from_numpy(test)),
+        probe.predict_proba(torch.from_numpy(test)),
+    )
+    assert probe.classes_.tolist() == gaps.tolist()
+    assert predicted.dtype == torch.int64 and probabilities.dtype == torch.float32
+    assert (predicted.numpy() == gaps[test_labels]).mean() > 0.9
+    np.testing.assert_allclose(probabilities.sum(dim=1), 1, rtol=1e-5)
+    np.testing.assert_array_equal(gaps[probabilities.argmax(dim=1)], predicted)
+
+
+def test_classes_with_one_image_are_not_held_out():
+    train, labels = noisy(40, 0)
+    labels[0], labels[labels == 4] = 7, 3
+    probe = LinearProbe().fit(train, labels)
+    assert probe.classes_.tolist() == [0, 1, 2, 3, 7]
+    assert probe.predict(train[:1]).tolist() == [7]
+
+
+def test_one_image_per_class_and_constant_columns():
+    train = np.array([[1.0, 0.1, 5], [2.0, 0.1, 5], [4.0, 0.1, 5]])
+    probe = LinearProbe().fit(train, [0, 1, 2])
+    assert np.isfinite(probe.predict_proba(train)).all()
+    assert np.abs(probe.weight_[:, 1:]).max() < 1e-6
+
+
+def test_bad_input():
+    train, labels = noisy(20, 0)
+    with pytest.raises(ValueError, match="labels: a probe needs two classes, got only 3"):
+        LinearProbe().fit(train, np.full(20, 3))
+    with pytest.raises(ValueError, match=r"labels: expected one for each of 20 features, got shape \(19,\)"):
+        LinearProbe().fit(train, labels[:19])
+    with pytest.raises(ValueError, match=r"weight_decay: expected numbers >= 0, got -1"):
+        LinearProbe(weight_decay=-1)
+    with pytest.raises(ValueError, match=r"holdout: expected a share in \(0, 1\), got 1"):
+        LinearProbe(holdout=1)
+    train[4, 2] = np.nan
+    with pytest.raises(ValueError, match="features: 1 non-finite value, first in row 4"):
+        LinearProbe().fit(train, labels)

@@ -1,0 +1,172 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from gradmix.ssl.config import DataConfig
+from gradmix.ssl.data import load_data
+from gradmix.ssl.images import decode
+from gradmix.ssl.splits import SPLITS
+
+DIGITS = DataConfig(name="digits", image_size=8, split=0)
+
+
+def picture(path, colour=(10, 20, 30), size=(8, 8), mode="RGB"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, colour).convert(mode).save(path)
+    return path
+
+
+def folder(root, classes, count=8, **options):
+    rng = np.random.default_rng(0)
+    for name in classes:
+        for i in range(count):
+            picture(root / name / f"{i}.png", tuple(rng.integers(0, 256, 3).tolist()), **options)
+
+
+def test_digits_are_scikit_learns_and_nobody_is_in_two_sets():
+    data = load_data(DIGITS, seed=0)
+    real = load_digits()
+    assert (
+        len(data.train) + len(data.held_out) + (data.test.labels >= 0).sum()
+        == np.isin(real.target, SPLITS["digits"][0]).sum()
+    )
+    original = {image.tobytes() for image in (real.images * (255 / 16)).round().astype(np.uint8)}
+    seen = []
+    for part in (data.train, data.held_out, data.test):
+        assert torch.equal(part.images[:, 0], part.images[:, 2])
+        seen += [image[0].numpy().tobytes() for image in part.images]
+    assert set(seen) <= original
+    assert len(set(seen)) > len(seen) - 3  # scikit-learn's digits hold a few exact duplicates
+
+
+@pytest.mark.parametrize("split", range(5))
+def test_labels_are_positions_in_the_split_and_the_rest_of_the_test_set_is_unknown(split):
+    data = load_data(replace(DIGITS, split=split), seed=0)
+    real = load_digits()
+    label_of = {
+        image.tobytes(): int(t)
+        for image, t in zip((real.images * (255 / 16)).round().astype(np.uint8), real.target, strict=True)
+    }
+    for part in (data.train, data.held_out, data.test):
+        for image, label in zip(part.images, part.labels.tolist(), strict=True):
+            digit = label_of[image[0].numpy().tobytes()]
+            assert SPLITS["digits"][split][label] == digit if label >= 0 else digit not in SPLITS["digits"][split]
+    assert data.classes == [str(i) for i in SPLITS["digits"][split]]
+    assert not (data.train.labels < 0).any()
+
+
+def test_the_held_out_share_is_drawn_per_class_by_the_seed():
+    first, again, other = (load_data(DIGITS, seed=s) for s in (0, 0, 1))
+    counts = first.held_out.labels.bincount()
+    total = counts + first.train.labels.bincount()
+    assert ((counts.double() / total - 0.1).abs() < 0.01).all()
+    assert torch.equal(first.held_out.images, again.held_out.images)
+    assert not torch.equal(first.held_out.images, other.held_out.images)
+    assert torch.equal(first.test.images, other.test.images)
+    assert len(load_data(replace(DIGITS, holdout=0.0), 0).held_out) == 0
+
+
+def test_known_classes_by_name_and_by_index():
+    by_name = load_data(replace(DIGITS, split=None, known=["7", "3"]), 0)
+    by_index = load_data(replace(DIGITS, split=None, known=[7, 3]), 0)
+    assert by_name.classes == by_index.classes == ["7", "3"]
+    assert torch.equal(by_name.train.images, by_index.train.images)
+
+
+def test_image_folders(tmp_path):
+    folder(tmp_path / "a", ["cat", "dog"])
+    plain = DataConfig(name="imagefolder", image_size=8, root=str(tmp_path / "a"))
+    data = load_data(plain, 0)
+    assert data.classes == ["cat", "dog"] and not data.unknown
+    assert (len(data.train), len(data.held_out), len(data.test)) == (10, 2, 4)
+
+    folder(tmp_path / "b/train", ["cat", "dog"])
+    folder(tmp_path / "b/test", ["cat", "dog", "emu"], 3)
+    data = load_data(replace(plain, root=str(tmp_path / "b")), 0)
+    assert data.classes == ["cat", "dog"] and data.unknown == ["emu"]
+    assert data.test.labels.tolist() == [0] * 3 + [1] * 3 + [-1] * 3
+
+    for i in range(8):
+        picture(tmp_path / "flat" / f"{i}.png")
+    data = load_data(replace(plain, root=str(tmp_path / "flat")), 0)
+    assert data.classes == [] and (data.train.labels == -1).all()
+
+
+def test_tinyimagenet_layout_with_missing_training_folders(tmp_path):
+    names = [f"n{i:08d}" for i in range(200)]
+    root = tmp_path / "tiny-imagenet-200"
+    root.mkdir()
+    (root / "wnids.txt").write_text("\n".join(reversed(names)))  # the file's own order does not count
+    known = [names[i] for i in SPLITS["tinyimagenet"][0]]
+    for i, name in enumerate(known):
+        for j in range(4):
+            picture(root / "train" / name / "images" / f"{name}_{j}.JPEG", (i, j, 0))
+    rows = []
+    for i, name in enumerate(names):
+        picture(root / "val" / "images" / f"val_{i}.JPEG")
+        rows.append(f"val_{i}.JPEG\t{name}\t0\t0\t63\t63")
+    (root / "val" / "val_annotations.txt").write_text("\n".join(rows))
+    config = DataConfig(name="tinyimagenet", image_size=8, split=0, root=str(tmp_path))
+    data = load_data(config, 0)
+    assert data.classes == known and len(data.unknown) == 180
+    assert (data.test.labels >= 0).sum() == 20
+    for label, position in enumerate(SPLITS["tinyimagenet"][0]):
+        assert data.test.labels[position] == label
+    with pytest.raises(ValueError, match="no training images of the known classes"):
+        load_data(replace(config, split=1), 0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"split": 7}, "does not exist; choose 0-4"),
+        ({"split": None, "known": ["11"]}, "'11' is no class"),
+        ({"split": None, "known": ["1"]}, "one known class only"),
+        ({"split": None, "known": ["1", 1]}, "named twice"),
+        ({"name": "imagefolder", "split": None}, "needs the folder"),
+        ({"name": "imagefolder", "split": None, "root": "/nowhere"}, "/nowhere is not a folder"),
+    ],
+)
+def test_bad_settings_are_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        load_data(replace(DIGITS, **change), 0)
+
+
+def test_empty_folders_and_files_that_are_no_images_are_named(tmp_path):
+    config = DataConfig(name="imagefolder", image_size=8, root=str(tmp_path))
+    with pytest.raises(ValueError, match="no images in"):
+        load_data(config, 0)
+    folder(tmp_path, ["cat", "dog"])
+    (tmp_path / "cat" / "page.jpg").write_text("<html>not found</html>")
+    (tmp_path / "dog" / "empty.jpg").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"files can't be used.*(page|empty)\.jpg"):
+        load_data(replace(config, holdout=0, test_fraction=0.01), 0)
+
+
+def test_every_mode_becomes_rgb(tmp_path):
+    for mode in ("L", "P", "RGBA", "CMYK", "1", "LA"):
+        path = tmp_path / f"{mode}.{'tif' if mode == 'CMYK' else 'png'}"
+        image = decode(picture(path, (255, 255, 255), mode=mode), 8)
+        assert image.shape == (3, 8, 8) and image.dtype == torch.uint8
+        assert image.float().mean() > 250
+    deep = tmp_path / "deep.png"
+    Image.fromarray(np.full((8, 8), 0x8000, np.uint16)).save(deep)
+    assert (decode(deep, 8).int() - 127).abs().max() <= 1
+
+
+def test_wide_images_keep_their_middle_and_exif_turns_them(tmp_path):
+    image = Image.new("RGB", (30, 10))
+    image.paste((255, 0, 0), (10, 0, 20, 10))
+    image.save(tmp_path / "wide.png")
+    assert (decode(tmp_path / "wide.png", 10)[0] > 200).all()
+    upright = Image.new("RGB", (10, 10))
+    upright.paste((255, 255, 255), (0, 0, 10, 5))
+    exif = Image.Exif()
+    exif[0x0112] = 3  # taken upside down
+    upright.save(tmp_path / "turned.png", exif=exif)
+    turned = decode(tmp_path / "turned.png", 10)
+    assert turned[:, :5].max() == 0 and turned[:, 5:].min() == 255

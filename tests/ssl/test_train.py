@@ -1,0 +1,124 @@
+"""Training repeats itself: the same seed, and a run that was stopped between two steps."""
+
+import pytest
+import torch
+from pytorch_lightning import Callback
+from safetensors.torch import load_file
+
+from gradmix.ssl.callbacks import newest_checkpoint
+from gradmix.ssl.config import (
+    AugmentConfig,
+    Config,
+    DataConfig,
+    EncoderConfig,
+    MethodConfig,
+    MixConfig,
+    OptimizerConfig,
+)
+from gradmix.ssl.data import load_data
+from gradmix.ssl.pretrain import Pretraining, mixes_at
+from gradmix.ssl.train import train
+
+
+def config(run_dir, method="joint", mix="gradmix", **changes):
+    weights = {"simclr": (0.0, 1.0), "supcon": (1.0, 0.0), "joint": (1.0, 1.0)}[method]
+    inner = "supervised" if method == "supcon" else "selfsup"
+    return Config(
+        run_dir=str(run_dir),
+        epochs=changes.pop("epochs", 2),
+        batch_size=128,
+        data=DataConfig(name="digits", image_size=8, split=0, augment=AugmentConfig(flip=0)),
+        method=MethodConfig(method, *weights, mixed_loss=inner, attribution=inner),
+        mix=MixConfig(mix, **changes.pop("mixing", {})),
+        encoder=EncoderConfig("resnet18", width=4),
+        optimizer=OptimizerConfig("adam"),
+        trainer={"accelerator": "cpu"},
+        **changes,
+    )
+
+
+DATA = load_data(config("unused").data, 0)
+
+
+def weights(run_dir):
+    return load_file(run_dir / "backbone.safetensors") | load_file(run_dir / "head.safetensors")
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("method", ["simclr", "supcon", "joint"])
+@pytest.mark.parametrize("mix", ["none", "gradmix", "cutmix", "mixup"])
+def test_the_same_seed_gives_the_same_weights(tmp_path, method, mix):
+    runs = [tmp_path / "a", tmp_path / "b"]
+    for run in runs:
+        torch.rand(len(run.name))  # what happened before must not matter
+        train(config(run, method, mix, epochs=1), DATA)
+    first, second = map(weights, runs)
+    assert same(first, second)
+    assert all(value.isfinite().all() for value in first.values() if value.is_floating_point())
+
+
+def test_mixing_and_the_seed_matter(tmp_path):
+    for name, changes in {"a": {}, "b": {"mix": "none"}, "c": {"seed": 1}}.items():
+        train(config(tmp_path / name, epochs=1, **changes), DATA)
+    a, b, c = (weights(tmp_path / name) for name in "abc")
+    assert not same(a, b) and not same(a, c)
+
+
+class Stop(Callback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        if trainer.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("step", [1, 4, 5, 6, 10, 11])
+def test_a_stopped_run_goes_on_to_the_same_weights(tmp_path, step):
+    """5 steps an epoch: stops inside epochs, at their ends, and just behind them."""
+    train(config(tmp_path / "whole", epochs=3), DATA)
+    settings = config(tmp_path / "stopped", epochs=3, checkpoint_seconds=0)
+    # Lightning turns a KeyboardInterrupt into an exit
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        train(settings, DATA, [Stop(step)])
+    _, saved = newest_checkpoint(tmp_path / "stopped" / "checkpoints")
+    assert step - 1 <= saved <= step
+    train(settings, DATA)
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "stopped"))
+
+
+def test_a_damaged_checkpoint_is_passed_over(tmp_path):
+    train(config(tmp_path / "whole"), DATA)
+    settings = config(tmp_path / "stopped", checkpoint_seconds=0)
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        train(settings, DATA, [Stop(6)])
+    newest = newest_checkpoint(tmp_path / "stopped" / "checkpoints")[0]
+    newest.write_bytes(newest.read_bytes()[:-500])
+    with pytest.warns(UserWarning, match="damaged checkpoint skipped"):
+        train(settings, DATA)
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "stopped"))
+
+
+def test_when_to_mix():
+    always, never = MixConfig("gradmix"), MixConfig("gradmix", probability=0)
+    places = [(epoch, step) for epoch in range(20) for step in range(50)]
+    assert all(mixes_at(always, 0, *p) for p in places)
+    assert not any(mixes_at(never, 0, *p) for p in places)
+    half = [mixes_at(MixConfig("gradmix", probability=0.5), 0, *p) for p in places]
+    assert 0.45 < sum(half) / len(half) < 0.55
+    window = MixConfig("gradmix", start_epoch=3, end_epoch=5)
+    assert {epoch for epoch, step in places if mixes_at(window, 0, epoch, step)} == {3, 4}
+
+
+def test_a_loss_that_the_method_does_not_have_is_an_error(tmp_path):
+    settings = config(tmp_path, "supcon")
+    settings.method.mixed_loss = "selfsup"
+    with pytest.raises(ValueError, match="supcon has only supervised"):
+        Pretraining(settings, DATA.train)
+    settings = config(tmp_path, "simclr")
+    settings.method.attribution = "supervised"
+    with pytest.raises(ValueError, match="simclr has selfsup"):
+        Pretraining(settings, DATA.train)

@@ -1,0 +1,192 @@
+"""The three commands, as a person types them."""
+
+import csv
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import gradmix
+
+QUICK = ("epochs=2", "encoder.width=4", "knn_every=1", "pictures_every=1", "trainer.accelerator=cpu")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """One small digits run, shared; tests that change it take a copy."""
+    import subprocess
+    import sys
+
+    folder = tmp_path_factory.mktemp("finished")
+    code = "from gradmix.eval.commands import pretrain; pretrain()"
+    subprocess.run([sys.executable, "-c", code, *QUICK, "run_dir=run"], cwd=folder, check=True, capture_output=True)
+    return folder / "run"
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    return shutil.copytree(finished, tmp_path / "copied")
+
+
+def digit_files(folder, count=6):
+    digits = load_digits()
+    folder.mkdir()
+    for i in range(count):
+        Image.fromarray((digits.images[i] * (255 / 16)).astype(np.uint8)).save(folder / f"digit {i}, [a].png")
+    return folder
+
+
+def test_a_run_folder_holds_what_the_design_lists(finished):
+    for name in ("config.yaml", "metrics.json", "backbone.safetensors", "checkpoints", "detector", "features"):
+        assert (finished / name).exists(), name
+    metrics = json.loads((finished / "metrics.json").read_text())
+    for key in ("knn/top1", "linear/top1", "knn_pixels/top1", "osr/pixels/auroc", "train/images_per_s"):
+        assert 0 < metrics[key]
+    for detector in ("deep_knn", "class_knn", "mahalanobis"):
+        for name in ("auroc", "aupr", "fpr95", "fpr95_known", "oscr", "closed_set_accuracy", "balanced_accuracy"):
+            assert 0 <= metrics[f"osr/{detector}/{name}"] <= 1
+    assert metrics["version/torch"] == torch.__version__
+    assert metrics["train/resumed_from_step"] == 0
+
+
+def test_tensorboard_has_curves_and_pictures(finished):
+    events = EventAccumulator(str(finished / "tensorboard")).Reload()
+    scalars = set(events.Tags()["scalars"])
+    assert {"train/loss", "train/images_per_s", "knn/held_out"} <= scalars
+    assert any(tag.startswith("lr") for tag in scalars)
+    assert "mixing" in events.Tags()["images"]
+
+
+def test_evaluating_again_gives_the_same_numbers(run, command):
+    first = json.loads((run / "metrics.json").read_text())
+    result = command("eval", f"run={run}")
+    assert result.code == 0 and "deep_knn on pixels" in result.out
+    assert json.loads((run / "metrics.json").read_text()) == first
+
+
+def test_a_finished_run_says_so(run, command, finished):
+    result = command("pretrain", *QUICK, f"run_dir={run}")
+    assert result.code == 0 and "finished already" in result.out
+
+
+def test_scoring_files_with_the_detectors_folder_alone(run, command, tmp_path):
+    detector = shutil.move(run / "detector", tmp_path / "only this")
+    shutil.rmtree(run)
+    images = digit_files(tmp_path / "some photos")
+    result = command("score", f"detector={detector}", f"images={images}", "out=my scores.csv")
+    assert result.code == 0, result.err
+    rows = list(csv.DictReader(open(tmp_path / "my scores.csv")))
+    assert [row["path"] for row in rows] == sorted(str(p) for p in images.iterdir())
+    for row in rows:
+        assert row["prediction"] in {"2", "4", "5", "9", "8", "3", "unknown"}
+        assert (float(row["margin"]) > 0) == (row["prediction"] == "unknown")
+        assert row["nearest"].startswith("training image ")
+    pattern = command("score", f"detector={detector}", f"images={images}/*0*.png", "out=one.jsonl")
+    assert pattern.code == 0
+    (only,) = map(json.loads, open(tmp_path / "one.jsonl"))
+    assert only["path"] == rows[0]["path"] and only["score"] == pytest.approx(float(rows[0]["score"]), abs=1e-5)
+
+
+def test_unreadable_files_get_a_row_and_the_exit_code_says_so(run, command, tmp_path):
+    images = digit_files(tmp_path / "photos", 2)
+    (images / "broken.png").write_text("<html>")
+    result = command("score", f"detector={run / 'detector'}", f"images={images}")
+    assert result.code == 2 and "1 of 3 files can't be read" in result.err
+    rows = {row["path"].split("/")[-1]: row for row in csv.DictReader(open("scores.csv"))}
+    assert rows["broken.png"]["error"] and not rows["broken.png"]["score"]
+    assert sum(bool(row["score"]) for row in rows.values()) == 2
+
+
+def test_load_gives_the_backbone(run):
+    model = gradmix.load(run)
+    saved = torch.from_numpy(np.asarray(load_digits().images[:1] * (255 / 16))).round().byte()
+    image = model.transform(Image.fromarray(saved[0].numpy()))
+    features = model(image[None])
+    assert features.shape == (1, model.num_features) and features.isfinite().all()
+    assert torch.equal(gradmix.load(run / "detector")(image[None]), features)
+
+
+def test_a_flat_folder_without_classes(command, tmp_path):
+    digits = load_digits()
+    (tmp_path / "flat").mkdir()
+    for i in range(80):
+        Image.fromarray((digits.images[i] * (255 / 16)).astype(np.uint8)).save(tmp_path / "flat" / f"{i}.png")
+    small = ("epochs=1", "batch_size=16", "encoder.width=4", "data=imagefolder", "data.image_size=8", "knn_k=2")
+    result = command("pretrain", *small, "data.root=flat", "method=simclr", "run_dir=run")
+    assert result.code == 0, result.err
+    assert "the images have no classes" in result.out
+    result = command("score", "detector=run/detector", "images=flat", "out=scores.csv")
+    assert result.code == 0, result.err
+    assert all(float(row["score"]) >= 0 for row in csv.DictReader(open("scores.csv")))
+    result = command("pretrain", *small, "data.root=flat", "method=joint", "run_dir=other")
+    assert result.code == 2 and "needs classes" in result.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["epocs=3"], "epocs: no such key; did you mean epochs?"),
+        (["data.splitt=3"], "did you mean data.split?"),
+        (["+data.nonsense=3"], "data.nonsense: no such key"),
+        (["trainer.max_epoch=3"], "did you mean trainer.max_epochs?"),
+        (["data=digitss"], "data: no option 'digitss'; choose from"),
+        (["epochs=many"], "epochs: Value 'many'"),
+        (["epochs=0"], "epochs: expected at least 1"),
+        (["data.split=9"], "data.split: 9 does not exist"),
+        (["data=imagefolder"], "data.root: data=imagefolder needs the folder"),
+        (["data=imagefolder", "data.root=missing"], "missing is not a folder"),
+        (["data=imagefolder", "data.root=empty"], "no images in empty"),
+        (["data=imagefolder", "data.root=one"], "one known class only"),
+        (["data=imagefolder", "data.root=broken"], "files can't be used"),
+        (["batch_size=4096"], "batch_size: 4096 is larger than the training set of"),
+        (["knn_k=100000"], "knn_k: 100000 is larger than the training set"),
+        (["detectors=[deep_kn]"], "detectors: expected some of deep_knn"),
+        (["mix.options.alpha=-1"], "alpha: expected a finite number above 0"),
+        (["mix.options.nonsense=1"], "mix.options: gradmix does not take"),
+        (["encoder.name=vgg"], "encoder.name: expected one of resnet18"),
+        (["encoder.init=nothing.pt"], "nothing.pt: no such file"),
+    ],
+)
+def test_bad_input_is_one_line_that_says_what_to_do(command, tmp_path, arguments, message):
+    (tmp_path / "empty").mkdir()
+    digit_files(tmp_path / "one").rename(tmp_path / "inner")
+    (tmp_path / "one").mkdir()
+    (tmp_path / "inner").rename(tmp_path / "one" / "cat")
+    for name in ("cat", "dog"):
+        (tmp_path / "broken" / name).mkdir(parents=True)
+        for i in range(4):
+            (tmp_path / "broken" / name / f"{i}.jpg").write_text("no image")
+    result = command("pretrain", "run_dir=run", *QUICK, *arguments)
+    assert result.code == 2, result.err
+    assert message in result.err
+    assert len(result.err.strip().splitlines()) == 1, result.err
+    assert not (tmp_path / "run" / "metrics.json").exists()
+
+
+def test_a_folder_of_another_config_is_not_touched(run, command):
+    before = (run / "metrics.json").read_bytes()
+    result = command("pretrain", *QUICK, "epochs=3", f"run_dir={run}")
+    assert result.code == 2
+    assert "belongs to another config (epochs is 2 there and 3 here)" in result.err
+    assert (run / "metrics.json").read_bytes() == before
+
+
+def test_bad_runs_and_detectors_are_named(command, run, tmp_path):
+    assert "not a run's folder" in command("eval", f"run={tmp_path}").err
+    assert "run: missing" in command("eval").err
+    assert f"did you mean {run / 'detector'}?" in command("score", f"detector={run}", "images=/etc/hostname").err
+    assert "names no image file" in command("score", f"detector={run / 'detector'}", "images=nothing*").err
+    weights = run / "detector" / "backbone.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
+    result = command("score", f"detector={run / 'detector'}", "images=/etc/hostname")
+    assert result.code == 2 and "damaged" in result.err
+
+
+def test_debug_shows_the_traceback(command):
+    with pytest.raises(ValueError, match="does not exist"):
+        command("pretrain", "data.split=9", "--debug")

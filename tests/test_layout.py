@@ -1,0 +1,78 @@
+"""The house stands: `ssl/` does not shadow the standard library, the wheel holds every room, imports point one way."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+ROOMS = ("gradmix", "ssl", "eval", "configs")
+
+
+def python(*arguments, cwd=ROOT, **environment):
+    import os
+
+    result = subprocess.run(
+        [sys.executable, *arguments], cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def sources(room):
+    return [p for p in (ROOT / room).rglob("*.py") if not any(part.is_symlink() for part in (p, *p.parents))]
+
+
+def test_ssl_in_the_repository_root_is_the_standard_librarys():
+    where = python("-c", "import ssl; print(ssl.__file__, ssl.OPENSSL_VERSION)")
+    assert str(ROOT / "ssl") not in where
+    assert python("-m", "pip", "--version").startswith("pip ")
+
+
+def test_rooms_without_init_files_stay_without():
+    assert not (ROOT / "ssl" / "__init__.py").exists()
+    assert not list((ROOT / "tests").rglob("__init__.py"))
+
+
+def test_rooms_are_imported_through_gradmix_only():
+    for room in (*ROOMS, "tests", "benchmarks"):
+        for path in sources(room):
+            wrong = re.search(r"^\s*(from|import) (eval|configs|ssl\.\w)", path.read_text(), re.MULTILINE)
+            assert wrong is None, f"{path}: {wrong.group(0)}"
+
+
+def test_imports_point_one_way():
+    forbidden = {
+        "gradmix": r"^(from|import) (gradmix\.(ssl|eval|configs)|pytorch_lightning|hydra)",
+        "ssl": r"^\s*(from|import) gradmix\.eval",
+    }
+    for room, pattern in forbidden.items():
+        for path in sources(room):
+            wrong = re.search(pattern, path.read_text(), re.MULTILINE)
+            assert wrong is None, f"{path}: {wrong.group(0)}"
+
+
+def test_a_wheel_runs_from_another_folder(tmp_path):
+    python("-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(tmp_path), str(ROOT))
+    (wheel,) = tmp_path.glob("gradmix-*.whl")
+    site = tmp_path / "site"
+    python("-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site), str(wheel))
+    modules = [
+        "gradmix." + ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        for room in ("ssl", "eval")
+        for path in sources(room)
+        if path.stem != "__init__"
+    ]
+    code = f"""
+import importlib, gradmix, gradmix.configs
+assert gradmix.__file__.startswith({str(site)!r}), gradmix.__file__
+for name in {modules!r}:
+    importlib.import_module(name)
+from gradmix.eval.commands import pretrain
+pretrain()
+"""
+    (tmp_path / "job.py").write_text(code)
+    job = ("epochs=1", "encoder.width=4", "run_dir=run")
+    out = python(str(tmp_path / "job.py"), *job, cwd=tmp_path, PYTHONPATH=str(site))
+    assert "deep_knn on pixels" in out
+    assert (tmp_path / "run" / "metrics.json").is_file()

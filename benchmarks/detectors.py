@@ -64,6 +64,10 @@ def seconds(function):
     return time.perf_counter() - start, result
 
 
+def best_of(repeats, function):
+    return min((seconds(function) for _ in range(repeats)), key=lambda run: run[0])
+
+
 def compare_exact(options):
     """Every implementation does all its work on the same raw features, normalisation included."""
     train, labels = make_features(options.bank, options.width, (0, 100), seed=1)
@@ -117,9 +121,7 @@ def compare_loop(options, train, labels, test):
 
     took, (scores, classes) = seconds(loop)
     took *= options.queries / len(few)
-    ours, _ = min(
-        (seconds(lambda: ClassKNN(3).fit(train, labels).score(test)) for _ in range(2)), key=lambda r: r[0]
-    )
+    ours, _ = best_of(2, lambda: ClassKNN(3).fit(train, labels).score(test))
     detector = ClassKNN(3).fit(train, labels)
     result = {
         "seconds": took,
@@ -157,18 +159,14 @@ def compare_approximate(options):
 
 def compare_size(features, queries, half):
     exact = Neighbours(features, "Flat")
-    exact_seconds, (exact_values, exact_rows) = seconds(lambda: exact.search(queries, 10))
+    exact_seconds, (exact_values, exact_rows) = best_of(2, lambda: exact.search(queries, 10))
     before = resident()
     # the exact index shares its rows, which are normalised already
     build_seconds, approximate = seconds(lambda: Neighbours(exact.features, inverted_file(len(features))))
     memory = resident() - before
-    runs = [seconds(lambda: approximate.search(queries, 10)) for _ in range(3)]
-    approximate_seconds = min(took for took, _ in runs)
-    values, rows = runs[0][1]
+    approximate_seconds, (values, rows) = best_of(2, lambda: approximate.search(queries, 10))
 
-    fifth, exact_fifth = (
-        np.sqrt(np.maximum(2 - 2 * v[:, 4].astype(float), 0)) for v in (values, exact_values)
-    )
+    fifth, exact_fifth = (np.sqrt(np.maximum(2 - 2 * v[:, 4].astype(float), 0)) for v in (values, exact_values))
     excess = fifth / exact_fifth - 1
     shared = [len(set(ours) & set(theirs)) / 10 for ours, theirs in zip(rows, exact_rows, strict=True)]
     areas = [auroc(scores[:half], scores[half:]) for scores in (exact_fifth, fifth)]
@@ -228,9 +226,7 @@ def processor():
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bank", type=int, default=50_000, help="training features of part 1")
     parser.add_argument("--queries", type=int, default=10_000, help="test features of part 1")
     parser.add_argument("--loop-queries", type=int, default=100, help="of them, for the loop over images")

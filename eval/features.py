@@ -55,11 +55,11 @@ def raw_pixels(images: ImageSet) -> Tensor:
     """The baseline that needs no learning: pixels ``[N, P]`` in [0, 1], images above 32 x 32 averaged down to that."""
     parts = []
     for first in range(0, len(images), 1024):
-        rows = range(first, min(first + 1024, len(images)))
-        batch = (
-            images.images[first : rows.stop] if images.images is not None else torch.stack([images[i][0] for i in rows])
-        )
-        batch = batch.float() / 255
+        last = min(first + 1024, len(images))
+        if images.images is not None:
+            batch = images.images[first:last].float() / 255
+        else:
+            batch = torch.stack([images[i][0] for i in range(first, last)]).float() / 255
         if batch.shape[-1] > 32:
             batch = F.interpolate(batch, size=(32, 32), mode="area")
         parts.append(batch.flatten(1))

@@ -1,4 +1,4 @@
-"""Encoders: torchvision's ResNets at any width, with the small-image stem of SimCLR; saved under torchvision's names."""
+"""Encoders: torchvision's ResNets at any width, with SimCLR's stem for small images; torchvision's parameter names."""
 
 import json
 from pathlib import Path

@@ -80,9 +80,8 @@ def check(config: Config) -> None:
     for key in config.trainer:
         if key not in known:
             near = difflib.get_close_matches(key, known, 1)
-            raise ValueError(
-                f"trainer.{key}: Lightning's Trainer has no such argument{f'; did you mean trainer.{near[0]}?' if near else ''}"
-            )
+            hint = f"; did you mean trainer.{near[0]}?" if near else ""
+            raise ValueError(f"trainer.{key}: Lightning's Trainer has no such argument{hint}")
 
 
 def build_trainer(config: Config, callbacks: list[Callback]) -> Trainer:

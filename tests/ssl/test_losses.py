@@ -190,6 +190,7 @@ LOSSES = {
 
 def one_process(rank: int, port: int, folder: str) -> None:
     """Half of the images of ``case(6)`` and, as DistributedDataParallel does, the mean of loss and gradients."""
+    torch.set_num_threads(1)
     torch.distributed.init_process_group(
         "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2
     )

@@ -30,7 +30,6 @@ import sklearn
 import torch
 from lightly.utils.benchmarking import knn_predict
 from sklearn.neighbors import KNeighborsClassifier
-from torch.nn.functional import cosine_similarity
 
 from gradmix.eval.detectors import ClassKNN
 from gradmix.eval.knn import KNNClassifier
@@ -108,12 +107,12 @@ def compare_exact(options):
 def compare_loop(options, train, labels, test):
     """The class-wise score for one image after another, timed on a few images."""
     few = test[: options.loop_queries]
-    bank, targets = torch.from_numpy(train), torch.from_numpy(labels)
+    bank, targets = torch.from_numpy(unit_rows(train)), torch.from_numpy(labels)
 
     def loop():
         scores, classes = [], []
-        for image in torch.from_numpy(few):
-            similarity = cosine_similarity(image[None], bank)
+        for image in torch.from_numpy(unit_rows(few)):
+            similarity = bank @ image
             top = torch.stack([similarity[targets == c].topk(3).values.sum() for c in range(100)])
             scores.append((top.max() / top.sum()).item())
             classes.append(top.argmax().item())

@@ -18,7 +18,10 @@ from omegaconf.errors import OmegaConfBaseException
 from gradmix.eval.config import EvalConfig, ScoreConfig
 from gradmix.ssl.config import Config
 
-PATHS = ("run", "run_dir", "detector", "images", "out", "data.root", "encoder.init")
+PATHS = (
+    *("run", "run_dir", "against", "corruptions", "root", "unknown_root", "data.root", "data.unknown_root"),
+    *("encoder.init", "detector", "images", "out", "explain"),
+)
 
 
 def pretrain() -> None:
@@ -38,12 +41,11 @@ def score() -> None:
 
 def run_pretrain(config: Config) -> None:
     # Imported here, so that --help and errors in the config answer at once.
-    from gradmix.eval.evaluate import parse_detector, table
+    from gradmix.eval.evaluate import check_detectors, table
     from gradmix.ssl.files import write_json
     from gradmix.ssl.splits import SPLITS
 
-    for entry in config.detectors:
-        parse_detector(entry)
+    check_detectors(config)
     if config.data.split != "all":
         print(table(pretrain_one(config)))
         print(f"\n{config.run_dir}: config, metrics, weights, detector and TensorBoard events")
@@ -87,13 +89,16 @@ def describe(config: Config, data) -> str:
     """One paragraph on what is about to happen."""
     known = len(data.classes)
     unknown = int((data.test.labels < 0).sum()) if known else 0
+    others = f"{len(data.unknown)} unknown"
+    if config.data.unknown_root is not None:
+        others = f"unknown: {config.data.unknown_root}"
     lines = [
         f"{config.data.name}: {len(data.train)} training, {len(data.held_out)} held-out, {len(data.test)} test images"
         + (f" ({unknown} of unknown classes)" if unknown else ""),
     ]
     if known:
         shown = ", ".join(data.classes[:10]) + (", ..." if known > 10 else "")
-        lines.append(f"{known} known classes: {shown}; {len(data.unknown)} unknown")
+        lines.append(f"{known} known classes: {shown}; {others}")
     lines.append(
         f"{config.method.name} with mix={config.mix.name}, {config.encoder.name} width {config.encoder.width}, "
         f"{config.epochs} epochs, batch {config.batch_size}"
@@ -106,7 +111,12 @@ def over_splits(results: list[dict]) -> dict:
     import numpy as np
 
     first = results[0]
-    numbers = [key for key, value in first.items() if isinstance(value, float | int) and all(key in r for r in results)]
+    numbers = [
+        key
+        for key, value in first.items()
+        # the ends of an interval over one split's images; their mean would be the interval of nothing
+        if isinstance(value, float | int) and all(key in r for r in results) and not key.endswith(("_low", "_high"))
+    ]
     summary: dict = {"splits": len(results)}
     for key in numbers:
         values = [r[key] for r in results]
@@ -116,26 +126,38 @@ def over_splits(results: list[dict]) -> dict:
 
 
 def run_eval(config: EvalConfig) -> None:
-    from gradmix.eval.evaluate import device_of, evaluate, parse_detector, table
+    from gradmix.eval.compare import compare, comparison_table
+
+    run_dir = Path(config.run).expanduser()
+    if config.against is not None:
+        other = Path(config.against).expanduser()
+        print(comparison_table(run_dir, other, compare(run_dir, other)))
+        return
+    from gradmix.eval.evaluate import check_detectors, device_of, evaluate, table
     from gradmix.ssl.data import load_data
     from gradmix.ssl.run import read_config
 
-    run_dir = Path(config.run).expanduser()
     run = read_config(run_dir)
-    if config.detectors is not None:
-        run.detectors = config.detectors
-    for entry in run.detectors:
-        parse_detector(entry)
-    if config.root is not None:
-        run.data.root = config.root
+    for key in ("detectors", "detector_options"):
+        if getattr(config, key) is not None:
+            setattr(run, key, getattr(config, key))
+    for key in ("root", "unknown_root"):
+        if getattr(config, key) is not None:
+            setattr(run.data, key, getattr(config, key))
+    check_detectors(run)
     if not (run_dir / "training.json").exists():
         raise ValueError(f"run: {run_dir} has not finished training; gradmix-pretrain run_dir={run_dir} goes on")
-    print(table(evaluate(run_dir, run, load_data(run.data, run.seed), device_of(run))))
+    data = load_data(run.data, run.seed)
+    print(table(evaluate(run_dir, run, data, device_of(run))))
 
 
 def run_score(config: ScoreConfig) -> None:
     from gradmix.eval.scoring import Scorer, find_images, write_scores
+    from gradmix.eval.sheets import write_sheets
 
+    if config.batch_size < 1 or config.explain_limit < 1:
+        key = "batch_size" if config.batch_size < 1 else "explain_limit"
+        raise ValueError(f"{key}: expected at least 1, got {getattr(config, key)}")
     paths = find_images(config.images)
     scorer = Scorer(config.detector)
     out = Path(config.out).expanduser()
@@ -143,6 +165,9 @@ def run_score(config: ScoreConfig) -> None:
     print(f"{out}: {rows} images, {unknown} unknown, {unreadable} unreadable")
     if scorer.detector.threshold is None:
         print("no threshold was calibrated (data.holdout=0), so nothing is called unknown")
+    if config.explain is not None:
+        shown, sheets = write_sheets(scorer, paths, Path(config.explain).expanduser(), config.explain_limit)
+        print(f"{config.explain}: {sheets} sheets with {shown} images and their nearest training images")
     if unreadable:
         raise ValueError(f"images: {unreadable} of {rows} files can't be read; the error column of {out} says why")
 
@@ -216,6 +241,6 @@ def _quoted(argument: str) -> str:
     key, equals, value = argument.partition("=")
     if equals and key.lstrip("+") in PATHS and not value.startswith(("'", '"')) and value != "null":
         return key + "='" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
-    if equals and key.startswith(("trainer.", "mix.options.")):
+    if equals and key.startswith(("trainer.", "mix.options.", "detector_options.")):
         return "++" + argument
     return argument

@@ -1,6 +1,7 @@
 """Configuration of gradmix-eval and gradmix-score: every key with its type, default and meaning."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from omegaconf import MISSING
 
@@ -9,7 +10,11 @@ from omegaconf import MISSING
 class EvalConfig:
     run: str = MISSING  # folder of a trained run
     detectors: list[str] | None = None  # instead of the run's own, NAME or NAME@projections
+    detector_options: dict[str, Any] | None = None  # instead of the run's own: detector_options.deep_knn.k=10
     root: str | None = None  # where the run's data lies now, if it moved
+    unknown_root: str | None = None  # folder of images, any depth: the unknown images, instead of the run's own
+    against: str | None = None  # folder of another run: compare the two, on what each said of the same test images
+    corruptions: str | None = None  # folder in CIFAR-10-C's or TinyImageNet-C's layout; make: the 15 kinds made here
 
 
 @dataclass
@@ -18,3 +23,5 @@ class ScoreConfig:
     images: str = MISSING  # an image, a folder or a pattern
     out: str = "scores.csv"  # .csv, or .jsonl for JSON lines
     batch_size: int = 256
+    explain: str | None = None  # folder for picture sheets: every image beside its 5 nearest training images
+    explain_limit: int = 200  # images on the sheets

@@ -1,5 +1,8 @@
 """From a trained run to its numbers: kNN, linear probe, open-set detectors, and the raw-pixel baseline."""
 
+import dataclasses
+import difflib
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -8,7 +11,8 @@ import torch
 from torch import Tensor
 
 from gradmix.eval import metrics
-from gradmix.eval.detectors import DETECTORS, DeepKNN, Detector
+from gradmix.eval.compare import image_hashes
+from gradmix.eval.detectors import DETECTORS, Detector
 from gradmix.eval.features import Model, raw_pixels
 from gradmix.eval.knn import KNNClassifier
 from gradmix.eval.linear import LinearProbe
@@ -20,17 +24,21 @@ from gradmix.ssl.run import provenance
 
 # ClassKNN looks at the projections, as its authors do; every other detector at the backbone's features.
 SPACES = {"class_knn": "projections"}
+PRIMARY = "deep_knn"  # on backbone features: the detector that claims are made with, and the one that is saved
 
 
 def evaluate(run_dir: Path, config: Config, data: OpenSetData, device: str = "cpu") -> dict[str, Any]:
     """Evaluate a trained run; writes ``features/``, ``detector/`` and ``metrics.json``, and returns the metrics.
 
-    What the data can't answer is left out and listed under ``skipped``: no classes, no unknown images.
+    ``features/scores.safetensors`` holds what every detector says of every test image, for
+    :func:`gradmix.eval.compare.compare`. What the data can't answer is left out and listed under ``skipped``: no
+    classes, no unknown images.
 
     Raises:
         ValueError: bad settings, such as k larger than the training set.
     """
-    detectors = [parse_detector(entry) for entry in config.detectors]
+    options = dict(config.detector_options)
+    detectors = [(key, build_detector(kind.NAME, options), space) for key, kind, space in check_detectors(config)]
     model = Model(run_dir, device)
     sets = {"train": data.train, "held_out": data.held_out, "test": data.test}
     found: dict[str, dict[str, Tensor]] = {}
@@ -40,28 +48,37 @@ def evaluate(run_dir: Path, config: Config, data: OpenSetData, device: str = "cp
             write_tensors(run_dir / "features" / f"{name}.safetensors", found[name])
     result: dict[str, Any] = {"skipped": {}}
     if data.classes:
-        result |= closed_set(config, found["train"], found["test"])
-        pixels = {name: raw_pixels(sets[name]) for name in ("train", "test")}
+        knn, probe = classifiers(config, found["train"])
         known = data.test.labels >= 0
+        features, labels = found["test"]["features"][known], data.test.labels[known]
+        result["knn/top1"] = metrics.closed_set_accuracy(knn.predict(features), labels)
+        result["linear/top1"] = metrics.closed_set_accuracy(probe.predict(features), labels)
+        pixels = {name: raw_pixels(sets[name]) for name in found}
         knn = KNNClassifier(config.knn_k, config.knn_temperature).fit(pixels["train"], data.train.labels)
-        predicted = knn.predict(pixels["test"][known])
-        result["knn_pixels/top1"] = metrics.closed_set_accuracy(predicted, data.test.labels[known])
+        result["knn_pixels/top1"] = metrics.closed_set_accuracy(knn.predict(pixels["test"][known]), labels)
     else:
         result["skipped"]["knn, linear, osr"] = "the images have no classes"
     if data.classes and (data.test.labels < 0).any():
-        for key, kind, space in detectors:
-            spaces = {name: part[space] for name, part in found.items()}
-            result |= open_set(key, kind(), spaces, data)
-        held_out = {"held_out": raw_pixels(data.held_out)} if len(data.held_out) else {}
-        result |= open_set("pixels", DeepKNN(), pixels | held_out, data)
+        scores = {"labels": data.test.labels, "images": image_hashes(data.test)}
+        for key, detector, space in [*detectors, ("pixels", build_detector(PRIMARY, options), None)]:
+            spaces = pixels if space is None else {name: part[space] for name, part in found.items()}
+            head = (probe.weight_, probe.bias_) if space == "features" else None
+            values, score, correct = open_set(detector, spaces, data, head)
+            if key == PRIMARY:
+                interval = metrics.bootstrap(metrics.auroc, score[known], score[~known])
+                values |= {"auroc_low": interval.low, "auroc_high": interval.high}
+            result |= {f"osr/{key}/{name}": value for name, value in values.items()}
+            scores |= {f"{key}/score": score, f"{key}/correct": correct}
+        write_tensors(run_dir / "features" / "scores.safetensors", scores)
     elif data.classes:
         result["skipped"]["osr"] = "the test set has no unknown classes"
-    primary = DeepKNN().fit(found["train"]["features"], data.train.labels if data.classes else None)
+    primary = build_detector(PRIMARY, options)
+    primary.fit(found["train"]["features"], data.train.labels if data.classes else None)
     if "held_out" in found:
         primary.calibrate(found["held_out"]["features"])
     else:
         result["skipped"]["threshold"] = "data.holdout=0 leaves no known images to calibrate on"
-    save_scorer(run_dir / "detector", primary, run_dir / "backbone.safetensors", data.classes, data.train.files)
+    save_scorer(run_dir / "detector", primary, run_dir / "backbone.safetensors", data.classes, data.train)
     training = run_dir / "training.json"
     result |= json.loads(training.read_text()) if training.is_file() else {}
     result |= provenance()
@@ -69,43 +86,79 @@ def evaluate(run_dir: Path, config: Config, data: OpenSetData, device: str = "cp
     return result
 
 
-def closed_set(config: Config, train: dict[str, Tensor], test: dict[str, Tensor]) -> dict[str, float]:
-    """kNN and linear probe on the known classes, accuracies in [0, 1]."""
-    known = test["labels"] >= 0
-    features, labels = test["features"][known], test["labels"][known]
+def classifiers(config: Config, train: dict[str, Tensor]) -> tuple[KNNClassifier, LinearProbe]:
+    """kNN and linear probe, fitted to the training set's backbone features."""
     knn = KNNClassifier(config.knn_k, config.knn_temperature).fit(train["features"], train["labels"])
-    probe = LinearProbe(seed=config.seed).fit(train["features"], train["labels"])
-    return {
-        "knn/top1": metrics.closed_set_accuracy(knn.predict(features), labels),
-        "linear/top1": metrics.closed_set_accuracy(probe.predict(features), labels),
-    }
+    return knn, LinearProbe(seed=config.seed).fit(train["features"], train["labels"])
 
 
-def open_set(key: str, detector: Detector, found: dict[str, Tensor], data: OpenSetData) -> dict[str, float]:
-    """One detector's numbers, ``osr/<key>/...``, in [0, 1].
+def open_set(
+    detector: Detector, found: dict[str, Tensor], data: OpenSetData, head: tuple | None = None
+) -> tuple[dict[str, float], Tensor, Tensor]:
+    """What one detector is worth.
 
     Args:
         found: features of ``train``, ``test`` and, for the calibrated threshold, ``held_out``.
+        head: weight ``[K, F]`` and bias ``[K]`` of a linear classifier, for the detectors that use one.
+
+    Returns:
+        Its numbers in [0, 1] by name; for each test image the score ``[N]``, and whether the image is known and its
+        closest class is the right one ``[N]``.
     """
     known = data.test.labels >= 0
-    detector.fit(found["train"], data.train.labels)
-    scores = detector.score(found["test"])
-    known_scores, unknown_scores = scores[known], scores[~known]
-    labels = data.test.labels[known]
-    correct = detector.classify(found["test"][known]) == labels
+    takes_head = head is not None and "head" in inspect.signature(detector.fit).parameters
+    detector.fit(found["train"], data.train.labels, **({"head": head} if takes_head else {}))
+    score = detector.score(found["test"])
+    correct = (detector.classify(found["test"]) == data.test.labels) & known
+    sides = score[known], score[~known]
     values = {
-        "auroc": metrics.auroc(known_scores, unknown_scores),
-        "aupr": metrics.aupr(known_scores, unknown_scores),
-        "aupr_known": metrics.aupr(known_scores, unknown_scores, positive="known"),
-        "fpr95": metrics.fpr_at_tpr(known_scores, unknown_scores),
-        "fpr95_known": metrics.fpr_at_tpr(known_scores, unknown_scores, positive="known"),
-        "oscr": metrics.oscr(known_scores, unknown_scores, correct),
-        "closed_set_accuracy": float(correct.double().mean()),
+        "auroc": metrics.auroc(*sides),
+        "aupr": metrics.aupr(*sides),
+        "aupr_known": metrics.aupr(*sides, positive="known"),
+        "fpr95": metrics.fpr_at_tpr(*sides),
+        "fpr95_known": metrics.fpr_at_tpr(*sides, positive="known"),
+        "oscr": metrics.oscr(*sides, correct[known]),
+        "closed_set_accuracy": float(correct[known].double().mean()),
     }
     if "held_out" in found:
         detector.calibrate(found["held_out"])
-        values["balanced_accuracy"] = metrics.balanced_accuracy(known_scores, unknown_scores, detector.threshold)
-    return {f"osr/{key}/{name}": value for name, value in values.items()}
+        values["balanced_accuracy"] = metrics.balanced_accuracy(*sides, detector.threshold)
+    return values, score, correct
+
+
+def check_detectors(config: Config) -> list[tuple[str, type[Detector], str]]:
+    """Every entry of ``detectors`` as :func:`parse_detector` reads it.
+
+    Raises:
+        ValueError: unknown detectors, or ``detector_options`` that they don't have.
+    """
+    for name in config.detector_options:
+        build_detector(name, config.detector_options)
+    return [parse_detector(entry) for entry in config.detectors]
+
+
+def build_detector(name: str, options: dict[str, dict[str, Any]]) -> Detector:
+    """An unfitted detector with its part of ``detector_options``.
+
+    Raises:
+        ValueError: unknown detector or parameter, or a value of another type.
+    """
+    if name not in DETECTORS:
+        raise ValueError(f"detector_options.{name}: no such detector; choose from {', '.join(DETECTORS)}")
+    kind = DETECTORS[name]
+    defaults = {field.name: field.default for field in dataclasses.fields(kind)}
+    given = options.get(name) or {}
+    if not isinstance(given, dict):
+        raise ValueError(f"detector_options.{name}: expected parameters, such as detector_options.deep_knn.k=10")
+    for key, value in given.items():
+        if key not in defaults:
+            near = difflib.get_close_matches(key, defaults, 1)
+            hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(defaults) or 'none'}"
+            raise ValueError(f"detector_options.{name}.{key}: no such parameter; {hint}")
+        expected = int if defaults[key] is None else type(defaults[key])
+        if type(value) is not expected and not (expected is float and type(value) is int) and value != defaults[key]:
+            raise ValueError(f"detector_options.{name}.{key}: expected {expected.__name__}, got {value!r}")
+    return kind(**given)
 
 
 def parse_detector(entry: str) -> tuple[str, type[Detector], str]:
@@ -130,7 +183,12 @@ def table(result: dict[str, Any]) -> str:
     def cell(key: str) -> str:
         if key not in result:
             return "-"
-        return f"{100 * result[key]:.2f}" + (f" ± {100 * spread[key]:.2f}" if key in spread else "")
+        text = f"{100 * result[key]:.2f}"
+        if key in spread:
+            return f"{text} ± {100 * spread[key]:.2f}"
+        if f"{key}_low" in result:
+            return f"{text} [{100 * result[f'{key}_low']:.1f}, {100 * result[f'{key}_high']:.1f}]"
+        return text
 
     if "knn/top1" in result:
         lines += ["", "known classes, accuracy %"]
@@ -144,16 +202,21 @@ def table(result: dict[str, Any]) -> str:
     if keys:
         columns = ("auroc", "aupr", "fpr95", "fpr95_known", "oscr", "closed_set_accuracy")
         titles = ("AUROC", "AUPR", "FPR95", "FPR95 known", "OSCR", "closed set")
-        width = 16 if spread else 13
-        lines += ["", "unknown against known classes, %", "  " + " " * 20 + "".join(f"{t:>{width}}" for t in titles)]
-        for key in keys:
-            label = "deep_knn on pixels" if key == "pixels" else key
-            lines.append(f"  {label:<20}" + "".join(f"{cell(f'osr/{key}/{c}'):>{width}}" for c in columns))
+        rows = {key: [cell(f"osr/{key}/{column}") for column in columns] for key in keys}
+        widths = [max(13, 2 + max(len(row[i]) for row in rows.values())) for i in range(len(columns))]
+
+        def line(label: str, cells) -> str:
+            return f"  {label:<20}" + "".join(f"{text:>{width}}" for text, width in zip(cells, widths, strict=True))
+
+        lines += ["", "unknown against known classes, %", line("", titles)]
+        lines += [line("deep_knn on pixels" if key == "pixels" else key, row) for key, row in rows.items()]
         lines += [
             "",
             "  FPR95: known images flagged when 95 % of the unknown are caught; FPR95 known: unknown images accepted",
             "  when 95 % of the known are. Both, lower is better.",
         ]
+        if f"osr/{PRIMARY}/auroc_low" in result:
+            lines[-1] += " [low, high]: 95 % interval, bootstrap over the test images."
     for what, why in result.get("skipped", {}).items():
         lines.append(f"  not measured: {what} ({why})")
     return "\n".join(lines)

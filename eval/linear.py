@@ -26,9 +26,7 @@ class LinearProbe:
     raw features: logits = features @ weight_.T + bias_; `weight_decay_`, the strength chosen.
     """
 
-    def __init__(
-        self, weight_decay=(1, 0.1, 0.01, 1e-3, 1e-4, 1e-5, 1e-6), holdout=0.2, max_iter=200, seed=0
-    ):
+    def __init__(self, weight_decay=(1, 0.1, 0.01, 1e-3, 1e-4, 1e-5, 1e-6), holdout=0.2, max_iter=200, seed=0):
         self.weight_decay = sorted(np.atleast_1d(weight_decay).tolist(), reverse=True)
         if not self.weight_decay or self.weight_decay[-1] < 0:
             raise ValueError(f"weight_decay: expected numbers >= 0, got {weight_decay}")
@@ -46,7 +44,8 @@ class LinearProbe:
             raise ValueError(f"labels: a probe needs two classes, got only {self.classes_[0]}")
 
         mean = rows.mean(axis=0, dtype=np.float64)
-        scale = rows.std(axis=0, dtype=np.float64)
+        # numpy's own std would hold all deviations in float64 at once
+        scale = np.sqrt(sum(np.square(rows[block] - mean).sum(axis=0) for block in blocks(rows.shape)) / len(rows))
         scale[scale <= 1e-12 * np.abs(mean)] = 1  # a constant column says nothing; don't blow up its rounding
         scale[scale == 0] = 1
         x = np.empty(rows.shape, np.float32)

@@ -131,7 +131,7 @@ def paired_bootstrap(metric, first, second, samples=1000, level=0.95, seed=0):
 
 def threshold_for(scores, share):
     """The lowest score such that at least `share` of `scores` are at or below it."""
-    # the guard: 0.35 * 20 is 7.000000000000001 in floating point
+    # the guard: 0.55 * 100 is 55.00000000000001 in floating point
     wanted = int(np.ceil(share * len(scores) - 1e-9))
     return np.partition(scores, wanted - 1)[wanted - 1]
 

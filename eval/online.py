@@ -1,19 +1,20 @@
 """kNN accuracy while training, on images held out from the training set."""
 
 import torch
-from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning import Callback, Trainer
 
 from gradmix.eval.features import extract
 from gradmix.eval.knn import KNNClassifier
 from gradmix.eval.metrics import closed_set_accuracy
-from gradmix.ssl.callbacks import Progress
+from gradmix.ssl.callbacks import EpochCallback, Progress
 from gradmix.ssl.data import OpenSetData
 from gradmix.ssl.images import ImageSet, normalize
+from gradmix.ssl.pretrain import Pretraining
 
 BANK = 5000  # training images compared with; enough to watch a trend
 
 
-class OnlineKNN(Callback):
+class OnlineKNN(EpochCallback):
     """Logs ``knn/held_out`` every so many epochs. Nothing is chosen by it: the last weights are the result."""
 
     def __init__(self, data: OpenSetData, every_epochs: int, k: int, temperature: float):
@@ -21,17 +22,14 @@ class OnlineKNN(Callback):
         self.bank, self.held_out = data.train.select(rows), data.held_out
         self.every_epochs, self.k, self.temperature = every_epochs, min(k, len(rows)), temperature
 
-    def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
-        last = trainer.current_epoch + 1 == trainer.max_epochs
-        if not trainer.is_global_zero or not (last or (trainer.current_epoch + 1) % self.every_epochs == 0):
-            return
+    def on_epoch(self, trainer: Trainer, module: Pretraining) -> None:
         accuracy = self.accuracy(module)
-        module.logger.log_metrics({"knn/held_out": accuracy}, trainer.global_step)
+        module.logger.log_metrics({"knn/held_out": accuracy}, module.steps)
         for callback in trainer.callbacks:
             if isinstance(callback, Progress):
                 callback.knn = 100 * accuracy
 
-    def accuracy(self, module: LightningModule) -> float:
+    def accuracy(self, module: Pretraining) -> float:
         """kNN accuracy of the backbone as it is, in [0, 1]; leaves it in the mode it was in."""
         was_training = module.backbone.training
         module.backbone.eval()

@@ -2,7 +2,8 @@
 
 detector.json, detector.safetensors   the detector (gradmix.eval.detectors.store)
 backbone.safetensors                  the weights, and in its header which encoder and image size
-scorer.json                           class names, names of the training images, hash of the weights
+thumbnails.safetensors                training images that never were files, at most 32 x 32, for explanations
+scorer.json                           class names, names of the training images, SHA-256 of all of these and of itself
 """
 
 import csv
@@ -16,15 +17,20 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from gradmix.eval import detectors
 from gradmix.eval.detectors import DeepKNN
 from gradmix.ssl.backbones import load_backbone
-from gradmix.ssl.files import write_atomically, write_json
-from gradmix.ssl.images import list_images
+from gradmix.ssl.files import write_atomically, write_json, write_tensors
+from gradmix.ssl.images import ImageSet, decode, list_images
 
 UNKNOWN = "unknown"
+THUMBNAILS = "thumbnails.safetensors"
+THUMBNAIL_SIZE = 32
 
 
 @dataclass(frozen=True)
@@ -48,21 +54,29 @@ class Score:
     error: str = ""
 
 
-def save_scorer(
-    folder: Path, detector: DeepKNN, backbone: Path, classes: Sequence[str], train_files: Sequence[str] | None
-) -> None:
-    """Write the folder that :class:`Scorer` loads."""
+def save_scorer(folder: Path, detector: DeepKNN, backbone: Path, classes: Sequence[str], train: ImageSet) -> None:
+    """Write the folder that :class:`Scorer` loads.
+
+    Args:
+        detector: fitted to the features of ``train``.
+        backbone: the weights file to copy.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / "backbone.safetensors", lambda temporary: shutil.copyfile(backbone, temporary))
+    if train.files is None:
+        small = train.size <= THUMBNAIL_SIZE
+        images = train.images if small else torch.cat([_shrink(part) for part in train.images.split(1024)])
+        write_tensors(folder / THUMBNAILS, {"images": images})
+    else:
+        (folder / THUMBNAILS).unlink(missing_ok=True)
     detector.save(folder)
-    write_json(
-        folder / "scorer.json",
-        {
-            "classes": list(classes),
-            "train_files": None if train_files is None else list(train_files),
-            "backbone_sha256": _hash(folder / "backbone.safetensors"),
-        },
-    )
+    names = ["backbone.safetensors", "detector.json", *([THUMBNAILS] if train.files is None else [])]
+    about = {
+        "classes": list(classes),
+        "train_files": None if train.files is None else list(train.files),
+        "files": {name: _hash(folder / name) for name in names},
+    }
+    write_json(folder / "scorer.json", about | {"sha256": _hash_json(about)})
 
 
 class Scorer:
@@ -77,16 +91,15 @@ class Scorer:
         if not (folder / "scorer.json").is_file():
             hint = f"; did you mean {folder / 'detector'}?" if (folder / "detector/scorer.json").is_file() else ""
             raise ValueError(f"detector: {folder} is not a detector's folder, scorer.json is missing{hint}")
-        try:
-            about = json.loads((folder / "scorer.json").read_text())
-            self.classes, self.train_files, expected = about["classes"], about["train_files"], about["backbone_sha256"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{folder / 'scorer.json'}: damaged ({error})") from error
-        if _hash(folder / "backbone.safetensors") != expected:
-            raise ValueError(f"{folder / 'backbone.safetensors'}: damaged, it does not match scorer.json's hash")
+        about = _read_about(folder / "scorer.json")
+        for name, expected in about["files"].items():
+            if _hash(folder / name) != expected:
+                raise ValueError(f"{folder / name}: damaged, it does not match scorer.json's hash")
+        self.classes, self.train_files = about["classes"], about["train_files"]
         self.detector = detectors.load(folder)
         self.backbone = load_backbone(folder).to(device)
         self.device = device
+        self.folder = folder
 
     def score(self, paths: Sequence[str], batch_size: int = 256, progress: bool = False) -> Iterator[Score]:
         """Score image files one batch at a time, in order. Unreadable files get a row with the error."""
@@ -99,6 +112,30 @@ class Scorer:
                 for path, image in zip(batch, decoded, strict=True):
                     yield next(scored)(path) if isinstance(image, torch.Tensor) else Score(path, error=image)
                 bar.update(len(batch))
+
+    @torch.inference_mode()
+    def neighbours(self, images: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Distances ``[N, k]`` to the nearest training images of ``[N, 3, S, S]`` uint8, and their rows ``[N, k]``."""
+        similarity, rows = self.detector.neighbours(self.backbone(images.to(self.device)).cpu(), k)
+        return (2 - 2 * similarity).clamp(min=0).sqrt(), rows
+
+    def training_image(self, row: int) -> Tensor:
+        """A training image ``[3, s, s]`` uint8: the file, where it still is one, else the stored thumbnail.
+
+        Raises:
+            ValueError: the file is gone or unreadable.
+        """
+        if self.train_files is not None:
+            return decode(self.train_files[row], self.backbone.image_size)
+        with safe_open(self.folder / THUMBNAILS, "pt") as file:
+            return file.get_slice("images")[row]
+
+    def training_name(self, row: int) -> str:
+        return f"training image {row}" if self.train_files is None else self.train_files[row]
+
+    def training_class(self, row: int) -> str:
+        positions = self.detector.positions_
+        return "" if positions is None else self.classes[int(self.detector.classes_[positions[row]])]
 
     def _decode(self, path: str) -> torch.Tensor | str:
         try:
@@ -118,7 +155,7 @@ class Scorer:
             if threshold is not None and score > threshold:
                 prediction = UNKNOWN
             margin = None if threshold is None else score - threshold
-            near = f"training image {row}" if self.train_files is None else self.train_files[row]
+            near = self.training_name(row)
             yield lambda path, s=score, p=prediction, m=margin, n=near: Score(path, s, p, m, n)
 
 
@@ -164,7 +201,34 @@ def write_scores(scores: Iterator[Score], out: Path) -> tuple[int, int, int]:
     return counts[0], counts[1], counts[2]
 
 
+def _shrink(images: Tensor) -> Tensor:
+    small = F.interpolate(images.float(), size=(THUMBNAIL_SIZE, THUMBNAIL_SIZE), mode="area")
+    return small.round().byte()
+
+
+def _read_about(path: Path) -> dict:
+    try:
+        about = json.loads(path.read_text())
+        expected = about.pop("sha256")
+        about["classes"], about["train_files"], about["files"].items()
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path}: damaged, or of another version; gradmix-eval run=... writes the folder anew ({error!r})"
+        ) from error
+    if expected != _hash_json(about):
+        raise ValueError(f"{path}: damaged, its content does not match its hash")
+    return about
+
+
 def _hash(path: Path) -> str:
     if not path.is_file():
         raise ValueError(f"{path}: missing")
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _hash_json(value: dict) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -145,7 +145,7 @@ class GradMix(Mixer):
 
     def __init__(
         self,
-        layers: Sequence[str] | int | None = 3,
+        layers: Sequence[str] | int = 3,
         alpha: float = 1.0,
         keep: tuple[float, float] = (0.5, 0.9),
         paste: str = "resize",
@@ -154,7 +154,6 @@ class GradMix(Mixer):
         partner: str = "random",
     ):
         super().__init__(partner)
-        layers = 3 if layers is None else layers
         if isinstance(layers, str) or (layers < 1 if isinstance(layers, int) else not list(layers)):
             raise ValueError(f"layers: expected a list of names or how many of the last stages, got {layers!r}")
         self.layers = layers

@@ -1,74 +1,126 @@
-"""What happens beside training: checkpoints, the progress bar, throughput, pictures."""
+"""What happens beside training: checkpoints, the progress bar, curves and pictures."""
 
+import signal
 import sys
 import time
 import warnings
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
-from pytorch_lightning import Callback, LightningModule, Trainer
-from pytorch_lightning.plugins.io import TorchCheckpointIO
+from pytorch_lightning import Callback, Trainer
 from torchvision.utils import make_grid
 from tqdm.auto import tqdm
 
+from gradmix.mixing import Mixed
 from gradmix.ssl.files import write_atomically
 from gradmix.ssl.images import denormalize
+from gradmix.ssl.loader import Batch
+from gradmix.ssl.pretrain import Pretraining
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # SIGUSR1: what schedulers send before they preempt
 
 
-class AtomicCheckpointIO(TorchCheckpointIO):
-    """Lightning's own writer goes through the system's temp folder and does not reach the disk before the rename."""
+class EpochCallback(Callback):
+    """Something that is done at the end of every n-th epoch, and of the last.
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str, storage_options: Any = None) -> None:
-        write_atomically(path, lambda temporary: torch.save(checkpoint, temporary))
+    Lightning's own epoch hooks are of no use here: to it the whole training is one sequence of batches, so that a
+    run can go on between any two steps.
+    """
 
-    def load_checkpoint(self, path: str, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        return torch.load(path, map_location=map_location, weights_only=True)
+    every_epochs: int
+
+    def on_train_batch_end(self, trainer: Trainer, module: Pretraining, outputs, batch: Batch, batch_idx: int) -> None:
+        epoch = batch.epoch + 1
+        ends = batch.step + 1 == module.loader.steps_per_epoch
+        if ends and (epoch % self.every_epochs == 0 or epoch == module.config.epochs) and trainer.is_global_zero:
+            self.on_epoch(trainer, module)
+
+    def on_epoch(self, trainer: Trainer, module: Pretraining) -> None:
+        raise NotImplementedError
 
 
-def newest_checkpoint(folder: Path) -> tuple[Path, int] | None:
-    """The newest checkpoint that can be read, and its step; damaged ones are passed over with a warning."""
+def newest_checkpoint(folder: Path) -> dict[str, Any] | None:
+    """The newest checkpoint that can be read; damaged ones are passed over with a warning."""
     for path in sorted(folder.glob("step-*.ckpt"), reverse=True):
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
-            return path, state["global_step"]
+            return {key: state[key] for key in ("step", "module", "optimizer", "schedule", "precision")}
         except Exception as error:  # a damaged file can raise nearly anything
-            warnings.warn(f"{path}: damaged checkpoint skipped ({str(error).splitlines()[0]})", stacklevel=2)
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            warnings.warn(f"{path}: damaged checkpoint skipped ({reason})", stacklevel=2)
     return None
 
 
 class Checkpoints(Callback):
-    """Saves every so many seconds, between two optimizer steps, and at the end; keeps the last two."""
+    """Saves every so many seconds, at the end, and when asked to stop (then exits 128 + signal); keeps the last two.
 
-    def __init__(self, folder: Path, every_seconds: float):
-        self.folder, self.every_seconds = folder, every_seconds
+    A checkpoint is the weights, the optimizer, the schedule and the step. Everything random is a function of the
+    seed and the step, so nothing else is needed to go on exactly.
+    """
+
+    def __init__(self, folder: Path, every_seconds: float, resume: dict[str, Any] | None):
+        self.folder, self.every_seconds, self.resume = folder, every_seconds, resume
         self.last_saved = time.monotonic()
+        self.asked_to_stop: int | None = None
 
-    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs, batch, batch_idx: int) -> None:
-        between_steps = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        # The main process's clock decides for all: saving is a collective operation.
-        due = trainer.strategy.broadcast(time.monotonic() - self.last_saved >= self.every_seconds)
-        if between_steps and due:
-            self.save(trainer)
+    def setup(self, trainer: Trainer, module: Pretraining, stage: str) -> None:
+        if self.resume is not None:
+            module.load_state_dict(self.resume["module"])
 
-    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
-        self.save(trainer)
+    def on_train_start(self, trainer: Trainer, module: Pretraining) -> None:
+        if self.resume is not None:
+            trainer.optimizers[0].load_state_dict(self.resume["optimizer"])
+            trainer.lr_scheduler_configs[0].scheduler.load_state_dict(self.resume["schedule"])
+            trainer.precision_plugin.load_state_dict(self.resume["precision"])
+        self.handlers = {number: signal.signal(number, self.stop) for number in SIGNALS}
 
-    def save(self, trainer: Trainer) -> None:
-        trainer.save_checkpoint(self.folder / f"step-{trainer.global_step:08d}.ckpt")
-        if trainer.is_global_zero:
-            for old in sorted(self.folder.glob("step-*.ckpt"))[:-2]:
-                old.unlink()
+    def on_train_batch_end(self, trainer: Trainer, module: Pretraining, outputs, batch: Batch, batch_idx: int) -> None:
+        if module.steps % trainer.accumulate_grad_batches:
+            return  # gradients are half collected
+        if self.asked_to_stop is not None or time.monotonic() - self.last_saved >= self.every_seconds:
+            self.save(trainer, module)
+        if self.asked_to_stop is not None:
+            sys.exit(128 + self.asked_to_stop)
+
+    def on_train_end(self, trainer: Trainer, module: Pretraining) -> None:
+        self.save(trainer, module)
+
+    def teardown(self, trainer: Trainer, module: Pretraining, stage: str) -> None:
+        for number, handler in getattr(self, "handlers", {}).items():
+            signal.signal(number, handler)
+
+    def stop(self, number: int, frame: FrameType | None) -> None:
+        if self.asked_to_stop is not None:  # asked twice: a person who does not want to wait for the step
+            raise KeyboardInterrupt
+        self.asked_to_stop = number
+
+    def save(self, trainer: Trainer, module: Pretraining) -> None:
         self.last_saved = time.monotonic()
+        if not trainer.is_global_zero:
+            return
+        state = {
+            "step": module.steps,
+            "module": module.state_dict(),
+            "optimizer": trainer.optimizers[0].state_dict(),
+            "schedule": trainer.lr_scheduler_configs[0].scheduler.state_dict(),
+            "precision": trainer.precision_plugin.state_dict(),
+        }
+        write_atomically(self.folder / f"step-{module.steps:08d}.ckpt", lambda file: torch.save(state, file))
+        for old in sorted(self.folder.glob("step-*.ckpt"))[:-2]:
+            old.unlink()
 
 
 class Progress(Callback):
-    """One bar over the whole training; a line now and then when the output is not a terminal.
+    """One bar over the whole training (a line now and then when the output is not a terminal), and the curves.
 
     Attributes:
-        seconds, images: of this process's training, without the first step (it warms caches up).
+        seconds, images: of this session, without its first step (it warms caches up).
         knn: the latest kNN accuracy in percent, put here by the callback that measures it.
     """
+
+    log_every_steps = 10
 
     def __init__(self, images_per_step: int):
         self.images_per_step = images_per_step
@@ -81,11 +133,11 @@ class Progress(Callback):
     def images_per_s(self) -> float:
         return self.images / self.seconds if self.seconds > 0 else 0.0
 
-    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, module: Pretraining) -> None:
         terminal = sys.stderr.isatty()
         self.bar = tqdm(
-            total=int(trainer.estimated_stepping_batches),
-            initial=trainer.global_step,
+            total=module.start + len(module.loader),
+            initial=module.start,
             desc="training",
             unit="step",
             disable=not trainer.is_global_zero,
@@ -94,39 +146,42 @@ class Progress(Callback):
             ascii=not terminal,
         )
 
-    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs, batch, batch_idx: int) -> None:
+    def on_train_batch_end(self, trainer: Trainer, module: Pretraining, outputs, batch: Batch, batch_idx: int) -> None:
         now = time.perf_counter()
-        if self._started is not None:
+        if self._started is None:
+            self._started = now
+        else:
             self.seconds = now - self._started
             self.images += self.images_per_step
-        else:
-            self._started = now
-        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0 and self.bar.update(1):
+        if self.bar.update(1):
             # Only when the bar is drawn: reading the loss makes a GPU wait.
-            status = {"loss": f"{trainer.callback_metrics['train/loss'].item():.3f}"}
+            status = {"loss": f"{module.scalars['train/loss'].item():.3f}", "img/s": f"{self.images_per_s:.0f}"}
             if self.knn is not None:
                 status["knn"] = f"{self.knn:.1f}%"
             self.bar.set_postfix(status, refresh=False)
-        module.log("train/images_per_s", self.images_per_s)
+        if module.steps % self.log_every_steps == 0 and trainer.is_global_zero:
+            curves = {name: value.item() for name, value in module.scalars.items()}
+            curves |= {"train/images_per_s": self.images_per_s, "train/epoch": batch.epoch}
+            curves["lr"] = trainer.optimizers[0].param_groups[0]["lr"]
+            module.logger.log_metrics(curves, module.steps)
 
-    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
-        self.bar.close()
+    def teardown(self, trainer: Trainer, module: Pretraining, stage: str) -> None:
+        if hasattr(self, "bar"):
+            self.bar.close()
 
 
-class Pictures(Callback):
+class Pictures(EpochCallback):
     """Views, attribution maps and mixed images of the first eight pairs, to TensorBoard, every so many epochs."""
 
     def __init__(self, every_epochs: int):
         self.every_epochs = every_epochs
 
-    def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
-        last = trainer.current_epoch + 1 == trainer.max_epochs
-        due = trainer.current_epoch % self.every_epochs == 0 or last
-        if due and trainer.is_global_zero and module.pictures is not None:
-            module.logger.experiment.add_image("mixing", mixing_picture(*module.pictures), trainer.global_step)
+    def on_epoch(self, trainer: Trainer, module: Pretraining) -> None:
+        if module.pictures is not None:
+            module.logger.experiment.add_image("mixing", mixing_picture(*module.pictures), module.steps)
 
 
-def mixing_picture(views: torch.Tensor, mixed, pairs: int = 8) -> torch.Tensor:
+def mixing_picture(views: torch.Tensor, mixed: Mixed, pairs: int = 8) -> torch.Tensor:
     """A grid ``[3, H, W]`` with rows: views, attribution maps (if any), partners, mixed images."""
     rows = slice(0, min(pairs, len(views) // 2))
     tiles = [denormalize(views[rows])]

@@ -33,6 +33,7 @@ class DataConfig:
     image_size: int = 32
     split: int | str | None = None  # 0-4: the field's open-set splits; all: every one; null: all classes are known
     known: list[Any] | None = None  # known classes by name or index, instead of a split
+    unknown_root: str | None = None  # folder of images, any depth: the unknown images, instead of unknown classes
     holdout: float = 0.1  # share of the known training images kept aside: thresholds, kNN while training
     test_fraction: float = 0.25  # imagefolder without test/: share of the images that becomes the test set
     memory_gib: float = 4.0  # images that fit are decoded once and kept as uint8; larger sets stream
@@ -92,6 +93,7 @@ class Config:
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     detectors: list[str] = field(default_factory=lambda: ["deep_knn", "class_knn", "mahalanobis"])
+    detector_options: dict[str, Any] = field(default_factory=dict)  # parameters: detector_options.deep_knn.k=10
     knn_k: int = 20
     knn_temperature: float = 0.07
     knn_every: int = 10  # epochs between two kNN checks on the held-out images, 0 for none

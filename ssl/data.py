@@ -1,5 +1,6 @@
 """Where images come from, and who is known: training, held-out and test sets of one open-set split."""
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from gradmix.ssl.config import DataConfig
 from gradmix.ssl.images import ImageSet, from_array, list_images
-from gradmix.ssl.splits import SPLITS
+from gradmix.ssl.splits import CIFAR_PLUS, SPLITS
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,8 @@ class OpenSetData:
         held_out: a share of the known training images kept aside, for thresholds and for watching training.
         test: known classes labelled 0..K-1, unknown ones -1.
         classes: names of the K known classes; empty when the images have none.
-        unknown: names of the unknown classes.
+        unknown: names of the unknown classes; of the folder, with ``data.unknown_root``.
+        known: indices of the known classes among all of the data set's, in the data set's own order.
     """
 
     train: ImageSet
@@ -30,15 +32,20 @@ class OpenSetData:
     test: ImageSet
     classes: list[str]
     unknown: list[str]
+    known: list[int]
 
 
 @dataclass(frozen=True)
 class Source:
-    """A data set before the split: labels index ``classes``; -1 where an image has no class."""
+    """A data set before the split: labels index ``classes``; -1 where an image has no class.
+
+    ``unknown``: the classes that are, where it is not all that are not known; the rest is left out of the test set.
+    """
 
     train: ImageSet
     test: ImageSet
     classes: list[str]
+    unknown: list[int] | None = None
 
 
 def load_data(config: DataConfig, seed: int) -> OpenSetData:
@@ -52,17 +59,22 @@ def load_data(config: DataConfig, seed: int) -> OpenSetData:
         ValueError: missing or empty folders, unreadable images, unknown splits or classes; one line each.
     """
     source = SOURCES[config.name](config, seed)
+    limit = int(config.memory_gib * 2**30)
     if not source.classes:
-        if config.known is not None:
-            raise ValueError("data.known: the images in data.root have no classes to choose from")
-        train, test, known = source.train, source.test, []
+        for key in ("known", "unknown_root"):
+            if getattr(config, key) is not None:
+                raise ValueError(f"data.{key}: the images in data.root have no classes, so that none is known")
+        train, test, known, unknown = source.train, source.test, [], []
     else:
         known = known_classes(config, source)
+        unknown = range(len(source.classes)) if source.unknown is None else source.unknown
+        unknown = [] if config.unknown_root is not None else [i for i in unknown if i not in set(known)]
         of_class = torch.full((len(source.classes) + 1,), -1)
         of_class[known] = torch.arange(len(known))
         train_labels, test_labels = of_class[source.train.labels], of_class[source.test.labels]
         train = replace(source.train, labels=train_labels).select((train_labels >= 0).nonzero()[:, 0])
-        test = replace(source.test, labels=test_labels)
+        in_test = torch.isin(source.test.labels, torch.tensor([*known, *unknown]))
+        test = replace(source.test, labels=test_labels).select(in_test.nonzero()[:, 0])
         present = train.labels.bincount(minlength=len(known))
         if (present == 0).any():
             missing = [source.classes[known[i]] for i in (present == 0).nonzero()[:, 0].tolist()]
@@ -73,15 +85,28 @@ def load_data(config: DataConfig, seed: int) -> OpenSetData:
                 "or a flat folder without classes and method=simclr"
             )
     kept, aside = _stratified(train.labels, config.holdout, seed)
-    limit = int(config.memory_gib * 2**30)
+    names = [source.classes[i] for i in unknown]
+    if config.unknown_root is not None:
+        root = _existing_root(config.unknown_root, "data.unknown_root")
+        test, names = join(test, _images("data.unknown_root", root, config.image_size)), [str(root)]
     train = train.in_memory(limit)
     return OpenSetData(
         train=train.select(kept),
         held_out=train.select(aside),
         test=test.in_memory(limit),
         classes=[source.classes[i] for i in known],
-        unknown=[name for i, name in enumerate(source.classes) if i not in set(known)],
+        unknown=names,
+        known=known,
     )
+
+
+def join(first: ImageSet, second: ImageSet) -> ImageSet:
+    """The images of both. They stay files if all of them are; else those that are only files are decoded."""
+    labels = torch.cat([first.labels, second.labels])
+    if first.images is None and second.images is None:
+        return ImageSet(labels, first.size, files=[*first.files, *second.files])
+    parts = [part.in_memory(sys.maxsize).images for part in (first, second)]
+    return ImageSet(labels, first.size, torch.cat(parts))
 
 
 def known_classes(config: DataConfig, source: Source) -> list[int]:
@@ -134,7 +159,7 @@ def digits(config: DataConfig, seed: int) -> Source:
 
 def imagefolder(config: DataConfig, seed: int) -> Source:
     """``root/train/<class>/`` and ``root/test/<class>/``; or ``root/<class>/``; or ``root/`` with images alone."""
-    root = _existing_root(config)
+    root = _root_of(config)
     if (root / "train").is_dir():
         test_root = next((root / name for name in ("test", "val") if (root / name).is_dir()), None)
         if test_root is None:
@@ -151,7 +176,7 @@ def imagefolder(config: DataConfig, seed: int) -> Source:
 
 def tinyimagenet(config: DataConfig, seed: int) -> Source:
     """TinyImageNet in its own layout; the validation images are the test set. Training folders may be missing."""
-    root = _existing_root(config)
+    root = _root_of(config)
     root = root / "tiny-imagenet-200" if (root / "tiny-imagenet-200").is_dir() else root
     for needed in ("wnids.txt", "train", "val/val_annotations.txt"):
         if not (root / needed).exists():
@@ -194,24 +219,45 @@ def _torchvision(name: str) -> Callable[[DataConfig, int], Source]:
     return load
 
 
+def _cifar_plus(name: str) -> Callable[[DataConfig, int], Source]:
+    """CIFAR-10 to train on, and a test set of CIFAR-10's known and CIFAR-100's unknown classes."""
+
+    def load(config: DataConfig, seed: int) -> Source:
+        near, far = SOURCES["cifar10"](config, seed), SOURCES["cifar100"](config, seed)
+        offset = len(near.classes)
+        # An index that does not exist is known_classes' to report.
+        split = config.split if config.split in range(len(CIFAR_PLUS[name])) else None
+        chosen = range(len(far.classes)) if split is None else CIFAR_PLUS[name][split]
+        test = join(near.test, replace(far.test, labels=far.test.labels + offset))
+        return Source(near.train, test, near.classes + far.classes, [offset + i for i in chosen])
+
+    return load
+
+
 SOURCES: dict[str, Callable[[DataConfig, int], Source]] = {
     "digits": digits,
     "imagefolder": imagefolder,
     "tinyimagenet": tinyimagenet,
     "cifar10": _torchvision("CIFAR10"),
     "cifar100": _torchvision("CIFAR100"),
+    "cifar_plus10": _cifar_plus("cifar_plus10"),
+    "cifar_plus50": _cifar_plus("cifar_plus50"),
     "svhn": _torchvision("SVHN"),
     "mnist": _torchvision("MNIST"),
 }
 
 
-def _existing_root(config: DataConfig) -> Path:
+def _root_of(config: DataConfig) -> Path:
     if config.root is None:
         raise ValueError(f"data.root: data={config.name} needs the folder of its images, data.root=PATH")
-    root = Path(config.root).expanduser()
-    if not root.is_dir():
-        raise ValueError(f"data.root: {root} is not a folder")
-    return root
+    return _existing_root(config.root, "data.root")
+
+
+def _existing_root(root: str, key: str) -> Path:
+    path = Path(root).expanduser()
+    if not path.is_dir():
+        raise ValueError(f"{key}: {path} is not a folder")
+    return path
 
 
 def _class_names(root: Path) -> list[str]:
@@ -227,8 +273,15 @@ def _folder(root: Path, names: list[str], size: int, present: list[str] | None =
             files += found
             labels += [index] * len(found)
     if not names:
-        files = list_images(root)
-        labels = [-1] * len(files)
+        return _images("data.root", root, size)
     if not files:
         raise ValueError(f"data.root: no images in {root}; expected {root}/<class>/*.jpg (or .png, ...)")
     return ImageSet(torch.tensor(labels), size, files=files)
+
+
+def _images(key: str, root: Path, size: int) -> ImageSet:
+    """Images of ``root`` and below, labelled -1."""
+    files = list_images(root)
+    if not files:
+        raise ValueError(f"{key}: no images in {root}; expected .jpg, .png, ... files there")
+    return ImageSet(torch.full((len(files),), -1), size, files=files)

@@ -1,7 +1,7 @@
 """Training batches as a function of (seed, epoch, step): any number of workers, resumable between any two steps."""
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,14 +20,16 @@ class Batch(NamedTuple):
 
 
 class TrainLoader:
-    """Shuffled epochs of a training set, without the incomplete last batch.
+    """Shuffled epochs of a training set in one sequence, without each epoch's incomplete last batch.
 
     The order of an epoch depends on the seed and the epoch alone; each of ``world_size`` processes takes its
-    slice of every batch. ``state_dict`` holds the position (Lightning puts it into the checkpoint).
+    slice of every batch. There is no state: a resumed run starts at the step it has reached.
 
     Args:
         data: images in memory are indexed (on ``device``, when it is a GPU); others are decoded by workers.
         batch_size: over all processes; must be a multiple of ``world_size``.
+        epochs: how often every image is seen.
+        start: steps, over all epochs, that are done already.
 
     Raises:
         ValueError: fewer images than a batch, or a batch that does not divide among the processes.
@@ -38,6 +40,8 @@ class TrainLoader:
         data: ImageSet,
         batch_size: int,
         seed: int,
+        epochs: int,
+        start: int = 0,
         device: torch.device | str = "cpu",
         rank: int = 0,
         world_size: int = 1,
@@ -48,44 +52,41 @@ class TrainLoader:
                 f"batch_size: expected at least 2 and a multiple of the {world_size} processes, got {batch_size}"
             )
         if len(data) < batch_size:
-            raise ValueError(f"batch_size: {batch_size} is larger than the training set, {len(data)} images")
-        self.data, self.seed, self.rank, self.workers = data, seed, rank, workers
-        self.batch_size, self.share = batch_size, batch_size // world_size
+            raise ValueError(
+                f"batch_size: {batch_size} is larger than the training set of {len(data)} images; "
+                f"try batch_size={max(2, len(data) // 4)}"
+            )
+        self.data, self.seed, self.epochs, self.start, self.workers = data, seed, epochs, start, workers
+        self.rank, self.batch_size, self.share = rank, batch_size, batch_size // world_size
+        self.steps_per_epoch = len(data) // batch_size
         self.images = None if data.images is None else data.images.to(device)
-        self.labels = data.labels.to(device) if self.images is not None else data.labels
-        self.epoch = self.step = 0
+        self.labels = data.labels.to(device)
 
     def __len__(self) -> int:
-        return len(self.data) // self.batch_size
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"epoch": self.epoch, "step": self.step}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.epoch, self.step = state["epoch"], state["step"]
+        """Steps still to do, over all epochs."""
+        return self.epochs * self.steps_per_epoch - self.start
 
     def __iter__(self) -> Iterator[Batch]:
-        """The rest of the current epoch."""
-        epoch, first = self.epoch, self.step
-        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.data))
-        order = order[: len(self) * self.batch_size].reshape(len(self), self.batch_size)
-        mine = torch.from_numpy(order[first:, self.rank * self.share : (self.rank + 1) * self.share].copy())
-        for step, (images, labels, index) in enumerate(self._batches(mine), start=first):
-            # Advance before handing out: once a batch is out, the position is behind it.
-            self.epoch, self.step = (epoch, step + 1) if step + 1 < len(self) else (epoch + 1, 0)
-            yield Batch(images, labels, index, epoch, step)
+        for place, batch in enumerate(self._batches(), start=self.start):
+            yield Batch(*batch, *divmod(place, self.steps_per_epoch))
 
-    def _batches(self, indices: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        if self.images is None:
-            yield from DataLoader(
-                self.data,
-                batch_sampler=indices.tolist(),
-                num_workers=self.workers,
-                pin_memory=torch.cuda.is_available(),
-            )
+    def _batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        if self.images is None:  # one loader for all epochs: its workers stay, and decode ahead across their ends
+            pin = torch.cuda.is_available()
+            yield from DataLoader(self.data, batch_sampler=self._indices(), num_workers=self.workers, pin_memory=pin)
             return
-        for index in indices.to(self.images.device):
+        for index in self._indices():
+            index = torch.from_numpy(index).to(self.images.device)
             yield self.images[index], self.labels[index], index
+
+    def _indices(self) -> Iterator[np.ndarray]:
+        """This process's rows of the training set, batch after batch."""
+        first_epoch, first_step = divmod(self.start, self.steps_per_epoch)
+        for epoch in range(first_epoch, self.epochs):
+            order = np.random.default_rng([self.seed, epoch]).permutation(len(self.data))
+            for step in range(first_step if epoch == first_epoch else 0, self.steps_per_epoch):
+                first = step * self.batch_size + self.rank * self.share
+                yield order[first : first + self.share]
 
 
 def seed_of(*place: int) -> int:

@@ -28,9 +28,15 @@ class Pretraining(LightningModule):
     Args:
         config: the whole run's configuration.
         train: training images; labels are used by ``supervised`` losses only.
+        start: steps that are done already, when a run goes on.
+
+    Attributes:
+        steps: steps done, over all epochs and sessions.
+        scalars: what the last step has to report, on the device; reading them makes a GPU wait.
+        pictures: the last views and what became of them.
     """
 
-    def __init__(self, config: Config, train: ImageSet):
+    def __init__(self, config: Config, train: ImageSet, start: int = 0):
         super().__init__()
         method = config.method
         if method.supervised <= 0 and method.selfsup <= 0:
@@ -38,6 +44,7 @@ class Pretraining(LightningModule):
         if method.supervised > 0 and (train.labels < 0).any():
             raise ValueError(f"method: {method.name} needs classes, but data.root has none; use method=simclr")
         self.config, self.train_set = config, train
+        self.start = self.steps = start
         self.mixer = build_mixer(config.mix)
         if self.mixer is not None:
             check_mixing(method)
@@ -50,7 +57,8 @@ class Pretraining(LightningModule):
         self.augment = TwoViews(config.data.augment, config.data.image_size)
         self.selfsup_loss = NTXentLoss(method.temperature)
         self.supervised_loss = SupConLoss(method.temperature)
-        self.pictures: tuple[Tensor, Mixed] | None = None  # the last views and their mix, for TensorBoard
+        self.scalars: dict[str, Tensor] = {}
+        self.pictures: tuple[Tensor, Mixed] | None = None
 
     def project(self, views: Tensor) -> Tensor:
         return F.normalize(self.head(self.backbone(views)).float(), dim=1)
@@ -70,6 +78,7 @@ class Pretraining(LightningModule):
         supervised = self.supervised_loss(z, labels) if method.supervised else zero
         selfsup = self.selfsup_loss(z) if self.needs_selfsup else zero
         loss = method.supervised * supervised + method.selfsup * selfsup
+        scalars = {"supervised": supervised, "selfsup": selfsup}
 
         if mixing:
             guide = {"selfsup": selfsup, "supervised": supervised, "joint": loss}[method.attribution]
@@ -82,9 +91,10 @@ class Pretraining(LightningModule):
             else:
                 mixed_loss = self.supervised_loss(z, labels, p, mixed.kept)
                 loss = loss + mix.weight * method.supervised * mixed_loss
-            self.log_scalars(mixed=mixed_loss, kept=mixed.kept.mean())
+            scalars |= {"mixed": mixed_loss, "kept": mixed.kept.mean()}
             self.pictures = views, mixed
-        self.log_scalars(loss=loss, supervised=supervised, selfsup=selfsup)
+        self.scalars = {f"train/{name}": value.detach() for name, value in {"loss": loss, **scalars}.items()}
+        self.steps = batch.epoch * self.loader.steps_per_epoch + batch.step + 1
         return loss
 
     @property
@@ -92,24 +102,24 @@ class Pretraining(LightningModule):
         method = self.config.method
         return bool(method.selfsup) or (self.mixer is not None and method.attribution == "selfsup")
 
-    def log_scalars(self, **values: Tensor) -> None:
-        self.log_dict({f"train/{name}": value.detach() for name, value in values.items()})
-
     def train_dataloader(self) -> TrainLoader:
-        return TrainLoader(
+        self.loader = TrainLoader(
             self.train_set,
             self.config.batch_size,
             self.config.seed,
+            self.config.epochs,
+            self.start,
             device=self.device,
             rank=self.global_rank,
             world_size=self.trainer.world_size,
             workers=self.config.data.workers,
         )
+        return self.loader
 
     def configure_optimizers(self):
         optimizer = build_optimizer(self.config, self.parameters())
-        total = int(self.trainer.estimated_stepping_batches)
-        warmup = self.config.optimizer.warmup_epochs * total / max(self.config.epochs, 1)
+        per_epoch = len(self.train_set) // self.config.batch_size / self.trainer.accumulate_grad_batches
+        total, warmup = (round(n * per_epoch) for n in (self.config.epochs, self.config.optimizer.warmup_epochs))
         schedule = CosineWarmupScheduler(optimizer, warmup, total, end_value=self.config.optimizer.final_lr)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

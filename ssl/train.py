@@ -8,11 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pytorch_lightning import Callback, Trainer, seed_everything
-from pytorch_lightning.callbacks import LearningRateMonitor
 from pytorch_lightning.loggers import TensorBoardLogger
 
 from gradmix.ssl.backbones import backbone_metadata, stem_of
-from gradmix.ssl.callbacks import AtomicCheckpointIO, Checkpoints, Pictures, Progress, newest_checkpoint
+from gradmix.ssl.callbacks import Checkpoints, Pictures, Progress, newest_checkpoint
 from gradmix.ssl.config import Config
 from gradmix.ssl.data import OpenSetData
 from gradmix.ssl.files import write_json, write_tensors
@@ -36,20 +35,18 @@ def train(config: Config, data: OpenSetData, callbacks: Sequence[Callback] = ())
     """
     run_dir = Path(config.run_dir)
     check(config)
-    seed_everything(config.seed, verbose=False)
-    module = Pretraining(config, data.train)
-    progress = Progress(config.batch_size)
-    trainer = build_trainer(
-        config, [*callbacks, progress, Checkpoints(run_dir / "checkpoints", config.checkpoint_seconds)]
-    )
-    if len(data.train) < config.batch_size:
-        raise ValueError(
-            f"batch_size: {config.batch_size} is larger than the training set of {len(data.train)} images; "
-            f"try batch_size={max(2, len(data.train) // 4)}"
-        )
     claim(run_dir, config)
-    start = newest_checkpoint(run_dir / "checkpoints")
-    trainer.fit(module, ckpt_path=None if start is None else str(start[0]))
+    resume = newest_checkpoint(run_dir / "checkpoints")
+    start = 0 if resume is None else resume["step"]
+    seed_everything(config.seed, verbose=False)
+    module = Pretraining(config, data.train, start)
+    progress = Progress(config.batch_size)
+    checkpoints = Checkpoints(run_dir / "checkpoints", config.checkpoint_seconds, resume)
+    trainer = build_trainer(config, [*callbacks, progress, checkpoints])
+    if start < config.epochs * (len(data.train) // config.batch_size):
+        trainer.fit(module)
+    else:  # stopped between the last step and the files below
+        module.load_state_dict(resume["module"])
     if trainer.is_global_zero:
         metadata = backbone_metadata(config.encoder, stem_of(module.backbone), config.data.image_size)
         write_tensors(run_dir / "backbone.safetensors", module.backbone.state_dict(), metadata)
@@ -57,12 +54,12 @@ def train(config: Config, data: OpenSetData, callbacks: Sequence[Callback] = ())
         write_json(
             run_dir / "training.json",
             {
-                "train/steps": trainer.global_step,
-                "train/resumed_from_step": 0 if start is None else start[1],
+                "train/steps": module.steps,
+                "train/resumed_from_step": start,
                 "train/seconds": round(progress.seconds, 2),
                 "train/images_per_s": round(progress.images_per_s, 1),
                 "train/lr": learning_rate(config),
-                "train/loss": float(trainer.callback_metrics["train/loss"]) if progress.images else None,
+                **{name: value.item() for name, value in module.scalars.items()},
             },
         )
     trainer.strategy.barrier()
@@ -86,17 +83,14 @@ def check(config: Config) -> None:
 
 def build_trainer(config: Config, callbacks: list[Callback]) -> Trainer:
     quiet_lightning()
-    callbacks = [*callbacks, LearningRateMonitor("step")]
     if config.pictures_every:
-        callbacks.append(Pictures(config.pictures_every))
+        callbacks = [*callbacks, Pictures(config.pictures_every)]
     settings = {
-        "max_epochs": config.epochs,
+        "max_epochs": 1,  # to Lightning, all our epochs are one sequence; see TrainLoader
         "logger": TensorBoardLogger(config.run_dir, name="", version="tensorboard"),
-        "plugins": [AtomicCheckpointIO()],
         "enable_checkpointing": False,  # Checkpoints does it
         "enable_progress_bar": False,  # Progress does it
         "enable_model_summary": False,
-        "log_every_n_steps": 10,
         "num_sanity_val_steps": 0,
         **config.trainer,
     }

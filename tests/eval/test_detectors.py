@@ -26,6 +26,7 @@ from gradmix.eval.detectors import (
     RelativeMahalanobis,
     ViM,
     load,
+    store,
 )
 from gradmix.eval.linear import LinearProbe
 from gradmix.eval.metrics import auroc
@@ -145,9 +146,7 @@ def slow_nnguide(train, labels, test, head=None, k=10):
 
 def slow_gaussian_mixture(train, labels, test, components=2):
     train = train.astype(np.float64)
-    within = np.concatenate(
-        [train[labels == label] - train[labels == label].mean(axis=0) for label in LABELS]
-    )
+    within = np.concatenate([train[labels == label] - train[labels == label].mean(axis=0) for label in LABELS])
     density = []
     for label in LABELS:
         model = mixture.GaussianMixture(
@@ -286,7 +285,7 @@ def test_mean_shift_and_nnguide_at_other_k(k):
     np.testing.assert_allclose(ours, scores, rtol=1e-4, atol=1e-5)
 
 
-def test_one_gaussian_per_class_is_the_closed_form():
+def test_gaussian_mixture_of_one_component_and_of_too_many():
     within = np.mean([TRAIN[TRAIN_LABELS == label].var(axis=0) for label in np.sort(TRAIN_LABELS)])
     expected = []
     for label in LABELS:
@@ -296,6 +295,8 @@ def test_one_gaussian_per_class_is_the_closed_form():
         expected.append((distance + np.log(2 * np.pi * variance)).sum(axis=1) / 2)
     detector = GaussianMixture(components=1, regularisation=0.1).fit(TRAIN, TRAIN_LABELS)
     np.testing.assert_allclose(detector.score(QUERIES), np.min(expected, axis=0), rtol=1e-4)
+    few = GaussianMixture(components=8).fit(TRAIN[:9], [0, 0, 0, 0, 0, 1, 1, 1, 2])
+    assert few.starts_.tolist() == [0, 5, 8, 9] and np.isfinite(few.score(QUERIES)).all()
     with pytest.raises(ValueError, match="components: expected at least 1, got 0"):
         GaussianMixture(components=0)
     with pytest.raises(ValueError, match="regularisation: expected a positive number, got 0"):
@@ -330,9 +331,7 @@ class TestEveryDetector:
 
     def test_float64_input_is_read_as_float32(self, name):
         ours = DETECTORS[name]().fit(TRAIN.astype(np.float64), TRAIN_LABELS.astype(np.int32))
-        np.testing.assert_array_equal(
-            ours.score(QUERIES.astype(np.float64)), self.fitted(name).score(QUERIES)
-        )
+        np.testing.assert_array_equal(ours.score(QUERIES.astype(np.float64)), self.fitted(name).score(QUERIES))
 
     def test_small_blocks_change_nothing(self, name, monkeypatch):
         scores = self.fitted(name).score(QUERIES)
@@ -381,9 +380,7 @@ class TestEveryDetector:
             detector.calibrate(TEST[:0])
         with pytest.raises(ValueError, match="features: 60 non-finite values, first in row 0"):
             detector.classify(np.where(np.arange(12) == 3, np.nan, TEST))
-        with pytest.raises(
-            ValueError, match=r"labels: expected one for each of 200 features, got shape \(60,\)"
-        ):
+        with pytest.raises(ValueError, match=r"labels: expected one for each of 200 features, got shape \(60,\)"):
             detector.fit(TRAIN, TEST_LABELS)
         with pytest.raises(ValueError, match="labels: -1 in row 4, known classes are >= 0"):
             detector.fit(TRAIN[:6], [0, 0, 1, 1, -1, 2])
@@ -520,9 +517,7 @@ def test_damage_is_refused(saved):
     tensors = bytearray((saved / "detector.safetensors").read_bytes())
     tensors[-1] ^= 1
     (saved / "detector.safetensors").write_bytes(tensors)
-    with pytest.raises(
-        ValueError, match=r"detector\.safetensors: damaged, .* doesn't match the manifest's hash"
-    ):
+    with pytest.raises(ValueError, match=r"detector\.safetensors: damaged, .* doesn't match the manifest's hash"):
         load(saved)
     (saved / "detector.safetensors").unlink()
     with pytest.raises(ValueError, match=r"detector\.safetensors: missing"):
@@ -537,8 +532,6 @@ def test_damage_is_refused(saved):
 
 def rewrite(folder, **changes):
     """Change the manifest and make its hash right again, as another program would."""
-    from gradmix.eval.detectors import store
-
     manifest = json.loads((folder / "detector.json").read_text())
     manifest.update(changes)
     del manifest["sha256"]
@@ -550,9 +543,7 @@ def test_unknown_kind_format_and_wrong_class(saved):
     with pytest.raises(ValueError, match="holds a deep_knn detector, not class_knn"):
         ClassKNN.load(saved)
     rewrite(saved, detector="os.system")
-    with pytest.raises(
-        ValueError, match=r"unknown detector 'os\.system', expected one of deep_knn, class_knn"
-    ):
+    with pytest.raises(ValueError, match=r"unknown detector 'os\.system', expected one of deep_knn, class_knn"):
         load(saved)
     rewrite(saved, format=2)
     with pytest.raises(ValueError, match="format 2, this version reads 1"):
@@ -589,21 +580,38 @@ def assert_damage_is_never_silent(saved, damaged, times):
 
 def test_an_interrupted_save_leaves_no_wrong_detector(saved, monkeypatch):
     """The new arrays are there, the new manifest isn't: refused, not mixed."""
-    from gradmix.eval.detectors import store
+    replace = store.os.replace
 
-    replace = store._replace
-
-    def stop_at_the_manifest(path, write_to):
-        if path.name == "detector.json":
+    def stop_at_the_manifest(source, target):
+        if target.name == "detector.json":
             raise KeyboardInterrupt
-        replace(path, write_to)
+        replace(source, target)
 
-    monkeypatch.setattr(store, "_replace", stop_at_the_manifest)
+    monkeypatch.setattr(store.os, "replace", stop_at_the_manifest)
     with pytest.raises(KeyboardInterrupt):
         DeepKNN().fit(TRAIN + 1, TRAIN_LABELS).save(saved)
     with pytest.raises(ValueError, match="damaged"):
         load(saved)
-    assert not [path for path in saved.iterdir() if path.name.startswith(".")]
+    assert sorted(path.name for path in saved.iterdir()) == ["detector.json", "detector.safetensors"]
+
+
+@pytest.mark.parametrize("name", ["a", "ab", "abc", "abcdefg"])
+def test_arrays_of_odd_sizes_are_readable_and_aligned(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(search, "BLOCK", 10)  # written in several pieces
+    arrays = {
+        name: np.arange(21, dtype=np.float32).reshape(7, 3),
+        "labels": np.arange(5),
+        "wide": np.linspace(0, 1, 18).reshape(3, 3, 2),
+    }
+    store.write(tmp_path, {"detector": "test"}, arrays)
+    by_the_library = load_file(tmp_path / "detector.safetensors")
+    for mmap in (False, True):
+        _, read, _ = store.read(tmp_path, mmap)
+        assert read.keys() == by_the_library.keys() == arrays.keys()
+        for key, array in read.items():
+            assert array.flags.aligned and array.dtype == arrays[key].dtype
+            np.testing.assert_array_equal(array, arrays[key])
+            np.testing.assert_array_equal(by_the_library[key], arrays[key])
 
 
 @pytest.mark.parametrize("kind", [DeepKNN, MeanShift, NNGuide])

@@ -85,6 +85,8 @@ def test_classes_with_one_image_are_not_held_out():
     probe = LinearProbe().fit(train, labels)
     assert probe.classes_.tolist() == [0, 1, 2, 3, 7]
     assert probe.predict(train[:1]).tolist() == [7]
+    held = probe._held_out(np.searchsorted(probe.classes_, labels))
+    assert not held[0] and all(0 < held[labels == label].mean() < 0.5 for label in range(4))
 
 
 def test_one_image_per_class_and_constant_columns():

@@ -227,7 +227,9 @@ def test_wrong_layers_name_the_right_ones():
         GradMix(["layer5"]).watch(encoder).__enter__()
     with pytest.raises(ValueError, match=r"layer1, layer1\.0, .*layer4"):
         GradMix([""]).watch(encoder).__enter__()
-    with pytest.raises(ValueError, match="no default for the last 3 stages of Sequential; name some of its submodules: 0, 1"):
+    with pytest.raises(
+        ValueError, match="no default for the last 3 stages of Sequential; name some of its submodules: 0, 1"
+    ):
         GradMix().watch(nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU())).__enter__()
     with pytest.raises(ValueError, match="last 5 stages"):
         GradMix(5).watch(encoder).__enter__()

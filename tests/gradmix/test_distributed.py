@@ -45,9 +45,7 @@ def step(model: nn.Module, mixer: GradMix, views: torch.Tensor, seed: int):
 
 def one_process(rank: int, port: int, folder: str) -> None:
     torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2
-    )
+    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     found = {}
     for norm in (False, True):
         model = DistributedDataParallel(build(norm))

@@ -213,7 +213,14 @@ def test_the_whole_step_inside_autocast(dtype):
 
 def vit(**options) -> nn.Module:
     models = pytest.importorskip("timm.models.vision_transformer")
-    options = {"img_size": 64, "patch_size": 16, "embed_dim": 24, "depth": 4, "num_heads": 2, "num_classes": 0} | options
+    options = {
+        "img_size": 64,
+        "patch_size": 16,
+        "embed_dim": 24,
+        "depth": 4,
+        "num_heads": 2,
+        "num_classes": 0,
+    } | options
     return models.VisionTransformer(**options)
 
 

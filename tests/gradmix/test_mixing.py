@@ -289,7 +289,9 @@ def test_randomness_is_the_generators_and_the_global_one_is_left_alone(name):
 @pytest.mark.parametrize("batch", [2, 3, 12])
 def test_partners_by_projection(partner, batch):
     z = F.normalize(torch.randn(2 * batch, 8, generator=seeded(batch)), dim=1)
-    mixed = CutMix(partner=partner)(numbered(batch, (8, 8)), projections=z.clone().requires_grad_(), generator=seeded(0))
+    mixed = CutMix(partner=partner)(
+        numbered(batch, (8, 8)), projections=z.clone().requires_grad_(), generator=seeded(0)
+    )
     for row in range(2 * batch):
         best, found = None, None
         for other in range(2 * batch):

@@ -1,4 +1,4 @@
-"""The contrastive losses against lightly, slow loops written from the papers, and closed forms; across processes too."""
+"""The contrastive losses against lightly, slow loops from the papers and closed forms; across processes too."""
 
 import math
 import socket
@@ -191,9 +191,7 @@ LOSSES = {
 def one_process(rank: int, port: int, folder: str) -> None:
     """Half of the images of ``case(6)`` and, as DistributedDataParallel does, the mean of loss and gradients."""
     torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2
-    )
+    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     own = own_rows(rank)
     found = {}
     for name, loss_of in LOSSES.items():

@@ -1,11 +1,14 @@
 """Training repeats itself: the same seed, and a run that was stopped between two steps."""
 
+import json
+import os
+import signal
+
 import pytest
 import torch
 from pytorch_lightning import Callback
 from safetensors.torch import load_file
 
-from gradmix.ssl.callbacks import newest_checkpoint
 from gradmix.ssl.config import (
     AugmentConfig,
     Config,
@@ -68,38 +71,73 @@ def test_mixing_and_the_seed_matter(tmp_path):
 
 
 class Stop(Callback):
-    def __init__(self, step):
-        self.step = step
+    """Ends the process's training behind a step: by an exception, or as if a signal had come."""
+
+    def __init__(self, step, number=None):
+        self.step, self.number = step, number
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-        if trainer.global_step == self.step:
-            raise KeyboardInterrupt
+        if module.steps == self.step:
+            if self.number is None:
+                raise RuntimeError("power cut")
+            os.kill(os.getpid(), self.number)
 
 
-@pytest.mark.parametrize("step", [1, 4, 5, 6, 10, 11])
-def test_a_stopped_run_goes_on_to_the_same_weights(tmp_path, step):
-    """5 steps an epoch: stops inside epochs, at their ends, and just behind them."""
-    train(config(tmp_path / "whole", epochs=3), DATA)
-    settings = config(tmp_path / "stopped", epochs=3, checkpoint_seconds=0)
-    # Lightning turns a KeyboardInterrupt into an exit
-    with pytest.raises((KeyboardInterrupt, SystemExit)):
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    train(config(folder, epochs=3), DATA)
+    return weights(folder)
+
+
+@pytest.mark.parametrize("step", [1, 4, 5, 6, 10, 15])
+def test_a_run_that_died_goes_on_to_the_same_weights(tmp_path, whole, step):
+    """5 steps an epoch: inside epochs, at their ends, just behind them, and at the very end."""
+    settings = config(tmp_path, epochs=3, checkpoint_seconds=0)
+    with pytest.raises(RuntimeError, match="power cut"):
         train(settings, DATA, [Stop(step)])
-    _, saved = newest_checkpoint(tmp_path / "stopped" / "checkpoints")
-    assert step - 1 <= saved <= step
     train(settings, DATA)
-    assert same(weights(tmp_path / "whole"), weights(tmp_path / "stopped"))
+    assert same(whole, weights(tmp_path))
+    resumed = json.loads((tmp_path / "training.json").read_text())["train/resumed_from_step"]
+    assert resumed == step - 1  # the step whose checkpoint was not written yet is lost, no other
 
 
-def test_a_damaged_checkpoint_is_passed_over(tmp_path):
-    train(config(tmp_path / "whole"), DATA)
-    settings = config(tmp_path / "stopped", checkpoint_seconds=0)
-    with pytest.raises((KeyboardInterrupt, SystemExit)):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_saves_and_exits_and_the_run_goes_on(tmp_path, whole, number):
+    settings = config(tmp_path, epochs=3)
+    before = signal.getsignal(number)
+    with pytest.raises(SystemExit) as stop:
+        train(settings, DATA, [Stop(7, number)])
+    assert stop.value.code == 128 + number
+    assert signal.getsignal(number) is before
+    train(settings, DATA)
+    assert same(whole, weights(tmp_path))
+    assert json.loads((tmp_path / "training.json").read_text())["train/resumed_from_step"] == 7
+
+
+def test_a_damaged_checkpoint_is_passed_over(tmp_path, whole):
+    settings = config(tmp_path, epochs=3, checkpoint_seconds=0)
+    with pytest.raises(RuntimeError, match="power cut"):
         train(settings, DATA, [Stop(6)])
-    newest = newest_checkpoint(tmp_path / "stopped" / "checkpoints")[0]
-    newest.write_bytes(newest.read_bytes()[:-500])
-    with pytest.warns(UserWarning, match="damaged checkpoint skipped"):
+    kept = sorted((tmp_path / "checkpoints").iterdir())
+    assert [path.name for path in kept] == ["step-00000004.ckpt", "step-00000005.ckpt"]
+    kept[1].write_bytes(kept[1].read_bytes()[:-500])
+    with pytest.warns(UserWarning, match="step-00000005.ckpt: damaged checkpoint skipped"):
         train(settings, DATA)
-    assert same(weights(tmp_path / "whole"), weights(tmp_path / "stopped"))
+    assert same(whole, weights(tmp_path))
+
+
+def test_gradient_accumulation_resumes_between_optimizer_steps(tmp_path):
+    twice = {"accelerator": "cpu", "accumulate_grad_batches": 2}
+    settings = [config(tmp_path / name, epochs=2, checkpoint_seconds=0) for name in "ab"]
+    for each in settings:
+        each.trainer = twice
+    train(settings[0], DATA)
+    with pytest.raises(RuntimeError, match="power cut"):
+        train(settings[1], DATA, [Stop(6)])
+    train(settings[1], DATA)
+    assert json.loads((tmp_path / "b/training.json").read_text())["train/resumed_from_step"] == 4
+    assert same(weights(tmp_path / "a"), weights(tmp_path / "b"))
 
 
 def test_when_to_mix():

@@ -1,0 +1,216 @@
+"""What does looking cost: a training step with GradMix over one with random CutMix boxes.
+
+    python benchmarks/mixing_step.py            # prints; --save writes results/mixing_step.json; --quick: a minute
+
+ResNet-18 with the small-image stem, a projection head and Adam; NT-Xent on two views, mixed views as positives. The
+steps differ in nothing but the mixer:
+
+- ``cutmix``: boxes at random places. The step that all others are divided by.
+- ``gradmix``: attribution of the last three stages (``gradmix 2``: two) on the graph of the step itself.
+- ``separate``: what a CAM library does: another forward pass for the attribution, and a full backward pass.
+- ``compiled``: ``gradmix`` over ``cutmix``, both compiled stage by stage.
+
+FLOPs are counted by torch and exact. Times are paired: every repeat runs all steps once, in rotating order, and divides
+by that repeat's CutMix step; the median over repeats is printed, so that a busy machine moves both sides.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+import torch._functorch.config
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+from gradmix import CutMix, GradMix, Mixer, layercam
+from gradmix.attribution import default_layers, record
+from gradmix.ssl.losses import NTXentLoss
+
+RESULTS = Path(__file__).parent / "results" / "mixing_step.json"
+# One step over another, and the most that it may be.
+CLAIMS = {
+    "flops": [("gradmix", "cutmix", 1.09), ("gradmix 2", "cutmix", 1.05), ("gradmix", "separate", 0.70)],
+    "time": [("gradmix", "cutmix", 1.20), ("gradmix 2", "cutmix", 1.12), ("gradmix", "separate", 0.80)],
+    "time, compiled": [("gradmix", "cutmix", 1.25)],
+}
+
+
+class SeparateGradMix(GradMix):
+    """What a CAM library does: a forward pass for the attribution alone, and ``backward()`` through everything."""
+
+    def __init__(self, encoder: nn.Module, ntxent: nn.Module):
+        super().__init__()
+        self.encoder, self.ntxent = encoder, ntxent
+
+    def _attribution(self, images: Tensor, loss: Tensor | None) -> Tensor:
+        activations: list[Tensor] = []
+        with torch.enable_grad(), record(self.encoder, default_layers(self.encoder), activations):
+            guide = self.ntxent(F.normalize(self.encoder(images), dim=1))
+            for activation in activations:
+                activation.retain_grad()
+            guide.backward()
+            # The same maps from the gradients at hand: layercam's own derivative of this is exactly them.
+            leaves = [activation.detach().requires_grad_() for activation in activations]
+            replay = sum((leaf * a.grad).sum() for leaf, a in zip(leaves, activations, strict=True))
+        self.encoder.zero_grad()
+        return layercam(replay, leaves, tuple(images.shape[2:]))
+
+
+def training_step(name: str, views: Tensor, compiled: bool = False) -> Callable[[], None]:
+    """A network of its own, and the function that takes one step with it."""
+    torch.manual_seed(0)
+    encoder = torchvision.models.resnet18()
+    encoder.conv1, encoder.maxpool = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity()
+    encoder.fc = nn.Sequential(nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 128))
+    encoder = encoder.to(views.device, memory_format=torch.channels_last)
+    if compiled:
+        for stage in (encoder.layer1, encoder.layer2, encoder.layer3, encoder.layer4):
+            stage.compile(dynamic=False)
+    ntxent = NTXentLoss(0.1)
+    optimizer = torch.optim.Adam(encoder.parameters(), lr=1e-3)
+    mixers: dict[str, Callable[[], Mixer]] = {
+        "cutmix": CutMix,
+        "gradmix": GradMix,
+        "gradmix 2": lambda: GradMix(2),
+        "separate": lambda: SeparateGradMix(encoder, ntxent),
+    }
+    mixer = mixers[name]()
+
+    def step() -> None:
+        with mixer.watch(encoder) if type(mixer) is GradMix else nullcontext():
+            z = F.normalize(encoder(views), dim=1)
+        loss = ntxent(z)
+        mixed = mixer(views, loss)
+        p = F.normalize(encoder(mixed.images), dim=1)
+        optimizer.zero_grad()
+        (loss + ntxent(z, positives=p, weight=mixed.kept)).backward()
+        optimizer.step()
+
+    return step
+
+
+def count_flops(steps: dict[str, Callable[[], None]]) -> dict[str, int]:
+    counts = {}
+    for name, step in steps.items():
+        with FlopCounterMode(display=False) as counter:
+            step()
+        counts[name] = counter.get_total_flops()
+    return counts
+
+
+def measure(steps: dict[str, Callable[[], None]], repeats: int, device: torch.device) -> dict[str, list[float]]:
+    """Seconds of every step in every repeat; the order rotates, so that none always runs after the same one."""
+    names = list(steps)
+    seconds = {name: [] for name in names}
+    for repeat in range(-2, repeats):  # two to warm up
+        shift = repeat % len(names)
+        for name in names[shift:] + names[:shift]:
+            wait(device)
+            start = time.perf_counter()
+            steps[name]()
+            wait(device)
+            if repeat >= 0:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def share_of_convolution(step: Callable[[], None], device: torch.device) -> float:
+    """Share of the step's own time that convolutions take, forward and backward."""
+    on_gpu = device.type == "cuda"
+    with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as profiler:
+        step()
+        wait(device)
+    times = [
+        (event.key, event.self_device_time_total if on_gpu else event.self_cpu_time_total)
+        for event in profiler.key_averages()
+    ]
+    convolution = ("conv", "gemm", "xmma", "cudnn", "cutlass") if on_gpu else ("conv",)
+    return sum(t for key, t in times if any(c in key.lower() for c in convolution)) / sum(t for _, t in times)
+
+
+def hardware(device: torch.device) -> dict:
+    cpu = [line.split(":")[1].strip() for line in cpuinfo() if line.startswith("model name")]
+    return {
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else (cpu or [platform.processor()])[0],
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "torchvision", "gradmix")},
+    }
+
+
+def cpuinfo() -> list[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def report(kind: str, figures: dict[str, list[float]]) -> list[dict]:
+    """Print and return the median of the paired ratios of every claim."""
+    rows = []
+    for step, over, at_most in CLAIMS[kind]:
+        ratio = statistics.median(a / b for a, b in zip(figures[step], figures[over], strict=True))
+        rows.append({"kind": kind, "step": step, "over": over, "ratio": round(ratio, 4), "at_most": at_most})
+        verdict = "" if ratio <= at_most else "  MISSED"
+        print(f"  {kind:<15} {step:>9} / {over:<9} {ratio:6.3f}   at most {at_most:.2f}{verdict}")
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Cost of GradMix in a training step.")
+    parser.add_argument("--save", action="store_true", help=f"write {RESULTS.name}")
+    parser.add_argument("--quick", action="store_true", help="small sizes, two repeats, nothing compiled")
+    parser.add_argument("--repeats", type=int, default=12)
+    arguments = parser.parse_args()
+
+    torch._functorch.config.donated_buffer = False  # compiled graphs are walked twice
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rows_of = {32: 512, 64: 256} if device.type == "cuda" else {32: 64, 64: 32}  # two views of half as many images
+    if arguments.quick:
+        rows_of, arguments.repeats = {16: 16}, 2
+
+    result = {"hardware": hardware(device), "repeats": arguments.repeats, "sizes": {}}
+    print(" ".join(f"{k}={v}" for k, v in result["hardware"].items()))
+    for size, rows in rows_of.items():
+        views = torch.rand(rows, 3, size, size, device=device).to(memory_format=torch.channels_last)
+        steps = {name: training_step(name, views) for name in ("cutmix", "gradmix", "gradmix 2", "separate")}
+        flops = count_flops(steps)
+        seconds = measure(steps, arguments.repeats, device)
+        other = {name: 1 - share_of_convolution(steps[name], device) for name in ("cutmix", "gradmix")}
+        print(f"{size} x {size}, {rows} views: CutMix step {statistics.median(seconds['cutmix']) * 1e3:.0f} ms")
+        claims = report("flops", {name: [count] for name, count in flops.items()}) + report("time", seconds)
+        if not arguments.quick:
+            compiled = {name: training_step(name, views, compiled=True) for name in ("cutmix", "gradmix")}
+            claims += report("time, compiled", measure(compiled, arguments.repeats, device))
+        print(
+            f"  not convolution: {other['cutmix']:.0%} of the CutMix step, {other['gradmix']:.0%} of the GradMix step"
+        )
+        result["sizes"][size] = {
+            "views": rows,
+            "flops": flops,
+            "milliseconds": {name: round(statistics.median(s) * 1e3, 1) for name, s in seconds.items()},
+            "claims": claims,
+            "not_convolution": {name: round(share, 3) for name, share in other.items()},
+        }
+    if arguments.save:
+        RESULTS.parent.mkdir(exist_ok=True)
+        RESULTS.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,44 @@
+"""Images as data URIs, so that the page needs no other file."""
+
+import base64
+from collections.abc import Sequence
+from io import BytesIO
+
+import numpy as np
+from PIL import Image
+
+from gradmix.ssl.images import ImageSet
+
+SHARP = 32  # images up to this side are shown with hard pixels, without loss
+
+
+def data_uri(image: Image.Image, lossless: bool = False) -> str:
+    buffer = BytesIO()
+    image.convert("RGB").save(buffer, "WEBP", quality=82, lossless=lossless)
+    return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def thumbnail(images: ImageSet, index: int, side: int) -> Image.Image | None:
+    """One image, at most ``side`` wide; None when its file is gone."""
+    try:
+        pixels = images[index][0]
+    except (ValueError, OSError):
+        return None
+    image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+    return image if image.width <= side else image.resize((side, side), Image.Resampling.LANCZOS)
+
+
+def sprite(images: ImageSet, indices: Sequence[int], columns: int, side: int) -> str:
+    """A grid of thumbnails, row by row, as one picture."""
+    side = min(side, images.size)
+    sheet = np.zeros((-(-len(indices) // columns) * side, columns * side, 3), np.uint8)
+    for number, index in enumerate(indices):
+        image = thumbnail(images, int(index), side)
+        if image is not None:
+            top, left = number // columns * side, number % columns * side
+            sheet[top : top + side, left : left + side] = np.asarray(image)
+    return data_uri(Image.fromarray(sheet), lossless=side <= 16)
+
+
+def decode(encoded: bytes) -> Image.Image:
+    return Image.open(BytesIO(encoded)).convert("RGB")

@@ -127,20 +127,36 @@ def over_splits(results: list[dict]) -> dict:
 
 def run_eval(config: EvalConfig) -> None:
     from gradmix.eval.compare import compare, comparison_table
+    from gradmix.eval.evaluate import table
+    from gradmix.eval.robustness import corruption_table
+    from gradmix.ssl.files import write_json
 
     run_dir = Path(config.run).expanduser()
+    out = run_dir if config.out is None else Path(config.out).expanduser()
+    parts = [path.name for path in sorted(run_dir.glob("split-*"))] if not (run_dir / "config.yaml").exists() else []
     if config.against is not None:
         other = Path(config.against).expanduser()
-        print(comparison_table(run_dir, other, compare(run_dir, other)))
+        for part in parts or [""]:
+            print(comparison_table(run_dir / part, other / part, compare(run_dir / part, other / part)))
         return
-    from gradmix.eval.evaluate import check_detectors, device_of, evaluate, table
+    name = "metrics.json" if config.corruptions is None else "metrics_corruptions.json"
+    as_text = table if config.corruptions is None else corruption_table
+    results = [eval_one(config, run_dir / part, out / part) for part in parts or [""]]
+    if parts:
+        write_json(out / name, over_splits(results))
+    print(as_text(over_splits(results) if parts else results[0]))
+    print(f"\n{out / name}: every number" + (f"; mean ± standard deviation over {len(parts)} splits" if parts else ""))
+
+
+def eval_one(config: EvalConfig, run_dir: Path, out: Path) -> dict:
+    from gradmix.eval.evaluate import check_detectors, device_of, evaluate
+    from gradmix.eval.robustness import evaluate_corruptions
     from gradmix.ssl.data import load_data
     from gradmix.ssl.run import read_config
 
     run = read_config(run_dir)
-    for key in ("detectors", "detector_options"):
-        if getattr(config, key) is not None:
-            setattr(run, key, getattr(config, key))
+    run.detectors = run.detectors if config.detectors is None else config.detectors
+    run.detector_options |= config.detector_options
     for key in ("root", "unknown_root"):
         if getattr(config, key) is not None:
             setattr(run.data, key, getattr(config, key))
@@ -148,7 +164,9 @@ def run_eval(config: EvalConfig) -> None:
     if not (run_dir / "training.json").exists():
         raise ValueError(f"run: {run_dir} has not finished training; gradmix-pretrain run_dir={run_dir} goes on")
     data = load_data(run.data, run.seed)
-    print(table(evaluate(run_dir, run, data, device_of(run))))
+    if config.corruptions is not None:
+        return evaluate_corruptions(run_dir, run, data, config.corruptions, device_of(run), out)
+    return evaluate(run_dir, run, data, device_of(run), out)
 
 
 def run_score(config: ScoreConfig) -> None:

@@ -1,6 +1,6 @@
 """Configuration of gradmix-eval and gradmix-score: every key with its type, default and meaning."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from omegaconf import MISSING
@@ -8,9 +8,10 @@ from omegaconf import MISSING
 
 @dataclass
 class EvalConfig:
-    run: str = MISSING  # folder of a trained run
+    run: str = MISSING  # folder of a trained run, or of a run with data.split=all
+    out: str | None = None  # folder for the results, instead of the run's own
     detectors: list[str] | None = None  # instead of the run's own, NAME or NAME@projections
-    detector_options: dict[str, Any] | None = None  # instead of the run's own: detector_options.deep_knn.k=10
+    detector_options: dict[str, Any] = field(default_factory=dict)  # over the run's own: detector_options.deep_knn.k=10
     root: str | None = None  # where the run's data lies now, if it moved
     unknown_root: str | None = None  # folder of images, any depth: the unknown images, instead of the run's own
     against: str | None = None  # folder of another run: compare the two, on what each said of the same test images

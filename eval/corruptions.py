@@ -1,10 +1,10 @@
 """Fifteen corruptions at five severities, after Hendrycks & Dietterich (arXiv 1903.12261).
 
 The kinds are the paper's; the implementations are our own. Every length is a share of the image's side, so that one
-table of severities serves 16 x 16 and 224 x 224 images; strengths lie between those of CIFAR-10-C and ImageNet-C. Numbers
+table of severities serves 16 x 16 and 224 x 224 images; strengths lie between CIFAR-10-C's and ImageNet-C's. Numbers
 measured here compare with each other, not with published ones: for those, read the standard sets
-(:mod:`gradmix.eval.robustness`). Frost is procedural (ridged fractal noise), where the paper overlays photographs of ice;
-glass blur takes a random neighbour per pixel, where the paper swaps neighbours one after the other.
+(:mod:`gradmix.eval.robustness`). Frost is procedural (ridged fractal noise), where the paper overlays photographs of
+ice; glass blur takes a random neighbour per pixel, where the paper swaps neighbours one after the other.
 """
 
 import io
@@ -189,7 +189,7 @@ CORRUPTIONS: dict[str, tuple[Callable[[Tensor, float, Generator], Tensor], tuple
     "brightness": (brightness, (0.05, 0.1, 0.15, 0.2, 0.3)),
     "contrast": (contrast, (0.75, 0.5, 0.4, 0.3, 0.15)),
     "elastic_transform": (elastic_transform, (0.01, 0.016, 0.022, 0.03, 0.04)),
-    "pixelate": (pixelate, (0.5, 0.44, 0.36, 0.3, 0.22))),
+    "pixelate": (pixelate, (0.6, 0.5, 0.4, 0.3, 0.25)),
     "jpeg_compression": (jpeg_compression, (60, 45, 30, 20, 12)),
 }
 
@@ -226,7 +226,9 @@ def line(length: float, angles: Tensor) -> Tensor:
     reach = int(np.ceil(length / 2)) + 1
     side = 2 * reach + 1
     along = torch.linspace(-length / 2, length / 2, 4 * side)
-    points = reach + torch.stack([angles.sin()[:, None] * along, angles.cos()[:, None] * along])  # [2, N, P], row, column
+    points = reach + torch.stack(
+        [angles.sin()[:, None] * along, angles.cos()[:, None] * along]
+    )  # [2, N, P], row, column
     low = points.floor()
     kernels = torch.zeros(len(angles), side * side)
     for row in (0, 1):  # each point is shared among its four pixels

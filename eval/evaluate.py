@@ -27,8 +27,14 @@ SPACES = {"class_knn": "projections"}
 PRIMARY = "deep_knn"  # on backbone features: the detector that claims are made with, and the one that is saved
 
 
-def evaluate(run_dir: Path, config: Config, data: OpenSetData, device: str = "cpu") -> dict[str, Any]:
+def evaluate(
+    run_dir: Path, config: Config, data: OpenSetData, device: str = "cpu", out: Path | None = None
+) -> dict[str, Any]:
     """Evaluate a trained run; writes ``features/``, ``detector/`` and ``metrics.json``, and returns the metrics.
+
+    Args:
+        run_dir: where the weights are.
+        out: folder to write to, ``run_dir`` unless given.
 
     ``features/scores.safetensors`` holds what every detector says of every test image, for
     :func:`gradmix.eval.compare.compare`. What the data can't answer is left out and listed under ``skipped``: no
@@ -37,15 +43,18 @@ def evaluate(run_dir: Path, config: Config, data: OpenSetData, device: str = "cp
     Raises:
         ValueError: bad settings, such as k larger than the training set.
     """
+    out = run_dir if out is None else out
     options = dict(config.detector_options)
     detectors = [(key, build_detector(kind.NAME, options), space) for key, kind, space in check_detectors(config)]
+    if any(getattr(detector, "k", 1) > len(data.train) for _, detector, _ in detectors):
+        raise ValueError(f"detectors: a k is larger than the training set, {len(data.train)} images")
     model = Model(run_dir, device)
     sets = {"train": data.train, "held_out": data.held_out, "test": data.test}
     found: dict[str, dict[str, Tensor]] = {}
     for name, images in sets.items():
         if len(images):
             found[name] = model.extract(images, config.data.workers, progress=True)
-            write_tensors(run_dir / "features" / f"{name}.safetensors", found[name])
+            write_tensors(out / "features" / f"{name}.safetensors", found[name])
     result: dict[str, Any] = {"skipped": {}}
     if data.classes:
         knn, probe = classifiers(config, found["train"])
@@ -58,6 +67,7 @@ def evaluate(run_dir: Path, config: Config, data: OpenSetData, device: str = "cp
         result["knn_pixels/top1"] = metrics.closed_set_accuracy(knn.predict(pixels["test"][known]), labels)
     else:
         result["skipped"]["knn, linear, osr"] = "the images have no classes"
+    (out / "features" / "scores.safetensors").unlink(missing_ok=True)  # an earlier evaluation's, of other images
     if data.classes and (data.test.labels < 0).any():
         scores = {"labels": data.test.labels, "images": image_hashes(data.test)}
         for key, detector, space in [*detectors, ("pixels", build_detector(PRIMARY, options), None)]:
@@ -69,7 +79,7 @@ def evaluate(run_dir: Path, config: Config, data: OpenSetData, device: str = "cp
                 values |= {"auroc_low": interval.low, "auroc_high": interval.high}
             result |= {f"osr/{key}/{name}": value for name, value in values.items()}
             scores |= {f"{key}/score": score, f"{key}/correct": correct}
-        write_tensors(run_dir / "features" / "scores.safetensors", scores)
+        write_tensors(out / "features" / "scores.safetensors", scores)
     elif data.classes:
         result["skipped"]["osr"] = "the test set has no unknown classes"
     primary = build_detector(PRIMARY, options)
@@ -78,11 +88,15 @@ def evaluate(run_dir: Path, config: Config, data: OpenSetData, device: str = "cp
         primary.calibrate(found["held_out"]["features"])
     else:
         result["skipped"]["threshold"] = "data.holdout=0 leaves no known images to calibrate on"
-    save_scorer(run_dir / "detector", primary, run_dir / "backbone.safetensors", data.classes, data.train)
+    save_scorer(out / "detector", primary, run_dir / "backbone.safetensors", data.classes, data.train)
+    if options:
+        result["detector_options"] = options
+    if config.data.unknown_root is not None:
+        result["data/unknown_root"] = config.data.unknown_root
     training = run_dir / "training.json"
     result |= json.loads(training.read_text()) if training.is_file() else {}
     result |= provenance()
-    write_json(run_dir / "metrics.json", result)
+    write_json(out / "metrics.json", result)
     return result
 
 

@@ -47,14 +47,14 @@ def _row(scorer: Scorer, path: str, score, k: int) -> list[Image.Image]:
     image = scorer.backbone.transform(path)
     distances, rows = scorer.neighbours(image[None], k)
     colour = (190, 30, 30) if score.prediction == UNKNOWN else (30, 120, 60)
-    tiles = [_tile(image, os.path.basename(path), f"{score.prediction} {score.score:.3f}", colour)]
+    tiles = [_tile(image, os.path.basename(path), f"{score.prediction}, {score.score:.3f}".lstrip(", "), colour)]
     for distance, row in zip(distances[0].tolist(), rows[0].tolist(), strict=True):
         try:
             picture = scorer.training_image(row)
         except ValueError:
             picture = None  # the training images moved; their names still say something
         name = os.path.basename(scorer.training_name(row)) if scorer.train_files else f"image {row}"
-        tiles.append(_tile(picture, name, f"{scorer.training_class(row)} {distance:.3f}", (90, 90, 90)))
+        tiles.append(_tile(picture, name, f"{scorer.training_class(row)}, {distance:.3f}".lstrip(", "), (90, 90, 90)))
     return tiles
 
 
@@ -79,8 +79,8 @@ def _page(rows: list[list[Image.Image]]) -> Image.Image:
     width = 2 * MARGIN + columns * step + GAP  # a wider gap after the scored image
     page = Image.new("RGB", (width, 2 * MARGIN + 18 + len(rows) * (step + CAPTION)), "white")
     draw, font = ImageDraw.Draw(page), ImageFont.load_default(12)
-    draw.text((MARGIN, MARGIN), "image, score", fill="black", font=font)
-    draw.text((MARGIN + step + GAP, MARGIN), "nearest training images, distance", fill="black", font=font)
+    draw.text((MARGIN, MARGIN), "image, class, score", fill="black", font=font)
+    draw.text((MARGIN + step + GAP, MARGIN), "nearest training images, class, distance", fill="black", font=font)
     for i, row in enumerate(rows):
         for j, tile in enumerate(row):
             page.paste(tile, (MARGIN + j * step + (GAP if j else 0), MARGIN + 18 + i * (step + CAPTION)))

@@ -12,6 +12,7 @@ from io import StringIO
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#8F8F00")
 DASHES = ("-", (0, (5, 2)), (0, (1, 1.2)), (0, (5, 1.5, 1, 1.5)))
@@ -56,7 +57,7 @@ def line_chart(title: str, lines: Sequence[Line], x: str, y: str, *, unit: bool 
         marks: a dot on every vertex, also of short curves without it.
     """
     with rc_context(STYLE):
-        figure, axes = _figure(title, x, y)
+        figure, axes = _figure(title, x, y, (3.6, 3.6) if unit else (4.2, 3.2))
         for number, line in enumerate(lines):
             colour = line.colour or COLOURS[number % len(COLOURS)]
             dashes = line.dashes or DASHES[number % len(DASHES)]
@@ -65,6 +66,8 @@ def line_chart(title: str, lines: Sequence[Line], x: str, y: str, *, unit: bool 
         if unit:
             axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01))
             axes.set_aspect("equal")
+        else:
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if any(line.label for line in lines):
             axes.legend(loc="best")
         return _svg(figure, title)
@@ -73,7 +76,7 @@ def line_chart(title: str, lines: Sequence[Line], x: str, y: str, *, unit: bool 
 def histogram(title: str, parts: dict[str, np.ndarray], x: str, marks: dict[str, float]) -> str:
     """Shares of each part by value; ``marks`` are vertical lines."""
     with rc_context(STYLE):
-        figure, axes = _figure(title, x, "share of the images", size=(6.4, 3.0))
+        figure, axes = _figure(title, x, "share of the images", (6.4, 3.0))
         bins = np.histogram_bin_edges(np.concatenate(list(parts.values())), 40)
         for number, (name, values) in enumerate(parts.items()):
             weights = np.full(len(values), 1 / len(values))
@@ -98,7 +101,7 @@ def smooth(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return tuple(np.array([block.mean() for block in np.array_split(values, parts)]) for values in (x, y))
 
 
-def _figure(title: str, x: str, y: str, size: tuple[float, float] = (4.2, 3.2)):
+def _figure(title: str, x: str, y: str, size: tuple[float, float]):
     figure = Figure(size, layout="constrained")
     axes = figure.add_subplot()
     axes.set(title=title, xlabel=x, ylabel=y)
@@ -110,7 +113,7 @@ def _figure(title: str, x: str, y: str, size: tuple[float, float] = (4.2, 3.2)):
 def _svg(figure: Figure, title: str) -> str:
     text = StringIO()
     with rc_context({"svg.hashsalt": title}):  # ids that are the same every time, and others for every title
-        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Title": None})
+        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
     svg = text.getvalue()
     svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)

@@ -48,15 +48,17 @@ def feature_map(run: Run) -> str:
 
 
 def plane(features: np.ndarray) -> np.ndarray:
-    """t-SNE of L2-normalised features ``[N, F]``, seeded, scaled into the unit square ``[N, 2]``."""
+    """t-SNE (of few or collapsed features PCA) of the L2-normalised ``[N, F]``, seeded, in the unit square ``[N, 2]``."""
     unit = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
-    parts = min(50, *unit.shape)
-    reduced = PCA(parts, random_state=0).fit_transform(unit) if unit.shape[1] > 50 else unit
-    if len(unit) >= 10 and unit.std(axis=0).any():
-        settings = {"init": "pca", "random_state": 0, "max_iter": 500, "perplexity": min(30, (len(unit) - 1) / 3)}
-        reduced = TSNE(**settings).fit_transform(reduced)
+    reduced = PCA(min(50, *unit.shape), random_state=0).fit_transform(unit)
     flat = np.zeros((len(unit), 2))
     flat[:, : reduced.shape[1]] = reduced[:, :2]
+    # On collapsed features scikit-learn's t-SNE divides by zero, and then it takes the whole process down.
+    if len(unit) >= 10 and flat.std(axis=0).min() > 1e-4:
+        start = (flat / flat[:, 0].std() * 1e-4).astype(np.float32)
+        neighbours = min(30, (len(unit) - 1) / 3)
+        tsne = TSNE(init=start, random_state=0, max_iter=500, angle=0.7, perplexity=neighbours)
+        flat = tsne.fit_transform(reduced)
     low, high = flat.min(axis=0), flat.max(axis=0)
     return (flat - low) / np.where(high > low, high - low, 1)
 

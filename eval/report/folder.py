@@ -55,6 +55,17 @@ class Run:
     images: dict[str, ImageSet] = field(default_factory=dict)
     why_no_images: str = ""
 
+    def name_of(self, label: int) -> str:
+        """The class's name; ``unknown`` for -1, ``image`` where there are no classes."""
+        if not self.classes:
+            return "image"
+        return self.classes[label] if label >= 0 else "unknown"
+
+    def file_name(self, name: str, row: int) -> str:
+        """What to call an image: its folder and file, or its row where it never was a file."""
+        files = self.images[name].files if self.images else None
+        return f"{name} image {row}" if files is None else "/".join(Path(files[row]).parts[-2:])
+
 
 def read_run(path: Path, data: OpenSetData | None = None, images: bool = True) -> Run:
     """Read a run's folder.
@@ -108,14 +119,12 @@ def read_events(folder: Path, images: bool = True) -> tuple[dict, list[tuple[int
         values = {event.step: event.value for event in events.Scalars(tag)}
         steps = np.array(sorted(values))
         scalars[tag] = steps, np.array([values[step] for step in steps])
-    pictures = {event.step: event.encoded_image_string for event in events.Images("mixing")} if images and (
-        "mixing" in tags["images"]
-    ) else {}
-    return scalars, sorted(pictures.items())
+    mixing = events.Images("mixing") if images and "mixing" in tags["images"] else []
+    return scalars, sorted({event.step: event.encoded_image_string for event in mixing}.items())
 
 
 def read_scores(path: Path, features: dict, detector: Detector | None) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Every detector's scores as the evaluation saved them; only the primary one's, computed again, where it did not."""
+    """Every detector's scores, as the evaluation saved them; where it did not, the primary one's, computed again."""
     labels = features.get("test", {}).get("labels", np.zeros(0))
     if not (labels >= 0).any() or not (labels < 0).any():
         return {}
@@ -164,19 +173,21 @@ def differences(config: Config) -> list[tuple[str, Any, Any]]:
     return [(key, usual.get(key), value) for key, value in ours.items() if usual and usual.get(key) != value]
 
 
-def command(config: Config) -> str:
-    """The command that makes this run, as far as the config tells: `gradmix-pretrain data=... epochs=...`."""
+def command(config: Config, changed: list[tuple[str, Any, Any]]) -> str:
+    """The command that makes this run, as far as the config tells: `gradmix-pretrain data=... epochs=...`.
+
+    Args:
+        changed: `differences(config)`.
+    """
     groups = [f"{group}={getattr(config, group).name}" for group in GROUPS]
-    others = [f"{key}={_value(value)}" for key, _, value in differences(config)]
+    others = [f"{key}={_value(value)}" for key, _, value in changed]
     return shlex.join(["gradmix-pretrain", *groups, *others])
 
 
 def _value(value: Any) -> str:
     if isinstance(value, list | tuple):
         return f"[{','.join(_value(part) for part in value)}]"
-    return {None: "null", True: "true", False: "false"}.get(value, str(value)) if value in (None, True, False) else str(
-        value
-    )
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _tensors(path: Path) -> dict[str, np.ndarray]:

@@ -1,15 +1,19 @@
+import pickle
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 from PIL import Image
 from sklearn.datasets import load_digits
+from torchvision import datasets
 
 from gradmix.ssl.config import DataConfig
-from gradmix.ssl.data import load_data
+from gradmix.ssl.data import SOURCES, load_data
 from gradmix.ssl.images import decode
-from gradmix.ssl.splits import SPLITS
+from gradmix.ssl.splits import CIFAR_PLUS, SPLITS
 
 DIGITS = DataConfig(name="digits", image_size=8, split=0)
 
@@ -118,6 +122,96 @@ def test_tinyimagenet_layout_with_missing_training_folders(tmp_path):
         assert data.test.labels[position] == label
     with pytest.raises(ValueError, match="no training images of the known classes"):
         load_data(replace(config, split=1), 0)
+
+
+@pytest.fixture
+def cifar(tmp_path, monkeypatch):
+    """CIFAR-10 and CIFAR-100 in torchvision's own layout, four images per class; each pixel says what it is of."""
+    for kind, key, classes, mark in ((datasets.CIFAR10, "labels", 10, 0), (datasets.CIFAR100, "fine_labels", 100, 200)):
+        folder = tmp_path / kind.base_folder
+        folder.mkdir()
+        for files, times in ((kind.train_list, 4), (kind.test_list, 2)):
+            labels = np.tile(np.arange(classes), times)
+            for (name, _), part in zip(files, np.array_split(labels, len(files)), strict=True):
+                red, rest = np.repeat(part[:, None], 1024, 1), np.full((len(part), 2048), mark)
+                data = np.hstack([red, rest]).astype(np.uint8)
+                (folder / name).write_bytes(pickle.dumps({"data": data, key: part.tolist()}))
+        names = [f"{kind.__name__} {i}" for i in range(classes)]
+        (folder / kind.meta["filename"]).write_bytes(pickle.dumps({kind.meta["key"]: names}))
+        monkeypatch.setattr(kind, "_check_integrity", lambda self: True)  # the checksums are the real files'
+        monkeypatch.setitem(kind.meta, "md5", None)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["cifar_plus10", "cifar_plus50"])
+@pytest.mark.parametrize("split", range(5))
+def test_cifar_plus_is_cifar10_against_chosen_classes_of_cifar100(cifar, name, split):
+    data = load_data(DataConfig(name=name, split=split, root=str(cifar)), 0)
+    known, unknown = SPLITS[name][split], CIFAR_PLUS[name][split]
+    assert data.classes == [f"CIFAR10 {i}" for i in known] and data.known == known
+    assert data.unknown == [f"CIFAR100 {i}" for i in unknown]
+    for part in (data.train, data.held_out, data.test):
+        red, green = part.images[:, 0, 0, 0].tolist(), part.images[:, 1, 0, 0].tolist()
+        for label, value, mark in zip(part.labels.tolist(), red, green, strict=True):
+            assert (mark == 0 and known[label] == value) if label >= 0 else (mark == 200 and value in unknown)
+    assert len(data.train) + len(data.held_out) == 4 * 4
+    assert data.test.labels[data.test.labels >= 0].bincount().tolist() == [2] * 4
+    assert (data.test.labels < 0).sum() == 2 * len(unknown)
+
+
+def test_cifar_plus_lists():
+    for ten, fifty in zip(CIFAR_PLUS["cifar_plus10"], CIFAR_PLUS["cifar_plus50"], strict=True):
+        assert len(set(ten)) == 10 and len(set(fifty)) == 50 and set(fifty) <= set(range(100))
+        assert fifty[-10:] == ten  # as in the publication
+    for known in SPLITS["cifar_plus10"]:
+        assert len(set(known)) == 4 and set(known) <= set(range(10))
+
+
+def test_cifar_plus_with_classes_of_ones_own_or_no_split(cifar):
+    config = DataConfig(name="cifar_plus10", root=str(cifar))
+    assert len(load_data(config, 0).unknown) == 100
+    own = load_data(replace(config, split=1, known=["CIFAR10 3", "CIFAR10 5"]), 0)
+    assert own.known == [3, 5] and own.unknown == [f"CIFAR100 {i}" for i in CIFAR_PLUS["cifar_plus10"][1]]
+    with pytest.raises(ValueError, match="5 does not exist; choose 0-4"):
+        load_data(replace(config, split=5), 0)
+
+
+def test_every_data_config_names_a_source():
+    files = sorted((Path(__file__).parents[2] / "configs/data").glob("*.yaml"))
+    for file in files:
+        config = OmegaConf.load(file)
+        assert config.get("data", config).name == file.stem
+    assert {file.stem for file in files} == set(SOURCES)
+
+
+def test_a_folder_of_unknown_images(tmp_path):
+    folder(tmp_path / "far" / "deep" / "deeper", ["a", "b"], 3, size=(30, 20))
+    picture(tmp_path / "far" / "top.png", (1, 2, 3))
+    plain, far = load_data(DIGITS, 0), load_data(replace(DIGITS, unknown_root=str(tmp_path / "far")), 0)
+    assert (far.test.labels < 0).sum() == 7 and far.unknown == [str(tmp_path / "far")]
+    assert torch.equal(far.test.images[:-7], plain.test.images[plain.test.labels >= 0])
+    assert torch.equal(far.test.labels[:-7], plain.test.labels[plain.test.labels >= 0])
+    assert (far.test.images[-1, :, 0, 0] == torch.tensor([1, 2, 3])).all()  # sorted: top.png is the last
+    assert torch.equal(far.train.images, plain.train.images)
+
+    folder(tmp_path / "near", ["cat", "dog", "emu"], 4)
+    config = DataConfig(name="imagefolder", image_size=8, root=str(tmp_path / "near"), known=["cat", "dog"])
+    config.unknown_root = str(tmp_path / "far")
+    for memory in (4.0, 0.0):  # decoded at once, or streamed
+        data = load_data(replace(config, memory_gib=memory), 0)
+        assert data.test.labels.tolist() == [0, 1, *[-1] * 7]
+        assert data.test[8][0][:, 0, 0].tolist() == [1, 2, 3]
+        assert len(data.test.files) == 9
+
+    with pytest.raises(ValueError, match=r"data\.unknown_root: .*nowhere is not a folder"):
+        load_data(replace(config, unknown_root=str(tmp_path / "nowhere")), 0)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"data\.unknown_root: no images in"):
+        load_data(replace(config, unknown_root=str(tmp_path / "empty")), 0)
+    for i in range(4):
+        picture(tmp_path / "flat" / f"{i}.png")
+    with pytest.raises(ValueError, match=r"data\.unknown_root: .*have no classes"):
+        load_data(replace(config, root=str(tmp_path / "flat"), known=None), 0)
 
 
 @pytest.mark.parametrize(

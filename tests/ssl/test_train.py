@@ -51,8 +51,10 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-@pytest.mark.parametrize("method", ["simclr", "supcon", "joint"])
-@pytest.mark.parametrize("mix", ["none", "gradmix", "cutmix", "mixup"])
+@pytest.mark.parametrize(
+    ("method", "mix"),
+    [("simclr", "gradmix"), ("supcon", "gradmix"), ("joint", "gradmix"), ("joint", "cutmix"), ("simclr", "mixup")],
+)
 def test_the_same_seed_gives_the_same_weights(tmp_path, method, mix):
     runs = [tmp_path / "a", tmp_path / "b"]
     for run in runs:
@@ -90,7 +92,7 @@ def whole(tmp_path_factory):
     return weights(folder)
 
 
-@pytest.mark.parametrize("step", [1, 4, 5, 6, 10, 15])
+@pytest.mark.parametrize("step", [1, 5, 6, 15])
 def test_a_run_that_died_goes_on_to_the_same_weights(tmp_path, whole, step):
     """5 steps an epoch: inside epochs, at their ends, just behind them, and at the very end."""
     settings = config(tmp_path, epochs=3, checkpoint_seconds=0)

@@ -1,0 +1,60 @@
+"""One trained digits run for the tests that read runs, and a headless Chromium to look at pages with."""
+
+import os
+import shutil
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+QUICK = ("epochs=2", "encoder.width=4", "knn_every=1", "pictures_every=1", "trainer.accelerator=cpu")
+
+
+@pytest.fixture(scope="session")
+def digits_run(tmp_path_factory):
+    """Read only; tests that change it take a copy."""
+    folder = tmp_path_factory.mktemp("digits")
+    code = "from gradmix.eval.commands import pretrain; pretrain()"
+    subprocess.run([sys.executable, "-c", code, *QUICK, "run_dir=run"], cwd=folder, check=True, capture_output=True)
+    return folder / "run"
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """Opens pages: browser(path, width, dark) gives the driver, and what went wrong or over the network."""
+    binary, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if binary is None or driver is None:
+        complaint = "no chromium and chromedriver here (Debian: apt-get install chromium chromium-driver)"
+        pytest.fail(complaint) if os.environ.get("CI") == "true" else pytest.skip(complaint)
+    webdriver = pytest.importorskip("selenium.webdriver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = binary
+    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars"):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    chromium = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+
+    def view(path, width=1200, dark=False):
+        metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
+        scheme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
+        chromium.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+        chromium.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": scheme})
+        for kind in ("browser", "performance"):
+            chromium.get_log(kind)  # of the page before
+        chromium.get(path.as_uri())
+        return SimpleNamespace(driver=chromium, complaints=lambda: complaints(chromium))
+
+    yield view
+    chromium.quit()
+
+
+def complaints(chromium) -> list[str]:
+    """Console messages, and every request that is not the page's own file or inside it."""
+    import json
+
+    events = [json.loads(entry["message"])["message"] for entry in chromium.get_log("performance")]
+    asked = [event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"]
+    return [entry["message"] for entry in chromium.get_log("browser")] + [
+        url for url in asked if not url.startswith(("file:", "data:"))
+    ]

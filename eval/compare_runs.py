@@ -171,7 +171,7 @@ def _table(groups: list[Group], numbers: dict[str, tuple[str, float]]) -> str:
         for group in groups:
             values = list(group.values(key).values())
             what = difference(group, groups[0], key) if group is not groups[0] else None
-            data = f' data-key="{escape(key)}" data-value="{np.mean(values)!r}"' if values else ""
+            data = f' data-key="{escape(key)}" data-value="{float(np.mean(values))!r}"' if values else ""
             cells.append(f"<td{data}>{_mean(values, scale)}<small>{_gap(what, scale)}</small></td>")
         rows.append(cells)
     note = (

@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
-from gradmix.eval.scoring import UNKNOWN, Scorer
+from gradmix.eval.scoring import UNKNOWN, Score, Scorer
 from gradmix.ssl.files import write_atomically
 
 SIDE, GAP, CAPTION, MARGIN = 112, 10, 34, 14  # pixels: a picture, the space around it, its two lines of text
@@ -25,29 +25,34 @@ def write_sheets(scorer: Scorer, paths: Sequence[str], folder: Path, limit: int 
     Returns:
         Numbers of images and of sheets.
     """
-    paths = list(paths)
     k = min(k, scorer.detector.bank_.shape[0])
-    shown = sheets = 0
-    while paths and shown < limit:
-        batch, paths = paths[:PER_PAGE], paths[PER_PAGE:]
-        rows = [_row(scorer, path, score, k) for path, score in _readable(scorer, batch[: limit - shown])]
-        if rows:
-            shown, sheets = shown + len(rows), sheets + 1
-            page = _page(rows)
-            name = folder / f"sheet-{sheets:03d}.png"
-            write_atomically(name, lambda temporary, page=page: page.save(temporary, "PNG"))
+    rows, shown, sheets = [], 0, 0
+    for score in scorer.score(paths, batch_size=PER_PAGE):
+        if not score.error:
+            rows.append(_row(scorer, score, k))
+            shown += 1
+        if len(rows) == PER_PAGE or shown == limit:
+            sheets += 1
+            _write(folder, sheets, rows)
+            rows = []
+        if shown == limit:
+            break
+    if rows:
+        sheets += 1
+        _write(folder, sheets, rows)
     return shown, sheets
 
 
-def _readable(scorer: Scorer, paths: Sequence[str]):
-    return [(path, score) for path, score in zip(paths, scorer.score(paths), strict=True) if not score.error]
+def _write(folder: Path, number: int, rows: list[list[Image.Image]]) -> None:
+    page = _page(rows)
+    write_atomically(folder / f"sheet-{number:03d}.png", lambda temporary: page.save(temporary, "PNG"))
 
 
-def _row(scorer: Scorer, path: str, score, k: int) -> list[Image.Image]:
-    image = scorer.backbone.transform(path)
+def _row(scorer: Scorer, score: Score, k: int) -> list[Image.Image]:
+    image = scorer.backbone.transform(score.path)
     distances, rows = scorer.neighbours(image[None], k)
     colour = (190, 30, 30) if score.prediction == UNKNOWN else (30, 120, 60)
-    tiles = [_tile(image, os.path.basename(path), f"{score.prediction}, {score.score:.3f}".lstrip(", "), colour)]
+    tiles = [_tile(image, os.path.basename(score.path), f"{score.prediction}, {score.score:.3f}".lstrip(", "), colour)]
     for distance, row in zip(distances[0].tolist(), rows[0].tolist(), strict=True):
         try:
             picture = scorer.training_image(row)

@@ -92,6 +92,17 @@ def test_scoring_files_with_the_detectors_folder_alone(run, command, tmp_path):
     assert only["path"] == rows[0]["path"] and only["score"] == pytest.approx(float(rows[0]["score"]), abs=1e-5)
 
 
+def test_explaining_scores_with_pictures(run, command, tmp_path):
+    images = digit_files(tmp_path / "photos", 3)
+    detector = f"detector={run / 'detector'}"
+    result = command("score", detector, f"images={images}", "explain=some sheets", "explain_limit=2")
+    assert result.code == 0, result.err
+    assert "1 sheets with 2 images" in result.out
+    assert Image.open(tmp_path / "some sheets" / "sheet-001.png").width > 600
+    result = command("score", detector, f"images={images}", "explain=more", "explain_limit=0")
+    assert result.code == 2 and "explain_limit: expected at least 1, got 0" in result.err
+
+
 def test_unreadable_files_get_a_row_and_the_exit_code_says_so(run, command, tmp_path):
     images = digit_files(tmp_path / "photos", 2)
     (images / "broken.png").write_text("<html>")
@@ -146,6 +157,10 @@ def test_a_flat_folder_without_classes(command, tmp_path):
         (["batch_size=4096"], "batch_size: 4096 is larger than the training set of"),
         (["knn_k=100000"], "knn_k: 100000 is larger than the training set"),
         (["detectors=[deep_kn]"], "detectors: expected some of deep_knn"),
+        (["detector_options.deep_kn.k=3"], "detector_options.deep_kn: no such detector"),
+        (["detector_options.deep_knn.kk=3"], "did you mean k?"),
+        (["data.unknown_root=missing"], "data.unknown_root: missing is not a folder"),
+        (["data=cifar_plus70"], "data: no option 'cifar_plus70'; choose from"),
         (["mix.options.alpha=-1"], "alpha: expected a finite number above 0"),
         (["mix.options.nonsense=1"], "mix.options: gradmix does not take"),
         (["encoder.name=vgg"], "encoder.name: expected one of resnet18"),

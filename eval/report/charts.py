@@ -117,7 +117,7 @@ def _svg(figure: Figure, title: str) -> str:
     svg = text.getvalue()
     svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r' id="[A-Za-z]+\d*_[\d_]+"', "", svg)  # matplotlib numbers them anew in every figure
+    svg = re.sub(r' id="[\w.]+_\d+"', "", svg)  # matplotlib numbers them anew in every figure
     svg = re.sub(r' (?:width|height)="[\d.]+pt"', "", svg, count=2)
     svg = re.sub(r"\n\s*", "\n", svg)
     return svg.replace("<svg", f'<svg class="chart" role="img" aria-label="{escape(title)}"', 1)

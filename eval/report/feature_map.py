@@ -4,7 +4,6 @@ import json
 from html import escape
 
 import numpy as np
-from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 
 from gradmix.eval.report.charts import COLOURS
@@ -48,9 +47,12 @@ def feature_map(run: Run) -> str:
 
 
 def plane(features: np.ndarray) -> np.ndarray:
-    """t-SNE (of few or collapsed features PCA) of the L2-normalised ``[N, F]``, seeded, in the unit square ``[N, 2]``."""
+    """Places ``[N, 2]`` in the unit square: t-SNE, seeded, of L2-normalised features ``[N, F]``; of few or collapsed
+    ones their principal components.
+    """
     unit = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
-    reduced = PCA(min(50, *unit.shape), random_state=0).fit_transform(unit)
+    left, spread, _ = np.linalg.svd(unit - unit.mean(axis=0), full_matrices=False)
+    reduced = (left * spread)[:, :50]
     flat = np.zeros((len(unit), 2))
     flat[:, : reduced.shape[1]] = reduced[:, :2]
     # On collapsed features scikit-learn's t-SNE divides by zero, and then it takes the whole process down.

@@ -1,5 +1,6 @@
 """One trained digits run for the tests that read runs, and a headless Chromium to look at pages with."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -7,6 +8,11 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+
+try:
+    from selenium import webdriver
+except ImportError:
+    webdriver = None
 
 QUICK = ("epochs=2", "encoder.width=4", "knn_every=1", "pictures_every=1", "trainer.accelerator=cpu")
 
@@ -24,10 +30,9 @@ def digits_run(tmp_path_factory):
 def browser():
     """Opens pages: browser(path, width, dark) gives the driver, and what went wrong or over the network."""
     binary, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if binary is None or driver is None:
-        complaint = "no chromium and chromedriver here (Debian: apt-get install chromium chromium-driver)"
+    if binary is None or driver is None or webdriver is None:
+        complaint = "no chromium, chromedriver or selenium here (Debian: apt-get install chromium chromium-driver)"
         pytest.fail(complaint) if os.environ.get("CI") == "true" else pytest.skip(complaint)
-    webdriver = pytest.importorskip("selenium.webdriver")
     options = webdriver.ChromeOptions()
     options.binary_location = binary
     for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars"):
@@ -51,8 +56,6 @@ def browser():
 
 def complaints(chromium) -> list[str]:
     """Console messages, and every request that is not the page's own file or inside it."""
-    import json
-
     events = [json.loads(entry["message"])["message"] for entry in chromium.get_log("performance")]
     asked = [event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"]
     return [entry["message"] for entry in chromium.get_log("browser")] + [

@@ -1,23 +1,33 @@
 """A run's numbers against scikit-learn on the features that the run saved."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from sklearn.metrics import roc_auc_score
 from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
 from sklearn.preprocessing import normalize
 
-from gradmix.eval.evaluate import parse_detector
+from gradmix.eval.compare import compare
+from gradmix.eval.detectors import ViM
+from gradmix.eval.evaluate import build_detector, parse_detector
 from gradmix.eval.features import raw_pixels
+from gradmix.eval.linear import LinearProbe
 from gradmix.ssl.images import ImageSet
+
+
+def read(run):
+    return json.loads((run / "metrics.json").read_text())
+
 
 SMALL = ("epochs=1", "encoder.width=4", "trainer.accelerator=cpu")
 
 
-def test_all_splits_in_one_command(command, tmp_path):
+def test_all_splits_in_one_command(command, tmp_path, digits_run):
     result = command("pretrain", *SMALL, "data.split=all", "run_dir=all")
     assert result.code == 0, result.err
     assert "±" in result.out
@@ -40,15 +50,119 @@ def test_all_splits_in_one_command(command, tmp_path):
     right = vote.fit(bank, train["labels"]).predict(queries[known]) == test["labels"].numpy()[known]
     assert runs[0]["knn/top1"] == pytest.approx(right.mean(), abs=0.003)
 
+    # What needs no learning does not depend on the run: the same split, trained in another way
+    other, pixels = read(digits_run), [key for key in runs[0] if "pixels" in key]
+    assert len(pixels) > 5 and all(runs[0][key] == other[key] for key in pixels)
+    assert runs[0]["osr/deep_knn/auroc"] != other["osr/deep_knn/auroc"]
 
-def test_the_raw_pixel_baseline_does_not_depend_on_the_run(command, tmp_path):
-    command("pretrain", *SMALL, "run_dir=a")
-    command("pretrain", *SMALL, "seed=0", "mix=none", "run_dir=b")
-    a, b = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in "ab")
-    pixels = [key for key in a if "pixels" in key]
-    assert len(pixels) > 5
-    assert all(a[key] == b[key] for key in pixels)
-    assert a["osr/deep_knn/auroc"] != b["osr/deep_knn/auroc"]
+
+def test_evaluating_all_splits_again(command, tmp_path, digits_run):
+    for split in (0, 1):
+        shutil.copytree(digits_run, tmp_path / f"all/split-{split}", ignore=shutil.ignore_patterns("checkpoints"))
+    result = command("eval", "run=all", "detectors=[deep_knn]", "out=again")
+    assert result.code == 0, result.err
+    assert "over 2 splits" in result.out and "±" in result.out
+    summary = read(tmp_path / "again")
+    assert summary["osr/deep_knn/auroc"] == pytest.approx(read(digits_run)["osr/deep_knn/auroc"])
+    assert summary["osr/deep_knn/auroc/std"] == 0 and "osr/deep_knn/auroc_low" not in summary
+    result = command("eval", "run=all", "against=again")
+    assert result.code == 0 and result.out.count("deep_knn AUROC") == 2
+
+
+def test_the_interval_is_the_bootstraps(digits_run):
+    metrics, scores = read(digits_run), load_file(digits_run / "features/scores.safetensors")
+    known = (scores["labels"] >= 0).numpy()
+    score = scores["deep_knn/score"].numpy()
+    assert metrics["osr/deep_knn/auroc"] == pytest.approx(roc_auc_score(~known, score))
+    rng = np.random.default_rng(7)
+    sides = np.flatnonzero(known), np.flatnonzero(~known)
+    draws = [np.concatenate([rng.choice(side, len(side)) for side in sides]) for _ in range(400)]
+    low, high = np.quantile([roc_auc_score(~known[rows], score[rows]) for rows in draws], [0.025, 0.975])
+    assert metrics["osr/deep_knn/auroc_low"] == pytest.approx(low, abs=0.012)
+    assert metrics["osr/deep_knn/auroc_high"] == pytest.approx(high, abs=0.012)
+
+
+def test_scores_say_what_the_metrics_say(digits_run):
+    metrics, scores = read(digits_run), load_file(digits_run / "features/scores.safetensors")
+    known = scores["labels"] >= 0
+    for detector in ("deep_knn", "class_knn", "mahalanobis", "pixels"):
+        correct = scores[f"{detector}/correct"]
+        assert not correct[~known].any()
+        assert correct[known].double().mean() == pytest.approx(metrics[f"osr/{detector}/closed_set_accuracy"])
+    assert len(scores["images"].unique()) > len(known) - 3  # the digits hold a few exact duplicates
+
+
+def test_two_runs_on_the_same_images(digits_run, command, tmp_path):
+    result = command("eval", f"run={digits_run}", "detectors=[deep_knn,vim]", "detector_options.deep_knn.k=1", "out=k1")
+    assert result.code == 0, result.err
+    ours, theirs = read(tmp_path / "k1"), read(digits_run)
+    assert ours["detector_options"] == {"deep_knn": {"k": 1}}
+    assert ours["osr/deep_knn/auroc"] != theirs["osr/deep_knn/auroc"]
+    result = command("eval", "run=k1", f"against={digits_run}")
+    assert result.code == 0, result.err
+    for metric in ("auroc", "oscr"):
+        (line,) = (line for line in result.out.splitlines() if line.startswith(f"  deep_knn {metric.upper()}"))
+        value, low, high = (float(word.strip("[],")) for word in line.split()[-3:])
+        assert value == pytest.approx(
+            100 * (ours[f"osr/deep_knn/{metric}"] - theirs[f"osr/deep_knn/{metric}"]), abs=0.01
+        )
+        assert low <= value <= high and high - low < 20
+    assert "mahalanobis" not in result.out  # only one of the two has it
+    same = compare(digits_run, digits_run)
+    assert set(same) == {
+        f"{d}/{m}" for d in ("deep_knn", "class_knn", "mahalanobis", "pixels") for m in ("auroc", "oscr")
+    }
+    assert all(interval == (0, 0, 0) for interval in same.values())
+
+    # ViM got the linear probe
+    train, test = (load_file(tmp_path / "k1/features" / f"{name}.safetensors") for name in ("train", "test"))
+    probe = LinearProbe(seed=0).fit(train["features"], train["labels"])
+    vim = ViM().fit(train["features"], train["labels"], head=(probe.weight_, probe.bias_))
+    scores = load_file(tmp_path / "k1/features/scores.safetensors")
+    torch.testing.assert_close(scores["vim/score"], vim.score(test["features"]))
+
+
+def test_other_images_cannot_be_compared(digits_run, command, tmp_path):
+    (tmp_path / "far").mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(30):
+        Image.fromarray(rng.integers(0, 256, (20, 20, 3), dtype=np.uint8)).save(tmp_path / f"far/{i}.png")
+    result = command("eval", f"run={digits_run}", "unknown_root=far", "detectors=[deep_knn]", "out=out")
+    assert result.code == 0, result.err
+    assert read(tmp_path / "out")["data/unknown_root"] == "far"
+    scores = load_file(tmp_path / "out/features/scores.safetensors")
+    assert (scores["labels"] < 0).sum() == 30 and (scores["labels"] >= 0).sum() == 359
+    assert read(tmp_path / "out")["osr/pixels/auroc"] > 0.9  # noise is no digit
+    for arguments, message in (
+        (("run=out", f"against={digits_run}"), "the test images of out and"),
+        (("run=out", "against=far"), "far: no scores of an open-set evaluation there"),
+        ((f"run={digits_run}", "unknown_root=nothing"), "data.unknown_root: nothing is not a folder"),
+    ):
+        result = command("eval", *arguments)
+        assert result.code == 2 and message in result.err, result.err
+        assert len(result.err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"deep_kn": {"k": 1}}, "detector_options.deep_kn: no such detector; choose from deep_knn"),
+        ({"deep_knn": {"kk": 1}}, "detector_options.deep_knn.kk: no such parameter; did you mean k?"),
+        ({"deep_knn": {"k": "ten"}}, "detector_options.deep_knn.k: expected int, got 'ten'"),
+        ({"deep_knn": {"k": True}}, "detector_options.deep_knn.k: expected int, got True"),
+        ({"deep_knn": 3}, "detector_options.deep_knn: expected parameters"),
+    ],
+)
+def test_detector_options_are_checked(options, message):
+    with pytest.raises(ValueError) as caught:
+        build_detector(next(iter(options)), options)
+    assert message in str(caught.value)
+
+
+def test_detector_options_reach_the_detector():
+    assert build_detector("deep_knn", {"deep_knn": {"k": 7}}).k == 7
+    assert build_detector("vim", {"deep_knn": {"k": 7}, "vim": {"dimension": None}}).dimension is None
+    assert build_detector("mahalanobis", {"mahalanobis": {"shrinkage": 1}}).shrinkage == 1
 
 
 def test_large_images_are_averaged_down_for_the_pixel_baseline():

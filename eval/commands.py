@@ -48,7 +48,7 @@ def run_pretrain(config: Config) -> None:
     check_detectors(config)
     if config.data.split != "all":
         print(table(pretrain_one(config)))
-        print(f"\n{config.run_dir}: config, metrics, weights, detector and TensorBoard events")
+        print(f"\n{config.run_dir}: report.html, metrics.json, weights, detector and TensorBoard events")
         return
     if config.data.name not in SPLITS:
         raise ValueError(f"data.split: data={config.data.name} has no splits; name the known classes with data.known")
@@ -63,8 +63,11 @@ def run_pretrain(config: Config) -> None:
 
 
 def pretrain_one(config: Config) -> dict:
+    from pytorch_lightning.utilities import rank_zero_only
+
     from gradmix.eval.evaluate import device_of, evaluate
     from gradmix.eval.online import online_knn
+    from gradmix.eval.report import write_report
     from gradmix.ssl.data import load_data
     from gradmix.ssl.run import claim
     from gradmix.ssl.train import train
@@ -82,7 +85,11 @@ def pretrain_one(config: Config) -> dict:
         train(config, data, online_knn(data, config.knn_every, config.knn_k, config.knn_temperature))
     else:
         claim(run_dir, config)
-    return evaluate(run_dir, config, data, device_of(config))
+    if rank_zero_only.rank != 0:  # the other processes of a distributed run have nothing left to do
+        sys.exit(0)
+    result = evaluate(run_dir, config, data, device_of(config))
+    write_report(run_dir, data)
+    return result
 
 
 def describe(config: Config, data) -> str:
@@ -150,6 +157,7 @@ def run_eval(config: EvalConfig) -> None:
 
 def eval_one(config: EvalConfig, run_dir: Path, out: Path) -> dict:
     from gradmix.eval.evaluate import check_detectors, device_of, evaluate
+    from gradmix.eval.report import write_report
     from gradmix.eval.robustness import evaluate_corruptions
     from gradmix.ssl.data import load_data
     from gradmix.ssl.run import read_config
@@ -166,7 +174,10 @@ def eval_one(config: EvalConfig, run_dir: Path, out: Path) -> dict:
     data = load_data(run.data, run.seed)
     if config.corruptions is not None:
         return evaluate_corruptions(run_dir, run, data, config.corruptions, device_of(run), out)
-    return evaluate(run_dir, run, data, device_of(run), out)
+    result = evaluate(run_dir, run, data, device_of(run), out)
+    if out == run_dir:  # elsewhere lies no config.yaml to report on
+        write_report(run_dir, data)
+    return result
 
 
 def run_score(config: ScoreConfig) -> None:

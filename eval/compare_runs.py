@@ -16,8 +16,7 @@ from gradmix.eval.report.curves import CURVES, grid
 from gradmix.eval.report.folder import PRIMARY, Run, read_run
 from gradmix.eval.report.page import missing, page, section, table
 from gradmix.ssl.files import write_text
-from gradmix.ssl.run import _FREE_KEYS
-from gradmix.ssl.run import _flat as flat
+from gradmix.ssl.run import FREE_KEYS, flat
 
 # What a row of the table is, and by how much its number is multiplied.
 NUMBERS = {
@@ -291,7 +290,7 @@ def _labels(configs: list[dict[str, Any]], alone: Sequence[str]) -> list[str]:
 
 def _shared(key: str) -> bool:
     """Whether a key says which data, which unit, or only where and how a run computes."""
-    free = (*_FREE_KEYS, *UNIT, *DATA, *WATCHING)
+    free = (*FREE_KEYS, *UNIT, *DATA, *WATCHING)
     return any(key == name or key.startswith(f"{name}.") for name in free)
 
 

@@ -52,7 +52,7 @@ def evaluate_corruptions(
     if not data.classes:
         raise ValueError("corruptions: the run's images have no classes, so there is no accuracy to measure")
     test = data.test.select((data.test.labels >= 0).nonzero()[:, 0])
-    batches = find_batches(where, data, test, config.seed)  # bad input is said before anything is computed
+    batches = find_batches(where, data, test)  # bad input is said before anything is computed
     model = Model(run_dir, device)
     knn, probe = classifiers(config, train_features(run_dir, model, config, data))
     on_pixels = KNNClassifier(config.knn_k, config.knn_temperature).fit(raw_pixels(data.train), data.train.labels)
@@ -101,14 +101,14 @@ def summarise(clean: np.ndarray, counts: dict[tuple[str, int], np.ndarray]) -> d
     return result
 
 
-def find_batches(where: str, data: OpenSetData, test: ImageSet, seed: int) -> Batches:
+def find_batches(where: str, data: OpenSetData, test: ImageSet) -> Batches:
     """The corrupted images that ``where`` stands for.
 
     Raises:
         ValueError: neither ``make`` nor a folder in one of the two layouts.
     """
     if where == "make":
-        return make(test, seed)
+        return make(test)
     root = Path(where).expanduser()
     if not root.is_dir():
         raise ValueError(f"corruptions: {root} is not a folder (make makes the corruptions from the run's test images)")
@@ -122,13 +122,16 @@ def find_batches(where: str, data: OpenSetData, test: ImageSet, seed: int) -> Ba
     )
 
 
-def make(test: ImageSet, seed: int) -> Batches:
-    """All kinds and severities of :mod:`gradmix.eval.corruptions`; each image is decoded once."""
+def make(test: ImageSet) -> Batches:
+    """All kinds and severities of :mod:`gradmix.eval.corruptions`; each image is decoded once.
+
+    Seeded by position alone, not by the run's seed: runs on the same test set see the same corrupted images.
+    """
     for chunk, rows in enumerate(torch.arange(len(test)).split(CHUNK)):
         images, labels = images_of(test, rows)
         for kind in CORRUPTIONS:
             for severity in SEVERITIES:
-                yield kind, severity, corrupt(images, kind, severity, seed + 1_000_003 * chunk), labels
+                yield kind, severity, corrupt(images, kind, severity, seed=chunk), labels
 
 
 def read_arrays(root: Path, data: OpenSetData, size: int) -> Batches:

@@ -182,9 +182,10 @@ class Pictures(EpochCallback):
 
 
 def mixing_picture(views: torch.Tensor, mixed: Mixed, pairs: int = 8) -> torch.Tensor:
-    """A grid ``[3, H, W]`` with rows: views, attribution maps (if any), partners, mixed images."""
-    rows = slice(0, min(pairs, len(views) // 2))
-    tiles = [denormalize(views[rows])]
+    """A grid ``[3, H, W]`` with rows: the other view, the view, its attribution map (if any), partner, mix."""
+    batch = len(views) // 2
+    rows = slice(0, min(pairs, batch))
+    tiles = [denormalize(views[batch:][rows]), denormalize(views[rows])]
     if mixed.attribution is not None:
         tiles.append(mixed.attribution[rows, None].expand(-1, 3, -1, -1))
     tiles += [denormalize(views[mixed.partner[rows]]), denormalize(mixed.images[rows])]

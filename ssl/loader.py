@@ -47,15 +47,7 @@ class TrainLoader:
         world_size: int = 1,
         workers: int = 2,
     ):
-        if batch_size < 2 or batch_size % world_size:
-            raise ValueError(
-                f"batch_size: expected at least 2 and a multiple of the {world_size} processes, got {batch_size}"
-            )
-        if len(data) < batch_size:
-            raise ValueError(
-                f"batch_size: {batch_size} is larger than the training set of {len(data)} images; "
-                f"try batch_size={max(2, len(data) // 4)}"
-            )
+        check_batch_size(batch_size, len(data), world_size)
         self.data, self.seed, self.epochs, self.start, self.workers = data, seed, epochs, start, workers
         self.rank, self.batch_size, self.share = rank, batch_size, batch_size // world_size
         self.steps_per_epoch = len(data) // batch_size
@@ -87,6 +79,22 @@ class TrainLoader:
             for step in range(first_step if epoch == first_epoch else 0, self.steps_per_epoch):
                 first = step * self.batch_size + self.rank * self.share
                 yield order[first : first + self.share]
+
+
+def check_batch_size(batch_size: int, images: int, world_size: int = 1) -> None:
+    """
+    Raises:
+        ValueError: fewer images than a batch, or a batch that does not divide among the processes.
+    """
+    if batch_size < 2 or batch_size % world_size:
+        raise ValueError(
+            f"batch_size: expected at least 2 and a multiple of the {world_size} processes, got {batch_size}"
+        )
+    if images < batch_size:
+        raise ValueError(
+            f"batch_size: {batch_size} is larger than the training set of {images} images; "
+            f"try batch_size={max(2, images // 4)}"
+        )
 
 
 def seed_of(*place: int) -> int:

@@ -28,15 +28,15 @@ class Pretraining(LightningModule):
     Args:
         config: the whole run's configuration.
         train: training images; labels are used by ``supervised`` losses only.
-        start: steps that are done already, when a run goes on.
 
     Attributes:
+        start: steps that were done already when this session began.
         steps: steps done, over all epochs and sessions.
         scalars: what the last step has to report, on the device; reading them makes a GPU wait.
         pictures: the last views and what became of them.
     """
 
-    def __init__(self, config: Config, train: ImageSet, start: int = 0):
+    def __init__(self, config: Config, train: ImageSet):
         super().__init__()
         method = config.method
         if method.supervised <= 0 and method.selfsup <= 0:
@@ -44,7 +44,7 @@ class Pretraining(LightningModule):
         if method.supervised > 0 and (train.labels < 0).any():
             raise ValueError(f"method: {method.name} needs classes, but data.root has none; use method=simclr")
         self.config, self.train_set = config, train
-        self.start = self.steps = start
+        self.start = self.steps = 0
         self.mixer = build_mixer(config.mix)
         if self.mixer is not None:
             check_mixing(method)

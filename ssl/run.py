@@ -13,7 +13,10 @@ from gradmix.ssl.config import Config
 from gradmix.ssl.files import write_text
 
 # Where and how fast a run computes, not what: these may differ when a run goes on.
-_FREE_KEYS = ("run_dir", "trainer", "checkpoint_seconds", "data.workers", "data.root", "data.memory_gib", "detectors")
+FREE_KEYS = (
+    *("run_dir", "trainer", "checkpoint_seconds", "data.workers", "data.root", "data.memory_gib"),
+    *("detectors", "detector_options", "data.unknown_root"),
+)
 
 
 def claim(run_dir: Path, config: Config) -> None:
@@ -26,11 +29,11 @@ def claim(run_dir: Path, config: Config) -> None:
     if not path.exists():
         write_text(path, OmegaConf.to_yaml(OmegaConf.structured(config)))
         return
-    theirs, ours = _flat(asdict(read_config(run_dir))), _flat(asdict(config))
+    theirs, ours = flat(asdict(read_config(run_dir))), flat(asdict(config))
     different = [
         f"{key} is {theirs.get(key)!r} there and {ours.get(key)!r} here"
         for key in sorted({*theirs, *ours})
-        if theirs.get(key) != ours.get(key) and not any(key == k or key.startswith(k + ".") for k in _FREE_KEYS)
+        if theirs.get(key) != ours.get(key) and not any(key == k or key.startswith(k + ".") for k in FREE_KEYS)
     ]
     if different:
         raise ValueError(
@@ -75,11 +78,12 @@ def _revision() -> str | None:
         return None
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one, with dotted keys; tuples as lists, as YAML has them."""
+    leaves: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
+            leaves |= flat(value, f"{prefix}{key}.")
         else:
-            flat[prefix + str(key)] = list(value) if isinstance(value, tuple) else value
-    return flat
+            leaves[prefix + str(key)] = list(value) if isinstance(value, tuple) else value
+    return leaves

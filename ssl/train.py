@@ -15,6 +15,7 @@ from gradmix.ssl.callbacks import Checkpoints, Pictures, Progress, newest_checkp
 from gradmix.ssl.config import Config
 from gradmix.ssl.data import OpenSetData
 from gradmix.ssl.files import write_json, write_tensors
+from gradmix.ssl.loader import check_batch_size
 from gradmix.ssl.pretrain import Pretraining, learning_rate
 from gradmix.ssl.run import claim
 
@@ -35,11 +36,12 @@ def train(config: Config, data: OpenSetData, callbacks: Sequence[Callback] = ())
     """
     run_dir = Path(config.run_dir)
     check(config)
-    claim(run_dir, config)
-    resume = newest_checkpoint(run_dir / "checkpoints")
-    start = 0 if resume is None else resume["step"]
+    check_batch_size(config.batch_size, len(data.train))
     seed_everything(config.seed, verbose=False)
-    module = Pretraining(config, data.train, start)
+    module = Pretraining(config, data.train)
+    claim(run_dir, config)  # not before the config has shown that it can be built
+    resume = newest_checkpoint(run_dir / "checkpoints")
+    start = module.start = module.steps = 0 if resume is None else resume["step"]
     progress = Progress(config.batch_size)
     checkpoints = Checkpoints(run_dir / "checkpoints", config.checkpoint_seconds, resume)
     trainer = build_trainer(config, [*callbacks, progress, checkpoints])

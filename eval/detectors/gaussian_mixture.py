@@ -63,11 +63,7 @@ class GaussianMixture(Detector):
     def _assess(self, features):
         x, precision = features - self.centre_, 1 / self.variances_
         # (x - m)^2 / v, multiplied out so that no array is [N, components, F]
-        distance = (
-            x**2 @ precision.T
-            - 2 * x @ (self.means_ * precision).T
-            + (self.means_**2 * precision).sum(axis=1)
-        )
+        distance = x**2 @ precision.T - 2 * x @ (self.means_ * precision).T + (self.means_**2 * precision).sum(axis=1)
         constant = np.log(self.weights_) - np.log(2 * np.pi * self.variances_).sum(axis=1) / 2
         density = np.logaddexp.reduceat(constant - distance / 2, self.starts_[:-1], axis=1)
         return -density.max(axis=1), density.argmax(axis=1)
@@ -77,6 +73,5 @@ def within_variance(features, positions, classes):
     """Mean over images and dimensions of the squared deviation from the class mean."""
     means = class_means(features, positions, classes)
     return (
-        sum(np.square(features[rows] - means[positions[rows]]).sum() for rows in blocks(features.shape))
-        / features.size
+        sum(np.square(features[rows] - means[positions[rows]]).sum() for rows in blocks(features.shape)) / features.size
     )

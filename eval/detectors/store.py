@@ -51,8 +51,7 @@ def write(folder, manifest, arrays, index=None):
             "faiss": faiss.__version__,
         },
         "files": {
-            name: {"bytes": (folder / name).stat().st_size, "sha256": _hash_file(folder / name)}
-            for name in files
+            name: {"bytes": (folder / name).stat().st_size, "sha256": _hash_file(folder / name)} for name in files
         },
     }
     manifest["sha256"] = _hash_manifest(manifest)

@@ -83,9 +83,7 @@ class ViM(Detector):
             paper = 1000 if width >= 2048 else 512 if width >= 768 else width // 2
             return paper if paper < rank else rank // 2
         if not 0 <= self.dimension < rank:
-            raise ValueError(
-                f"dimension: expected 0 to {rank - 1}, below the features' rank, got {self.dimension}"
-            )
+            raise ValueError(f"dimension: expected 0 to {rank - 1}, below the features' rank, got {self.dimension}")
         return self.dimension
 
 

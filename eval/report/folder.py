@@ -20,8 +20,7 @@ from gradmix.eval.detectors import Detector
 from gradmix.ssl.config import Config
 from gradmix.ssl.data import OpenSetData, load_data
 from gradmix.ssl.images import ImageSet
-from gradmix.ssl.run import _flat as flat
-from gradmix.ssl.run import read_config
+from gradmix.ssl.run import flat, read_config
 
 PRIMARY = "deep_knn"
 GROUPS = ("data", "method", "mix", "encoder", "optimizer")  # config groups: the option's name is the group's .name

@@ -134,7 +134,7 @@ def mixing(run: Run) -> str:
     return section(
         "mixing",
         title,
-        "<p>Each column is one image of the batch: as the network saw it, where its loss looks (bright; GradMix only), "
+        "<p>Each column is one image of the batch: its two views, where the loss looks in the second (bright; GradMix only), "
         "the image that is mixed in, and the mix.</p>",
         *(_mixing(run, *run.pictures[index]) for index in chosen),
     )
@@ -144,7 +144,10 @@ def _mixing(run: Run, step: int, encoded: bytes) -> str:
     picture = decode(encoded)
     columns = min(8, run.config.batch_size)
     count = round((picture.height - 2) / ((picture.width - 2) / columns))  # tiles are square, 2 pixels apart
-    names = {3: ("view", "partner", "mixed"), 4: ("view", "attribution", "partner", "mixed")}.get(count, ())
+    names = {
+        4: ("other view", "view", "partner", "mixed"),
+        5: ("other view", "view", "attribution", "partner", "mixed"),
+    }.get(count, ())
     rows = "".join(f"<span>{name}</span>" for name in names)
     text = f"step {step}"
     return (

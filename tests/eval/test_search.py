@@ -48,9 +48,7 @@ def test_small_blocks_change_nothing(metric, monkeypatch):
 def test_tensors_in_tensors_out():
     queries, bank = features(3), features(9, seed=1)
     values, rows = nearest(queries, bank, 2)
-    tensor_values, tensor_rows = nearest(
-        torch.from_numpy(queries).requires_grad_(), torch.from_numpy(bank), 2
-    )
+    tensor_values, tensor_rows = nearest(torch.from_numpy(queries).requires_grad_(), torch.from_numpy(bank), 2)
     assert isinstance(values, np.ndarray) and isinstance(tensor_values, torch.Tensor)
     assert tensor_values.dtype == torch.float32 and tensor_rows.dtype == torch.int64
     np.testing.assert_array_equal(values, tensor_values.numpy())
@@ -148,9 +146,7 @@ def test_weights_scale_rows():
 def clusters(n, seed=0, width=32, count=40):
     generator = np.random.default_rng(seed)
     centres = np.random.default_rng(99).normal(size=(count, width))
-    return (centres[generator.integers(count, size=n)] + 0.5 * generator.normal(size=(n, width))).astype(
-        np.float32
-    )
+    return (centres[generator.integers(count, size=n)] + 0.5 * generator.normal(size=(n, width))).astype(np.float32)
 
 
 def distance(values):

@@ -119,6 +119,20 @@ def test_compiled_stage_by_stage(backend, where, donated_buffers):
 
 
 @pytest.mark.parametrize("donated_buffers", [True], indirect=True)
+def test_stages_before_the_watched_ones_compile_without_any_setting(donated_buffers):
+    eager, views = encoder_and_views()
+    compiled, _ = encoder_and_views()
+    for name in ("layer1", "layer2"):
+        getattr(compiled, name).compile(backend="aot_eager")
+    gradients = []
+    for encoder in (eager, compiled):
+        mixed, loss = step(encoder, GradMix(), views)
+        loss.backward()
+        gradients.append([mixed.attribution, *(p.grad for p in encoder.parameters())])
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("donated_buffers", [True], indirect=True)
 def test_compiled_with_donated_buffers_says_so(donated_buffers):
     encoder, views = encoder_and_views()
     for name in ("layer2", "layer3", "layer4"):

@@ -199,7 +199,9 @@ def test_keep_range_holds_up_to_rounding(alpha, keep):
 
 
 def test_keep_ratio_is_beta():
-    mixed = mix(GradMix(alpha=2.0, keep=(0.0, 1.0), centre="random"), numbered(4000, (64, 64))[:, :1], generator=seeded(0))
+    mixed = mix(
+        GradMix(alpha=2.0, keep=(0.0, 1.0), centre="random"), numbered(4000, (64, 64))[:, :1], generator=seeded(0)
+    )
     assert mixed.kept.mean().item() == pytest.approx(0.5, abs=0.01)
     assert mixed.kept.var().item() == pytest.approx(1 / 20, abs=0.003)  # 1 / (4 (2 alpha + 1))
 

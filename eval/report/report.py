@@ -134,8 +134,8 @@ def mixing(run: Run) -> str:
     return section(
         "mixing",
         title,
-        "<p>Each column is one image of the batch: its two views, where the loss looks in the second (bright; GradMix only), "
-        "the image that is mixed in, and the mix.</p>",
+        "<p>Each column is one image of the batch: its two views, where the loss looks in the second (bright; GradMix "
+        "only), the image that is mixed in, and the mix.</p>",
         *(_mixing(run, *run.pictures[index]) for index in chosen),
     )
 

@@ -231,7 +231,10 @@ class Neighbours:
             if inverted is not None:
                 inverted.cp.seed = seed
             wanted = TRAINED_ON if inverted is None else max(TRAINED_ON, 40 * inverted.nlist)
-            index.train(self[np.sort(order[:wanted])])
+            try:
+                index.train(self[np.sort(order[:wanted])])
+            except RuntimeError as error:
+                raise ValueError(f"index: {factory!r} needs more than {len(self)} reference features") from error
         for rows in blocks(self.shape):
             index.add(np.ascontiguousarray(self[rows]))
         if inverted is not None:

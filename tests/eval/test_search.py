@@ -202,6 +202,8 @@ def test_auto_is_exact_up_to_a_size(monkeypatch):
 def test_a_wrong_factory_string():
     with pytest.raises(ValueError, match="index: 'IFV32' is no FAISS factory string"):
         Neighbours(features(50), "IFV32")
+    with pytest.raises(ValueError, match="index: 'IVF64,Flat' needs more than 50 reference features"):
+        Neighbours(features(50), "IVF64,Flat")
 
 
 def test_thread_limit():

@@ -4,13 +4,11 @@
     python benchmarks/detectors.py --bank 5000 --queries 500 --sizes 5000 20000          a rehearsal
     python benchmarks/detectors.py --save              also writes results/detectors.json and .png
 
-1. Exact kNN classification against lightly's `knn_predict` (batches of 512), scikit-learn's brute force, and
-the
-   class-wise score against a loop over images (the form of published code). The same predictions, best of
-   `--repeats` interleaved runs. Expected: at least 1.4, 5 and 100 times faster.
-2. For each bank size, an inverted file as `index="auto"` builds it against exact search. Expected at
-1,000,000 x
-   512: at least 10 times faster, the 5th distance within 1 % on average, AUROC within 0.001.
+1. Exact kNN classification against lightly's `knn_predict` (batches of 512) and scikit-learn's brute force, and the
+   class-wise score against a loop over images (the form of published code). The same predictions, best of `--repeats`
+   interleaved runs. Expected: at least 1.4, 5 and 100 times faster.
+2. For each bank size, an inverted file as `index="auto"` builds it against exact search. Expected at 1,000,000 x 512:
+   at least 10 times faster, the 5th distance within 1 % on average, AUROC within 0.001.
 
 Features are synthetic and clustered as a backbone's are: classes in a 64-dimensional space with a decaying
 spectrum, mapped to 512 dimensions through a ReLU. Unknown queries come from other classes.

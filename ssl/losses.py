@@ -2,11 +2,19 @@
 
 Every process computes the loss of its own rows against the rows of all; the mean over processes (what
 DistributedDataParallel takes of the gradients) is then the loss of the concatenated batch, and its gradient.
+
+Memory grows with the batch, not with its square: beyond ``BLOCK`` rows, similarities are computed for that many
+anchors at a time, and once more in the backward pass.
 """
+
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+BLOCK = 2048  # anchors whose similarities are in memory at once; 128 MiB in fp32 against 16,384 rows
 
 
 class NTXentLoss(nn.Module):
@@ -42,8 +50,12 @@ class NTXentLoss(nn.Module):
             z, positives, weight = _full_precision(z, positives, weight)
             everyone, first = gather(z)
             own = first + torch.arange(len(z), device=z.device)
-            similarity = z @ everyone.T / self.temperature  # [2B, all rows]
-            denominator = similarity.scatter(1, own[:, None], -torch.inf).logsumexp(1)
+
+            def log_denominator(z: Tensor, own: Tensor) -> Tensor:
+                similarity = z @ everyone.T / self.temperature  # [rows, all rows]
+                return similarity.scatter(1, own[:, None], -torch.inf).logsumexp(1)
+
+            denominator = in_blocks(log_denominator, z, own)
             half = len(z) // 2
             partner = (z if positives is None else positives).roll(half, 0)  # the other view's row
             loss = denominator - (z * partner).sum(1) / self.temperature
@@ -88,18 +100,34 @@ class SupConLoss(nn.Module):
             z, positives, weight = _full_precision(z, positives, weight)
             everyone, first = gather(z)
             everyones_labels, _ = gather(labels)
-            own = (first + torch.arange(len(z), device=z.device))[:, None]
-            similarity = z @ everyone.T / self.temperature  # [N, all rows]
-            denominator = similarity.scatter(1, own, -torch.inf).logsumexp(1)
-            same = (labels[:, None] == everyones_labels[None]).scatter(1, own, False)
-            count = same.sum(1)
-            if positives is not None:
-                similarity = z @ gather(positives)[0].T / self.temperature
-            pair_loss = denominator[:, None] - similarity
-            if weight is not None:
-                pair_loss = pair_loss * gather(weight)[0][None]
-            loss = pair_loss.masked_fill(~same, 0).sum(1) / count.clamp(min=1)
-            return loss.sum() / _mean_over_processes((count > 0).sum()).clamp(min=1 / world_size())
+            everyones_positives = None if positives is None else gather(positives)[0]
+            everyones_weight = None if weight is None else gather(weight)[0]
+            own = first + torch.arange(len(z), device=z.device)
+
+            def anchor_losses(z: Tensor, labels: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
+                own = own[:, None]
+                similarity = z @ everyone.T / self.temperature  # [rows, all rows]
+                denominator = similarity.scatter(1, own, -torch.inf).logsumexp(1)
+                same = (labels[:, None] == everyones_labels[None]).scatter(1, own, False)
+                count = same.sum(1)
+                if everyones_positives is not None:
+                    similarity = z @ everyones_positives.T / self.temperature
+                pair_loss = denominator[:, None] - similarity
+                if everyones_weight is not None:
+                    pair_loss = pair_loss * everyones_weight[None]
+                return pair_loss.masked_fill(~same, 0).sum(1) / count.clamp(min=1), count > 0
+
+            loss, has_positive = in_blocks(anchor_losses, z, labels, own)
+            return loss.sum() / _mean_over_processes(has_positive.sum()).clamp(min=1 / world_size())
+
+
+def in_blocks(function: Callable, *rows: Tensor) -> Tensor | tuple[Tensor, ...]:
+    """``function`` of rows, which it treats one by one; beyond ``BLOCK`` of them in blocks, recomputed when needed."""
+    if len(rows[0]) <= BLOCK:
+        return function(*rows)
+    blocks = zip(*(tensor.split(BLOCK) for tensor in rows), strict=True)
+    parts = [checkpoint(function, *block, use_reentrant=False, preserve_rng_state=False) for block in blocks]
+    return torch.cat(parts) if isinstance(parts[0], Tensor) else tuple(map(torch.cat, zip(*parts, strict=True)))
 
 
 def gather(rows: Tensor) -> tuple[Tensor, int]:

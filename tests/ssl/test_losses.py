@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import gradmix.ssl.losses
 from gradmix.ssl.losses import NTXentLoss, SupConLoss
 
 
@@ -92,6 +93,23 @@ def test_supcon_is_the_papers(batch, temperature):
     assert loss(z, labels).item() == pytest.approx(slow_supcon(z, labels, temperature), rel=1e-10)
     slow = slow_supcon(z, labels, temperature, p, weight)
     assert loss(z, labels, p, weight).item() == pytest.approx(slow, rel=1e-10)
+
+
+@pytest.mark.parametrize("batch", [4, 9, 16])
+def test_in_blocks_is_the_same_loss_and_gradient(batch, monkeypatch):
+    def losses_and_gradients():
+        z, p, weight, labels = case(batch, seed=batch)
+        leaves = [tensor.requires_grad_() for tensor in (z, p, weight)]
+        ntxent, supcon = NTXentLoss(0.1), SupConLoss(0.1)
+        clean = [ntxent(z), supcon(z, labels)]
+        first = [torch.autograd.grad(loss, z, retain_graph=True)[0] for loss in clean]  # as the attribution does
+        loss = sum(clean) + 2 * ntxent(z, p, weight) + 3 * supcon(z, labels, p, weight)
+        return [*first, loss, *torch.autograd.grad(loss, leaves)]
+
+    whole = losses_and_gradients()
+    monkeypatch.setattr(gradmix.ssl.losses, "BLOCK", 7)
+    for blocks, expected in zip(losses_and_gradients(), whole, strict=True):
+        assert torch.allclose(blocks, expected, rtol=1e-12, atol=1e-14)
 
 
 def test_supcon_with_one_class_per_image_is_ntxent():

@@ -109,17 +109,20 @@ def compare_exact(options):
 
 
 def compare_loop(options, train, labels, test):
-    """The class-wise score for one image after another, timed on a few images."""
+    """The class-wise score image by image and class by class, as published code has it: float64, norms every time, a
+    full sort. Timed on a few images."""
     few = test[: options.loop_queries]
-    bank, targets = torch.from_numpy(unit_rows(train)), torch.from_numpy(labels)
+    by_class = [train[labels == c].astype(np.float64) for c in range(100)]
 
     def loop():
         scores, classes = [], []
-        for image in torch.from_numpy(unit_rows(few)):
-            similarity = bank @ image
-            top = torch.stack([similarity[targets == c].topk(3).values.sum() for c in range(100)])
-            scores.append((top.max() / top.sum()).item())
-            classes.append(top.argmax().item())
+        for image in few.astype(np.float64):
+            top = []
+            for rows in by_class:
+                cosine = rows @ image / (np.linalg.norm(rows, axis=1) * np.linalg.norm(image))
+                top.append(np.sort(cosine)[-3:].sum())
+            scores.append(max(top) / sum(top))
+            classes.append(int(np.argmax(top)))
         return np.array(scores), np.array(classes)
 
     took, (scores, classes) = best_of(options.repeats, loop)

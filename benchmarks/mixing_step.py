@@ -63,7 +63,7 @@ class SeparateGradMix(GradMix):
         super().__init__()
         self.encoder, self.ntxent = encoder, ntxent
 
-    def _attribution(self, images: Tensor, loss: Tensor | None) -> Tensor:
+    def attribute(self, images: Tensor, loss: Tensor | None) -> Tensor:
         activations: list[Tensor] = []
         with torch.enable_grad(), record(self.encoder, default_layers(self.encoder), activations):
             guide = self.ntxent(F.normalize(self.encoder(images), dim=1))

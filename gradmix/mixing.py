@@ -62,6 +62,7 @@ class Mixer:
         loss: Tensor | None = None,
         generator: torch.Generator | None = None,
         projections: Tensor | None = None,
+        attribution: Tensor | None = None,
     ) -> Mixed:
         """Mix a batch of two views.
 
@@ -72,6 +73,7 @@ class Mixer:
                 price of a copy). Without one a private generator is used, seeded from ``torch.initial_seed()``;
                 the global RNG is never touched.
             projections: ``[2B, D]``, L2-normalised; only for ``partner="similar" | "dissimilar"``.
+            attribution: ``[2B, H, W]``, non-negative: maps to follow instead of the loss's; only GradMix uses them.
 
         A batch of one image has no partner: images come back as they are, with ``kept`` = 1.
 
@@ -84,12 +86,22 @@ class Mixer:
         if rows == 2:
             return Mixed(images, torch.ones(2, device=device), torch.arange(2, device=device))
         generator = generator or self._private_generator(device)
-        mixed = self._mix(images, self._partners(rows, device, generator, projections), loss, generator)
+        partner = self._partners(rows, device, generator, projections)
+        if attribution is None:
+            attribution = self.attribute(images, loss)
+        elif attribution.shape != (rows, *images.shape[2:]):
+            expected = (rows, *images.shape[2:])
+            raise ValueError(f"attribution: expected {expected}, got {tuple(attribution.shape)}")
+        mixed = self._mix(images, partner, attribution, generator)
         if images.is_contiguous(memory_format=torch.channels_last):
             mixed = replace(mixed, images=mixed.images.contiguous(memory_format=torch.channels_last))
         return mixed
 
-    def _mix(self, images: Tensor, partner: Tensor, loss: Tensor | None, generator: torch.Generator) -> Mixed:
+    def attribute(self, images: Tensor, loss: Tensor | None) -> Tensor | None:
+        """The maps that the mixing follows, ``[2B, H, W]``; None for mixers that do not look."""
+        return None
+
+    def _mix(self, images: Tensor, partner: Tensor, attribution: Tensor | None, generator: torch.Generator) -> Mixed:
         raise NotImplementedError
 
     def _private_generator(self, device: torch.device) -> torch.Generator:
@@ -181,12 +193,10 @@ class GradMix(Mixer):
         self._watched = module
         return record(module, layers, self._activations)
 
-    def _mix(self, images: Tensor, partner: Tensor, loss: Tensor | None, generator: torch.Generator) -> Mixed:
+    def _mix(self, images: Tensor, partner: Tensor, attribution: Tensor | None, generator: torch.Generator) -> Mixed:
         rows, _, height, width = images.shape
-        attribution = None
         centres = _random_pixels(rows, (height, width), images.device, generator)
-        if self.centre == "peak":
-            attribution = self._attribution(images, loss)
+        if attribution is not None:
             highest, peak = attribution.flatten(1).max(1)
             peaks = torch.stack([peak // width, peak % width], 1)
             centres = torch.where(highest[:, None] > 0, peaks, centres)
@@ -202,7 +212,17 @@ class GradMix(Mixer):
             filling = resize_into(images[partner], boxes)
         return Mixed(paste(images, filling, boxes), kept_fraction(boxes, (height, width)), partner, attribution, boxes)
 
-    def _attribution(self, images: Tensor, loss: Tensor | None) -> Tensor:
+    def attribute(self, images: Tensor, loss: Tensor | None) -> Tensor | None:
+        """LayerCAM maps ``[N, H, W]`` in [0, 1] of the watched forward pass of ``images`` ``[N, C, H, W]``.
+
+        What a call does by itself. By hand, where a batch goes through the network in parts: attribute each of them,
+        then call with ``attribution=torch.cat(maps)``.
+
+        Raises:
+            ValueError: no loss, or no forward pass of these images was watched.
+        """
+        if self.centre == "random":
+            return None
         if loss is None:
             raise ValueError("loss: GradMix needs the contrastive loss of the watched forward pass")
         if not self._activations:
@@ -228,7 +248,7 @@ class CutMix(Mixer):
         super().__init__(partner)
         self.alpha = _positive("alpha", alpha)
 
-    def _mix(self, images: Tensor, partner: Tensor, loss: Tensor | None, generator: torch.Generator) -> Mixed:
+    def _mix(self, images: Tensor, partner: Tensor, attribution: Tensor | None, generator: torch.Generator) -> Mixed:
         rows, _, height, width = images.shape
         share = (1 - _beta(rows, self.alpha, images.device, generator)).sqrt()
         centres = _random_pixels(rows, (height, width), images.device, generator)
@@ -252,7 +272,7 @@ class ResizeMix(Mixer):
         super().__init__(partner)
         self.scale = _range("scale", scale)
 
-    def _mix(self, images: Tensor, partner: Tensor, loss: Tensor | None, generator: torch.Generator) -> Mixed:
+    def _mix(self, images: Tensor, partner: Tensor, attribution: Tensor | None, generator: torch.Generator) -> Mixed:
         rows, _, height, width = images.shape
         low, high = self.scale
         share = low + (high - low) * _uniform((rows,), images.device, generator)
@@ -271,7 +291,7 @@ class MixUp(Mixer):
         super().__init__(partner)
         self.alpha = _positive("alpha", alpha)
 
-    def _mix(self, images: Tensor, partner: Tensor, loss: Tensor | None, generator: torch.Generator) -> Mixed:
+    def _mix(self, images: Tensor, partner: Tensor, attribution: Tensor | None, generator: torch.Generator) -> Mixed:
         lam = _beta(images.shape[0], self.alpha, images.device, generator).to(images.dtype)  # as the blend has it
         return Mixed(torch.lerp(images[partner], images, lam[:, None, None, None]), lam.float(), partner)
 
@@ -289,7 +309,7 @@ class FMix(Mixer):
         self.alpha = _positive("alpha", alpha)
         self.decay = _positive("decay", decay)
 
-    def _mix(self, images: Tensor, partner: Tensor, loss: Tensor | None, generator: torch.Generator) -> Mixed:
+    def _mix(self, images: Tensor, partner: Tensor, attribution: Tensor | None, generator: torch.Generator) -> Mixed:
         rows, _, height, width = images.shape
         device = images.device
         frequency = torch.hypot(

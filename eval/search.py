@@ -13,7 +13,7 @@ BLOCK = 2**23  # values per block: 32 MiB in float32, 16,384 rows of 512
 
 # where building an inverted file costs about what it saves on 10,000 images, see benchmarks/detectors.py
 EXACT_UP_TO = 200_000  # rows that index="auto" still searches exactly
-DISTANCE_ERROR = 2e-4  # mean relative excess of the 10th distance that an index may have
+DISTANCE_ERROR = 1e-4  # mean relative excess of the 10th distance that an index may have
 TRAINED_ON = 2**16  # rows that an index is trained on, or 40 per inverted list if that is more
 
 
@@ -244,7 +244,7 @@ class Neighbours:
         return index
 
     def _choose_effort(self, index, part, knob, most, order):
-        """Set `part.knob`, a power of two or `most`, as small as `DISTANCE_ERROR` allows."""
+        """Set `part.knob`, at most `most`, within a quarter of the smallest that `DISTANCE_ERROR` allows."""
         # halfway between rows is between clusters, as unknown images are; rows themselves are too easy
         queries = unit_rows(self[order[:256]] + self[order[-256:]])
         k = min(10, len(self))
@@ -257,7 +257,7 @@ class Neighbours:
             # d^2 = 2 - 2 cos: the cosine that is missed, over d^2, is the relative excess of the distance d
             if effort == most or (exact - found).sum() <= DISTANCE_ERROR * scale:
                 break
-            effort = min(2 * effort, most)
+            effort = min(effort + max(1, effort // 4), most)
 
 
 def _float32(values):

@@ -58,6 +58,7 @@ class MixConfig:
     name: str = MISSING
     weight: float = 1.0  # of the mixed term
     probability: float = 1.0  # that a batch is mixed
+    attribution_every: int = 1  # steps from one attribution to the next; boxes in between lie at random places
     start_epoch: int = 0
     end_epoch: int | None = None  # stop mixing at this epoch
     options: dict[str, Any] = field(default_factory=dict)  # the mixer's own arguments
@@ -82,6 +83,17 @@ class OptimizerConfig:
 
 
 @dataclass
+class SpeedConfig:
+    """How fast, not what; benchmarks/throughput.py measures each. They move the last digits, so a run keeps them."""
+
+    channels_last: bool = True  # the layout that convolutions want, on GPUs and on CPUs
+    fused: bool = True  # the optimizer updates all parameters in a few kernels (adam, adamw, sgd)
+    tf32: bool = True  # what stays fp32 is multiplied in TensorFloat-32, on GPUs that have it
+    compile: bool = False  # torch.compile of the encoder, stage by stage
+    micro_batch: int | None = None  # views per forward pass: large batches on small GPUs, for a step 5/3 as long
+
+
+@dataclass
 class Config:
     seed: int = 0
     epochs: int = 100
@@ -92,6 +104,7 @@ class Config:
     mix: MixConfig = field(default_factory=MixConfig)
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    speed: SpeedConfig = field(default_factory=SpeedConfig)
     detectors: list[str] = field(default_factory=lambda: ["deep_knn", "class_knn", "mahalanobis"])
     detector_options: dict[str, Any] = field(default_factory=dict)  # parameters: detector_options.deep_knn.k=10
     knn_k: int = 20

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from pytorch_lightning import Callback, Trainer, seed_everything
 from pytorch_lightning.loggers import TensorBoardLogger
 
@@ -15,6 +16,7 @@ from gradmix.ssl.callbacks import Checkpoints, Pictures, Progress, newest_checkp
 from gradmix.ssl.config import Config
 from gradmix.ssl.data import OpenSetData
 from gradmix.ssl.files import write_json, write_tensors
+from gradmix.ssl.images import ImageSet
 from gradmix.ssl.loader import check_batch_size
 from gradmix.ssl.pretrain import Pretraining, learning_rate
 from gradmix.ssl.run import claim
@@ -45,6 +47,8 @@ def train(config: Config, data: OpenSetData, callbacks: Sequence[Callback] = ())
     progress = Progress(config.batch_size)
     checkpoints = Checkpoints(run_dir / "checkpoints", config.checkpoint_seconds, resume)
     trainer = build_trainer(config, [*callbacks, progress, checkpoints])
+    if trainer.is_global_zero:
+        print(where_images_lie(config, data.train, trainer.strategy.root_device))
     if start < config.epochs * (len(data.train) // config.batch_size):
         trainer.fit(module)
     else:  # stopped between the last step and the files below
@@ -61,10 +65,22 @@ def train(config: Config, data: OpenSetData, callbacks: Sequence[Callback] = ())
                 "train/seconds": round(progress.seconds, 2),
                 "train/images_per_s": round(progress.images_per_s, 1),
                 "train/lr": learning_rate(config),
+                "train/precision": precision(config),
                 **{name: value.item() for name, value in module.scalars.items()},
             },
         )
     trainer.strategy.barrier()
+
+
+def where_images_lie(config: Config, images: ImageSet, device: torch.device) -> str:
+    """One line for the log: small sets lie decoded on the training device, others are decoded again and again."""
+    mebibytes = len(images) * 3 * images.size**2 / 2**20
+    if images.images is not None:
+        return f"training images: {mebibytes:.1f} MiB in memory on {device}"
+    return (
+        f"training images: {mebibytes:.0f} MiB are more than data.memory_gib={config.data.memory_gib:g}, "
+        f"decoded as they are needed by {config.data.workers} workers"
+    )
 
 
 def check(config: Config) -> None:
@@ -87,6 +103,8 @@ def build_trainer(config: Config, callbacks: list[Callback]) -> Trainer:
     quiet_lightning()
     if config.pictures_every:
         callbacks = [*callbacks, Pictures(config.pictures_every)]
+    if config.speed.tf32:
+        torch.set_float32_matmul_precision("high")
     settings = {
         "max_epochs": 1,  # to Lightning, all our epochs are one sequence; see TrainLoader
         "logger": TensorBoardLogger(config.run_dir, name="", version="tensorboard"),
@@ -95,8 +113,18 @@ def build_trainer(config: Config, callbacks: list[Callback]) -> Trainer:
         "enable_model_summary": False,
         "num_sanity_val_steps": 0,
         **config.trainer,
+        "precision": precision(config),
     }
     return Trainer(**settings, callbacks=callbacks)
+
+
+def precision(config: Config) -> str:
+    """What ``trainer.precision=auto`` means here: bfloat16 autocast on GPUs that have it, float32 everywhere else."""
+    asked = config.trainer.get("precision", "auto")
+    if asked != "auto":
+        return asked
+    on_gpu = torch.cuda.is_available() and config.trainer.get("accelerator", "auto") in ("auto", "gpu", "cuda")
+    return "bf16-mixed" if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
 
 
 def quiet_lightning() -> None:

@@ -1,6 +1,5 @@
 """The three commands: gradmix-pretrain, gradmix-eval, gradmix-score."""
 
-import difflib
 import json
 import os
 import re
@@ -16,7 +15,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from gradmix.eval.config import EvalConfig, ScoreConfig
-from gradmix.ssl.config import Config
+from gradmix.registry import nearest
+from gradmix.ssl.config import Config, register_configs
 
 PATHS = (
     *("run", "run_dir", "against", "corruptions", "root", "unknown_root", "data.root", "data.unknown_root"),
@@ -42,18 +42,16 @@ def score() -> None:
 def run_pretrain(config: Config) -> None:
     # Imported here, so that --help and errors in the config answer at once.
     from gradmix.eval.evaluate import check_detectors, table
+    from gradmix.ssl.data import splits_of
     from gradmix.ssl.files import write_json
-    from gradmix.ssl.splits import SPLITS
 
     check_detectors(config)
     if config.data.split != "all":
         print(table(pretrain_one(config)))
         print(f"\n{config.run_dir}: report.html, metrics.json, weights, detector and TensorBoard events")
         return
-    if config.data.name not in SPLITS:
-        raise ValueError(f"data.split: data={config.data.name} has no splits; name the known classes with data.known")
     results = []
-    for split in range(len(SPLITS[config.data.name])):
+    for split in range(len(splits_of(config.data))):
         one = replace(config, data=replace(config.data, split=split), run_dir=f"{config.run_dir}/split-{split}")
         results.append(pretrain_one(one))
     summary = over_splits(results)
@@ -207,7 +205,8 @@ def _command(name: str, schema: type, run: Callable) -> None:
     arguments = [_quoted(argument) for argument in sys.argv[1:] if argument != "--debug"]
     sys.argv[1:] = arguments
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises, and the lines below say it shorter
-    ConfigStore.instance().store("schema" if name == "pretrain" else f"{name}_schema", schema)
+    register_configs()
+    ConfigStore.instance().store(f"{name}_schema", schema)
 
     composed = []
 
@@ -243,13 +242,12 @@ def explain(error: Exception, schema: type) -> str:
     unknown = re.search(r"Key '[^']+' (?:is )?not in .*\s+full_key: (\S+)", text)
     if unknown:
         wrong = unknown.group(1)
-        keys = _keys(OmegaConf.structured(schema))
-        near = difflib.get_close_matches(wrong, keys, 1, cutoff=0.5)
-        return f"{wrong}: no such key" + (f"; did you mean {near[0]}?" if near else f"; keys: {', '.join(keys)}")
+        return f"{wrong}: no such key; {nearest(wrong, _keys(OmegaConf.structured(schema)))}"
     missing_option = re.search(r"Could not find '([^']+)'\s+Available options in '([^']+)':\s+(.*)", text, re.DOTALL)
     if missing_option:
         asked, group, options = missing_option.groups()
-        return f"{group}: no option {asked.split('/')[-1]!r}; choose from {', '.join(options.split())}"
+        name = asked.split("/")[-1]
+        return f"{group}: no option {name!r}; {nearest(name, options.split())}"
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     key = re.search(r"full_key: (\S+)", text)
     return (f"{key.group(1)}: " if key else "") + (lines[0] if lines else type(error).__name__)

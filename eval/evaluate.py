@@ -1,7 +1,6 @@
 """From a trained run to its numbers: kNN, linear probe, open-set detectors, and the raw-pixel baseline."""
 
 import dataclasses
-import difflib
 import inspect
 import json
 from pathlib import Path
@@ -17,6 +16,7 @@ from gradmix.eval.features import Model, raw_pixels
 from gradmix.eval.knn import KNNClassifier
 from gradmix.eval.linear import LinearProbe
 from gradmix.eval.scoring import save_scorer
+from gradmix.registry import nearest
 from gradmix.ssl.config import Config
 from gradmix.ssl.data import OpenSetData
 from gradmix.ssl.files import write_json, write_tensors
@@ -157,18 +157,14 @@ def build_detector(name: str, options: dict[str, dict[str, Any]]) -> Detector:
     Raises:
         ValueError: unknown detector or parameter, or a value of another type.
     """
-    if name not in DETECTORS:
-        raise ValueError(f"detector_options.{name}: no such detector; choose from {', '.join(DETECTORS)}")
-    kind = DETECTORS[name]
+    kind = DETECTORS.pick("detector_options", name)
     defaults = {field.name: field.default for field in dataclasses.fields(kind)}
     given = options.get(name) or {}
     if not isinstance(given, dict):
         raise ValueError(f"detector_options.{name}: expected parameters, such as detector_options.deep_knn.k=10")
     for key, value in given.items():
         if key not in defaults:
-            near = difflib.get_close_matches(key, defaults, 1)
-            hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(defaults) or 'none'}"
-            raise ValueError(f"detector_options.{name}.{key}: no such parameter; {hint}")
+            raise ValueError(f"detector_options.{name}.{key}: no such parameter; {nearest(key, defaults)}")
         expected = int if defaults[key] is None else type(defaults[key])
         if type(value) is not expected and not (expected is float and type(value) is int) and value != defaults[key]:
             raise ValueError(f"detector_options.{name}.{key}: expected {expected.__name__}, got {value!r}")
@@ -182,11 +178,10 @@ def parse_detector(entry: str) -> tuple[str, type[Detector], str]:
         ValueError: unknown detector or space.
     """
     name, _, space = entry.partition("@")
-    if name not in DETECTORS:
-        raise ValueError(f"detectors: expected some of {', '.join(DETECTORS)}, got {name!r}")
+    kind = DETECTORS.pick("detectors", name)
     if space not in ("", "features", "projections"):
         raise ValueError(f"detectors: {entry!r}: expected @features or @projections")
-    return entry.replace("@", "_"), DETECTORS[name], space or SPACES.get(name, "features")
+    return entry.replace("@", "_"), kind, space or SPACES.get(name, "features")
 
 
 def table(result: dict[str, Any]) -> str:

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gradmix.attribution import EVIDENCE, default_layers, layercam, record, still
+from gradmix.registry import Registry
 
 PASTE = ("resize", "cut", "noise")
 CENTRE = ("peak", "random")
@@ -44,7 +45,7 @@ class Mixed:
 
 
 class Mixer:
-    """What all mixers share: checks, partners, and where random numbers come from.
+    """What all mixers share: checks, partners, and where random numbers come from. A mixer implements `_mix`.
 
     Args:
         partner: ``"random"``, or the most ``"similar"`` or ``"dissimilar"`` other image, measured on the
@@ -102,6 +103,7 @@ class Mixer:
         return None
 
     def _mix(self, images: Tensor, partner: Tensor, attribution: Tensor | None, generator: torch.Generator) -> Mixed:
+        """Mix checked images with the rows ``partner`` ``[2B]``; all randomness from ``generator``."""
         raise NotImplementedError
 
     def _private_generator(self, device: torch.device) -> torch.Generator:
@@ -323,15 +325,18 @@ class FMix(Mixer):
         return Mixed(torch.where(mask, images, images[partner]), keep / (height * width), partner)
 
 
-MIXERS: dict[str, Callable[..., Mixer]] = {
-    "gradmix": GradMix,
-    "random_box": partial(GradMix, centre="random"),
-    "noise_box": partial(GradMix, paste="noise"),
-    "cutmix": CutMix,
-    "mixup": MixUp,
-    "resizemix": ResizeMix,
-    "fmix": FMix,
-}
+MIXERS: Registry[Callable[..., Mixer]] = Registry(
+    "gradmix.mixers",
+    {
+        "gradmix": GradMix,
+        "random_box": partial(GradMix, centre="random"),
+        "noise_box": partial(GradMix, paste="noise"),
+        "cutmix": CutMix,
+        "mixup": MixUp,
+        "resizemix": ResizeMix,
+        "fmix": FMix,
+    },
+)
 
 
 # Boxes: [N, 4] int64 (top, left, bottom, right), ends exclusive.

@@ -4,8 +4,13 @@ Hydra composes it, so that types are checked and an unknown key is an error.
 """
 
 from dataclasses import dataclass, field
+from importlib.metadata import entry_points
 from typing import Any
 
+from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.config_store import ConfigStore
+from hydra.core.plugins import Plugins
+from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import MISSING
 
 
@@ -113,3 +118,17 @@ class Config:
     pictures_every: int = 25  # epochs between two pictures of views, maps and mixed images, 0 for none
     checkpoint_seconds: float = 30.0  # how much training a killed run may lose
     trainer: dict[str, Any] = field(default_factory=dict)  # handed to Lightning's Trainer
+
+
+class ConfigsFromOutside(SearchPathPlugin):
+    """Packages with config files (``data/NAME.yaml``, ``method/NAME.yaml``, ...) that entry points name; ours win."""
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        for entry in entry_points(group="gradmix.configs"):
+            search_path.append(entry.name, f"pkg://{entry.value}")
+
+
+def register_configs() -> None:
+    """Tell Hydra the schema, and where the config files of other packages are."""
+    ConfigStore.instance().store("pretrain_schema", Config)
+    Plugins.instance().register(ConfigsFromOutside)

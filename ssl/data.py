@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gradmix.registry import Registry
 from gradmix.ssl.config import DataConfig
 from gradmix.ssl.images import ImageSet, from_array, list_images
 from gradmix.ssl.splits import CIFAR_PLUS, SPLITS
@@ -58,7 +59,7 @@ def load_data(config: DataConfig, seed: int) -> OpenSetData:
     Raises:
         ValueError: missing or empty folders, unreadable images, unknown splits or classes; one line each.
     """
-    source = SOURCES[config.name](config, seed)
+    source = SOURCES.pick("data.name", config.name)(config, seed)
     limit = int(config.memory_gib * 2**30)
     if not source.classes:
         for key in ("known", "unknown_root"):
@@ -127,12 +128,22 @@ def known_classes(config: DataConfig, source: Source) -> list[int]:
         return known
     if config.split is None:
         return source.train.labels.unique().tolist()
-    splits = SPLITS.get(config.name)
-    if splits is None:
-        raise ValueError(f"data.split: data={config.name} has no splits; name the known classes with data.known=[...]")
+    splits = splits_of(config)
     if not isinstance(config.split, int) or not 0 <= config.split < len(splits):
         raise ValueError(f"data.split: {config.split!r} does not exist; choose 0-{len(splits) - 1}, or all")
     return splits[config.split]
+
+
+def splits_of(config: DataConfig) -> list[list[int]]:
+    """The data set's open-set splits.
+
+    Raises:
+        ValueError: no such data set, or it has none.
+    """
+    SOURCES.pick("data.name", config.name)  # one from outside puts its splits into SPLITS when it is imported
+    if config.name not in SPLITS:
+        raise ValueError(f"data.split: data={config.name} has no splits; name the known classes with data.known=[...]")
+    return SPLITS[config.name]
 
 
 def _stratified(labels: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
@@ -234,17 +245,20 @@ def _cifar_plus(name: str) -> Callable[[DataConfig, int], Source]:
     return load
 
 
-SOURCES: dict[str, Callable[[DataConfig, int], Source]] = {
-    "digits": digits,
-    "imagefolder": imagefolder,
-    "tinyimagenet": tinyimagenet,
-    "cifar10": _torchvision("CIFAR10"),
-    "cifar100": _torchvision("CIFAR100"),
-    "cifar_plus10": _cifar_plus("cifar_plus10"),
-    "cifar_plus50": _cifar_plus("cifar_plus50"),
-    "svhn": _torchvision("SVHN"),
-    "mnist": _torchvision("MNIST"),
-}
+SOURCES: Registry[Callable[[DataConfig, int], Source]] = Registry(
+    "gradmix.data",
+    {
+        "digits": digits,
+        "imagefolder": imagefolder,
+        "tinyimagenet": tinyimagenet,
+        "cifar10": _torchvision("CIFAR10"),
+        "cifar100": _torchvision("CIFAR100"),
+        "cifar_plus10": _cifar_plus("cifar_plus10"),
+        "cifar_plus50": _cifar_plus("cifar_plus50"),
+        "svhn": _torchvision("SVHN"),
+        "mnist": _torchvision("MNIST"),
+    },
+)
 
 
 def _root_of(config: DataConfig) -> Path:

@@ -168,14 +168,13 @@ def build_mixer(config: MixConfig) -> Mixer | None:
     """
     if config.name == "none":
         return None
-    if config.name not in MIXERS:
-        raise ValueError(f"mix.name: expected none or one of {', '.join(MIXERS)}, got {config.name!r}")
+    mixer = MIXERS.pick("mix.name", config.name)
     if not 0 <= config.probability <= 1:
         raise ValueError(f"mix.probability: expected 0 to 1, got {config.probability}")
     if config.attribution_every < 1:
         raise ValueError(f"mix.attribution_every: expected at least 1, got {config.attribution_every}")
     try:
-        return MIXERS[config.name](**config.options)
+        return mixer(**config.options)
     except TypeError as error:
         raise ValueError(f"mix.options: {config.name} does not take {dict(config.options)} ({error})") from error
 

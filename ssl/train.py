@@ -1,6 +1,5 @@
 """Training from a config to weights in the run's folder; the same call goes on where it stopped."""
 
-import difflib
 import inspect
 import logging
 import warnings
@@ -11,6 +10,7 @@ import torch
 from pytorch_lightning import Callback, Trainer, seed_everything
 from pytorch_lightning.loggers import TensorBoardLogger
 
+from gradmix.registry import nearest
 from gradmix.ssl.backbones import backbone_metadata, stem_of
 from gradmix.ssl.callbacks import Checkpoints, Pictures, Progress, newest_checkpoint
 from gradmix.ssl.config import Config
@@ -94,9 +94,7 @@ def check(config: Config) -> None:
     known = set(inspect.signature(Trainer).parameters)
     for key in config.trainer:
         if key not in known:
-            near = difflib.get_close_matches(key, known, 1)
-            hint = f"; did you mean trainer.{near[0]}?" if near else ""
-            raise ValueError(f"trainer.{key}: Lightning's Trainer has no such argument{hint}")
+            raise ValueError(f"trainer.{key}: Lightning's Trainer has no such argument; {nearest(key, known)}")
 
 
 def build_trainer(config: Config, callbacks: list[Callback]) -> Trainer:

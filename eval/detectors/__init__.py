@@ -12,6 +12,7 @@ from gradmix.eval.detectors.mean_shift import MeanShift
 from gradmix.eval.detectors.nnguide import NNGuide
 from gradmix.eval.detectors.store import read_manifest
 from gradmix.eval.detectors.vim import ViM
+from gradmix.registry import Registry
 
 KINDS = (
     DeepKNN,
@@ -24,7 +25,7 @@ KINDS = (
     GaussianMixture,
     MeanShift,
 )
-DETECTORS = {kind.NAME: kind for kind in KINDS}
+DETECTORS: Registry[type[Detector]] = Registry("gradmix.detectors", {kind.NAME: kind for kind in KINDS})
 
 __all__ = ["DETECTORS", "Detector", "load", *(kind.__name__ for kind in KINDS)]
 
@@ -32,6 +33,4 @@ __all__ = ["DETECTORS", "Detector", "load", *(kind.__name__ for kind in KINDS)]
 def load(folder, mmap=False):
     """The detector that `.save(folder)` wrote, of whichever kind; arguments and errors as `Detector.load`."""
     name = read_manifest(Path(folder))["detector"]
-    if name not in DETECTORS:
-        raise ValueError(f"{folder}: unknown detector {name!r}, expected one of {', '.join(DETECTORS)}")
-    return DETECTORS[name].load(folder, mmap=mmap)
+    return DETECTORS.pick(f"{folder}: detector", name).load(folder, mmap=mmap)

@@ -8,16 +8,14 @@ from typing import Any
 
 import numpy as np
 from hydra import compose, initialize_config_module
-from hydra.core.config_store import ConfigStore
-from hydra.errors import HydraException
+from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from gradmix.eval import detectors
 from gradmix.eval.detectors import Detector
-from gradmix.ssl.config import Config
+from gradmix.ssl.config import Config, register_configs
 from gradmix.ssl.data import OpenSetData, load_data
 from gradmix.ssl.images import ImageSet
 from gradmix.ssl.run import flat, read_config
@@ -155,21 +153,21 @@ def find_images(run: Run, data: OpenSetData | None) -> tuple[dict[str, ImageSet]
 
 
 def defaults(config: Config) -> dict[str, Any]:
-    """The config, flat, that the run's groups alone would have given; empty when they can't be composed any more."""
-    ConfigStore.instance().store("schema", Config)
-    choices = [f"{group}={getattr(config, group).name}" for group in GROUPS]
-    try:
-        with initialize_config_module("gradmix.configs", version_base="1.3"):
-            composed = compose("pretrain", overrides=choices)
-        return flat(asdict(OmegaConf.to_object(composed)))
-    except (HydraException, OmegaConfBaseException):
-        return {}
+    """The config, flat, that the run's groups alone would have given; of a group that had a config file of its own
+    (``--config-dir``) the usual option.
+    """
+    register_configs()
+    with initialize_config_module("gradmix.configs", version_base="1.3"):
+        options = GlobalHydra.instance().config_loader().get_group_options
+        chosen = {group: getattr(config, group).name for group in GROUPS}
+        composed = compose("pretrain", [f"{group}={name}" for group, name in chosen.items() if name in options(group)])
+    return flat(asdict(OmegaConf.to_object(composed)))
 
 
 def differences(config: Config) -> list[tuple[str, Any, Any]]:
     """Key, default and value of what was set beside the groups."""
     usual, ours = defaults(config), flat(asdict(config))
-    return [(key, usual.get(key), value) for key, value in ours.items() if usual and usual.get(key) != value]
+    return [(key, usual.get(key), value) for key, value in ours.items() if usual.get(key) != value]
 
 
 def command(config: Config, changed: list[tuple[str, Any, Any]]) -> str:

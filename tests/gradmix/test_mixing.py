@@ -86,7 +86,7 @@ def is_other_view_of_another_image(partner: torch.Tensor) -> bool:
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("name", [*MIXERS, "gradmix_cut"])
 def test_kept_is_the_true_fraction_of_own_pixels(name, size):
-    mixer = (MIXERS | BOXES)[name]()
+    mixer = {**MIXERS, **BOXES}[name]()
     for seed, batch in enumerate([2, 3, 9]):
         images = numbered(batch, size)
         if name == "noise_box":  # the noise has the image's own mean and deviation
@@ -230,7 +230,7 @@ def test_a_thousand_random_cases_have_a_defined_result(name):
         "resizemix": lambda: ResizeMix(choose.choice([(0.1, 0.8), (0.0, 1.0)])),
     }
     for case in range(1000 // 8):
-        mixer = mixers.get(name, (MIXERS | BOXES)[name])()
+        mixer = mixers.get(name, {**MIXERS, **BOXES}[name])()
         batch, size = choose.randint(1, 19), (choose.randint(1, 24), choose.randint(1, 24))
         dtype = choose.choice([torch.float32, torch.float16, torch.bfloat16, torch.float64])
         kind = choose.choice(["random", "constant", "zero", "large"])
@@ -358,7 +358,7 @@ class NoSynchronisation(TorchDispatchMode):
 
 @pytest.mark.parametrize("name", [*MIXERS, "gradmix_cut", "similar"])
 def test_nothing_waits_for_the_device(name):
-    mixer = GradMix(partner="similar") if name == "similar" else (MIXERS | BOXES)[name]()
+    mixer = GradMix(partner="similar") if name == "similar" else {**MIXERS, **BOXES}[name]()
     images, generator = torch.rand(8, 3, 16, 16), seeded(0)
     mixer.layers = ["look"]
     encoder, maps = Spots(), torch.rand(8, 2, 4, 4)

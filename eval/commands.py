@@ -66,6 +66,7 @@ def pretrain_one(config: Config) -> dict:
     from gradmix.eval.evaluate import device_of, evaluate
     from gradmix.eval.online import online_knn
     from gradmix.eval.report import write_report
+    from gradmix.eval.tensorboard import write_tensorboard
     from gradmix.ssl.data import load_data
     from gradmix.ssl.run import claim
     from gradmix.ssl.train import train
@@ -86,6 +87,7 @@ def pretrain_one(config: Config) -> dict:
     if rank_zero_only.rank != 0:  # the other processes of a distributed run have nothing left to do
         sys.exit(0)
     result = evaluate(run_dir, config, data, device_of(config))
+    write_tensorboard(run_dir, config, result, data)
     write_report(run_dir, data)
     return result
 
@@ -157,6 +159,7 @@ def eval_one(config: EvalConfig, run_dir: Path, out: Path) -> dict:
     from gradmix.eval.evaluate import check_detectors, device_of, evaluate
     from gradmix.eval.report import write_report
     from gradmix.eval.robustness import evaluate_corruptions
+    from gradmix.eval.tensorboard import write_tensorboard
     from gradmix.ssl.data import load_data
     from gradmix.ssl.run import read_config
 
@@ -174,6 +177,7 @@ def eval_one(config: EvalConfig, run_dir: Path, out: Path) -> dict:
         return evaluate_corruptions(run_dir, run, data, config.corruptions, device_of(run), out)
     result = evaluate(run_dir, run, data, device_of(run), out)
     if out == run_dir:  # elsewhere lies no config.yaml to report on
+        write_tensorboard(run_dir, run, result, data)
         write_report(run_dir, data)
     return result
 

@@ -8,7 +8,7 @@ from sklearn.manifold import TSNE
 
 from gradmix.eval.report.charts import COLOURS
 from gradmix.eval.report.folder import Run
-from gradmix.eval.report.pictures import SHARP, sprite
+from gradmix.eval.report.pictures import SHARP, data_uri, sheet
 
 POINTS = 1500
 SIDE = 700  # of the drawing
@@ -33,7 +33,7 @@ def feature_map(run: Run) -> str:
     )
     drawing = f'<svg class="map" viewBox="0 0 {SIDE} {SIDE}" role="img" aria-label="Map of the features">{marks}</svg>'
     size = min(48, run.images["test"].size) if run.images else 0
-    picture = sprite(run.images["test"], rows, COLUMNS, 48) if run.images else ""
+    picture = data_uri(sheet(run.images["test"], rows, COLUMNS, 48), lossless=size <= 16) if run.images else ""
     about = {"columns": COLUMNS, "rows": -(-len(rows) // COLUMNS), "captions": _captions(run, rows)}
     sharp = " sharp" if 0 < size <= SHARP else ""
     thumb = f'<div class="thumb{sharp}" style="background-image:url({picture})"></div>' if picture else ""

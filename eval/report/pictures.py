@@ -28,16 +28,16 @@ def thumbnail(images: ImageSet, index: int, side: int) -> Image.Image | None:
     return image if image.width <= side else image.resize((side, side), Image.Resampling.LANCZOS)
 
 
-def sprite(images: ImageSet, indices: Sequence[int], columns: int, side: int) -> str:
-    """A grid of thumbnails, row by row, as one picture."""
+def sheet(images: ImageSet, indices: Sequence[int], columns: int, side: int) -> Image.Image:
+    """A grid of thumbnails, row by row, as one picture; black where a file is gone."""
     side = min(side, images.size)
-    sheet = np.zeros((-(-len(indices) // columns) * side, columns * side, 3), np.uint8)
+    pixels = np.zeros((-(-len(indices) // columns) * side, columns * side, 3), np.uint8)
     for number, index in enumerate(indices):
         image = thumbnail(images, int(index), side)
         if image is not None:
             top, left = number // columns * side, number % columns * side
-            sheet[top : top + side, left : left + side] = np.asarray(image)
-    return data_uri(Image.fromarray(sheet), lossless=side <= 16)
+            pixels[top : top + side, left : left + side] = np.asarray(image)
+    return Image.fromarray(pixels)
 
 
 def decode(encoded: bytes) -> Image.Image:

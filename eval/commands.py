@@ -232,7 +232,9 @@ def _command(name: str, schema: type, run: Callable) -> None:
         print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
-        if debug or not isinstance(error, ValueError | OSError | HydraException | OmegaConfBaseException):
+        if debug or not isinstance(
+            error, ValueError | OSError | FloatingPointError | HydraException | OmegaConfBaseException
+        ):
             raise
         print(f"gradmix-{name}: {explain(error, schema)}", file=sys.stderr)
         sys.exit(2)

@@ -1,11 +1,10 @@
 """What happens beside training: checkpoints, the progress bar, curves and pictures."""
 
-import signal
 import sys
 import time
 import warnings
+import zipfile
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -15,11 +14,10 @@ from tqdm.auto import tqdm
 
 from gradmix.mixing import Mixed
 from gradmix.ssl.files import write_atomically
+from gradmix.ssl.guard import Guard, check_finite
 from gradmix.ssl.images import denormalize
 from gradmix.ssl.loader import Batch
 from gradmix.ssl.pretrain import Pretraining
-
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # SIGUSR1: what schedulers send before they preempt
 
 
 class EpochCallback(Callback):
@@ -42,15 +40,37 @@ class EpochCallback(Callback):
 
 
 def newest_checkpoint(folder: Path) -> dict[str, Any] | None:
-    """The newest checkpoint that can be read; damaged ones are passed over with a warning."""
-    for path in sorted(folder.glob("step-*.ckpt"), reverse=True):
+    """The newest checkpoint that can be read; damaged ones are passed over with a warning. None where there is none.
+
+    Raises:
+        ValueError: there are checkpoints, but none can be read.
+    """
+    paths = sorted(folder.glob("step-*.ckpt"), reverse=True)
+    for path in paths:
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            return {key: state[key] for key in ("step", "module", "optimizer", "schedule", "precision")}
+            return read_checkpoint(path)
         except Exception as error:  # a damaged file can raise nearly anything
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             warnings.warn(f"{path}: damaged checkpoint skipped ({reason})", stacklevel=2)
+    if paths:
+        raise ValueError(f"{folder}: no checkpoint can be read; delete the folder to train from the start")
     return None
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    with zipfile.ZipFile(path) as archive:
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+            raise ValueError("compressed, so that it could be of any size in memory")
+        if (damaged := archive.testzip()) is not None:  # torch writes checksums but does not look at them
+            raise ValueError(f"{damaged} does not match its checksum")
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    if path.name != checkpoint_name(state["step"]):
+        raise ValueError(f"of step {state['step']}")
+    return {key: state[key] for key in ("step", "skipped", "images", "module", "optimizer", "schedule", "precision")}
+
+
+def checkpoint_name(step: int) -> str:
+    return f"step-{step:08d}.ckpt"
 
 
 class Checkpoints(Callback):
@@ -58,56 +78,58 @@ class Checkpoints(Callback):
 
     A checkpoint is the weights, the optimizer, the schedule and the step. Everything random is a function of the
     seed and the step, so nothing else is needed to go on exactly.
+
+    Args:
+        guard: says whether to stop, and whether the weights are fit to be saved.
+        images: fingerprint of the training set, so that no other one is trained on after a stop.
+        resume: the checkpoint to go on from.
     """
 
-    def __init__(self, folder: Path, every_seconds: float, resume: dict[str, Any] | None):
-        self.folder, self.every_seconds, self.resume = folder, every_seconds, resume
+    def __init__(self, folder: Path, every_seconds: float, guard: Guard, images: str, resume: dict[str, Any] | None):
+        self.folder, self.every_seconds, self.guard = folder, every_seconds, guard
+        self.images, self.resume = images, resume
         self.last_saved = time.monotonic()
-        self.asked_to_stop: int | None = None
-
-    def setup(self, trainer: Trainer, module: Pretraining, stage: str) -> None:
-        if self.resume is not None:
-            module.load_state_dict(self.resume["module"])
 
     def on_train_start(self, trainer: Trainer, module: Pretraining) -> None:
         if self.resume is not None:
             trainer.optimizers[0].load_state_dict(self.resume["optimizer"])
             trainer.lr_scheduler_configs[0].scheduler.load_state_dict(self.resume["schedule"])
             trainer.precision_plugin.load_state_dict(self.resume["precision"])
-        self.handlers = {number: signal.signal(number, self.stop) for number in SIGNALS}
 
     def on_train_batch_end(self, trainer: Trainer, module: Pretraining, outputs, batch: Batch, batch_idx: int) -> None:
         if module.steps % trainer.accumulate_grad_batches:
             return  # gradients are half collected
-        if self.asked_to_stop is not None or time.monotonic() - self.last_saved >= self.every_seconds:
+        if self.guard.stop or time.monotonic() - self.last_saved >= self.every_seconds:
             self.save(trainer, module)
-        if self.asked_to_stop is not None:
-            sys.exit(128 + self.asked_to_stop)
+        if self.guard.stop:
+            sys.exit(128 + self.guard.stop)
 
     def on_train_end(self, trainer: Trainer, module: Pretraining) -> None:
         self.save(trainer, module)
-
-    def teardown(self, trainer: Trainer, module: Pretraining, stage: str) -> None:
-        for number, handler in getattr(self, "handlers", {}).items():
-            signal.signal(number, handler)
-
-    def stop(self, number: int, frame: FrameType | None) -> None:
-        if self.asked_to_stop is not None:  # asked twice: a person who does not want to wait for the step
-            raise KeyboardInterrupt
-        self.asked_to_stop = number
+        if self.guard.received:  # behind the last step
+            sys.exit(128 + self.guard.received)
 
     def save(self, trainer: Trainer, module: Pretraining) -> None:
+        self.guard.settle()
         self.last_saved = time.monotonic()
-        if not trainer.is_global_zero:
-            return
         state = {
             "step": module.steps,
+            "skipped": self.guard.skipped,
+            "images": self.images,
             "module": module.state_dict(),
             "optimizer": trainer.optimizers[0].state_dict(),
             "schedule": trainer.lr_scheduler_configs[0].scheduler.state_dict(),
             "precision": trainer.precision_plugin.state_dict(),
         }
-        write_atomically(self.folder / f"step-{module.steps:08d}.ckpt", lambda file: torch.save(state, file))
+        check_finite(state["module"], state["optimizer"], module.steps)
+        if not trainer.is_global_zero:
+            return
+
+        def write(temporary: Path) -> None:
+            with open(temporary, "wb") as file:  # given a path, torch hides why it can't write
+                torch.save(state, file)
+
+        write_atomically(self.folder / checkpoint_name(module.steps), write)
         for old in sorted(self.folder.glob("step-*.ckpt"))[:-2]:
             old.unlink()
 

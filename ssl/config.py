@@ -117,6 +117,8 @@ class Config:
     knn_every: int = 10  # epochs between two kNN checks on the held-out images, 0 for none
     pictures_every: int = 25  # epochs between two pictures of views, maps and mixed images, 0 for none
     checkpoint_seconds: float = 30.0  # how much training a killed run may lose
+    on_nonfinite: str = "error"  # a loss or gradient that is not finite: error stops the run, skip leaves the step out
+    max_skipped_steps: int = 10  # in all, with on_nonfinite=skip; one more is an error
     trainer: dict[str, Any] = field(default_factory=dict)  # handed to Lightning's Trainer
 
 

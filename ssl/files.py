@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -14,11 +15,14 @@ def write_atomically(path: str | Path, write: Callable[[Path], Any]) -> None:
     """Let ``write`` fill a file beside ``path``, force it to disk, rename it into place.
 
     The temporary file is in the same folder: a rename across file systems would be a copy.
+
+    Raises:
+        OSError: it can't be written; the message names ``path``, whose old content is still there.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
         umask = os.umask(0)
         os.umask(umask)
@@ -31,8 +35,16 @@ def write_atomically(path: str | Path, write: Callable[[Path], Any]) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
+    except OSError as error:
+        raise OSError(f"{path}: can't be written ({error.strerror or error})") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_strays(folder: Path) -> None:
+    """Remove what a killed process was writing; nobody else may be writing there."""
+    for path in folder.rglob(".*.tmp"):
+        path.unlink(missing_ok=True)
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -45,4 +57,11 @@ def write_json(path: str | Path, value: Any) -> None:
 
 def write_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_atomically(path, lambda temporary: save_file(contiguous, temporary, metadata))
+
+    def write(temporary: Path) -> None:
+        try:
+            save_file(contiguous, temporary, metadata)
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
+
+    write_atomically(path, write)

@@ -1,5 +1,7 @@
 """Images as the project sees them: uint8 RGB squares of one size, in memory or decoded on demand."""
 
+import hashlib
+import json
 import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -41,6 +43,11 @@ class ImageSet:
         index = int(index)
         image = self.images[index] if self.images is not None else decode(self.files[index], self.size)
         return image, int(self.labels[index]), index
+
+    def fingerprint(self) -> str:
+        """Changes when images are added, removed, renamed or labelled otherwise; not when their folder moves."""
+        names = [Path(file).name for file in self.files or ()]
+        return hashlib.sha256(json.dumps([self.labels.tolist(), names]).encode()).hexdigest()
 
     def select(self, indices: Tensor) -> "ImageSet":
         """The images at ``indices`` (int64), in that order."""

@@ -16,6 +16,7 @@ from gradmix.ssl.callbacks import Checkpoints, Pictures, Progress, newest_checkp
 from gradmix.ssl.config import Config
 from gradmix.ssl.data import OpenSetData
 from gradmix.ssl.files import write_json, write_tensors
+from gradmix.ssl.guard import ON_NONFINITE, Guard
 from gradmix.ssl.images import ImageSet
 from gradmix.ssl.loader import check_batch_size
 from gradmix.ssl.pretrain import Pretraining, learning_rate
@@ -35,6 +36,7 @@ def train(config: Config, data: OpenSetData, callbacks: Sequence[Callback] = ())
 
     Raises:
         ValueError: bad input, one line.
+        FloatingPointError: a loss, gradient or weight is not finite.
     """
     run_dir = Path(config.run_dir)
     check(config)
@@ -42,17 +44,23 @@ def train(config: Config, data: OpenSetData, callbacks: Sequence[Callback] = ())
     seed_everything(config.seed, verbose=False)
     module = Pretraining(config, data.train)
     claim(run_dir, config)  # not before the config has shown that it can be built
-    resume = newest_checkpoint(run_dir / "checkpoints")
+    resume, images = newest_checkpoint(run_dir / "checkpoints"), data.train.fingerprint()
+    if resume is not None:
+        if resume["images"] != images:
+            raise ValueError(f"data: not the training images that {run_dir} began with; choose another run_dir=")
+        try:
+            module.load_state_dict(resume["module"])
+        except RuntimeError as error:
+            raise ValueError(f"{run_dir / 'checkpoints'}: weights of another network ({error})") from error
     start = module.start = module.steps = 0 if resume is None else resume["step"]
     progress = Progress(config.batch_size)
-    checkpoints = Checkpoints(run_dir / "checkpoints", config.checkpoint_seconds, resume)
-    trainer = build_trainer(config, [*callbacks, progress, checkpoints])
+    guard = Guard(config.on_nonfinite, config.max_skipped_steps, 0 if resume is None else resume["skipped"])
+    checkpoints = Checkpoints(run_dir / "checkpoints", config.checkpoint_seconds, guard, images, resume)
+    trainer = build_trainer(config, [*callbacks, progress, guard, checkpoints])
     if trainer.is_global_zero:
         print(where_images_lie(config, data.train, trainer.strategy.root_device))
-    if start < config.epochs * (len(data.train) // config.batch_size):
+    if start < config.epochs * (len(data.train) // config.batch_size):  # else stopped before the files below
         trainer.fit(module)
-    else:  # stopped between the last step and the files below
-        module.load_state_dict(resume["module"])
     if trainer.is_global_zero:
         metadata = backbone_metadata(config.encoder, stem_of(module.backbone), config.data.image_size)
         write_tensors(run_dir / "backbone.safetensors", module.backbone.state_dict(), metadata)
@@ -62,6 +70,7 @@ def train(config: Config, data: OpenSetData, callbacks: Sequence[Callback] = ())
             {
                 "train/steps": module.steps,
                 "train/resumed_from_step": start,
+                "train/skipped_steps": guard.skipped,
                 "train/seconds": round(progress.seconds, 2),
                 "train/images_per_s": round(progress.images_per_s, 1),
                 "train/lr": learning_rate(config),
@@ -88,9 +97,18 @@ def check(config: Config) -> None:
     Raises:
         ValueError: a number that makes no sense, or a trainer key that Lightning does not know.
     """
-    for key, least in (("epochs", 1), ("batch_size", 2), ("knn_every", 0), ("pictures_every", 0), ("seed", 0)):
+    for key, least in (
+        ("epochs", 1),
+        ("batch_size", 2),
+        ("knn_every", 0),
+        ("pictures_every", 0),
+        ("seed", 0),
+        ("max_skipped_steps", 0),
+    ):
         if getattr(config, key) < least:
             raise ValueError(f"{key}: expected at least {least}, got {getattr(config, key)}")
+    if config.on_nonfinite not in ON_NONFINITE:
+        raise ValueError(f"on_nonfinite: expected {' or '.join(ON_NONFINITE)}, got {config.on_nonfinite!r}")
     known = set(inspect.signature(Trainer).parameters)
     for key in config.trainer:
         if key not in known:

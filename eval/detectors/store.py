@@ -12,7 +12,6 @@ The hashes find damage, not malice: who can write the folder can write the hashe
 
 import hashlib
 import json
-import os
 import platform
 from pathlib import Path
 
@@ -21,6 +20,7 @@ import numpy as np
 import torch
 
 from gradmix.eval.search import blocks
+from gradmix.ssl.files import write_atomically, write_text
 
 FORMAT = 1
 MANIFEST, TENSORS, INDEX = "detector.json", "detector.safetensors", "detector.faiss"
@@ -35,11 +35,10 @@ def write(folder, manifest, arrays, index=None):
     an older detector leaves hashes that don't match, which `read` refuses.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    _replace(folder / TENSORS, lambda path: _write_tensors(path, arrays))
+    write_atomically(folder / TENSORS, lambda path: _write_tensors(path, arrays))
     files = [TENSORS]
     if index is not None:
-        _replace(folder / INDEX, lambda path: faiss.write_index(index, str(path)))
+        write_atomically(folder / INDEX, lambda path: _write_index(path, index))
         files.append(INDEX)
     manifest = {
         "format": FORMAT,
@@ -56,7 +55,7 @@ def write(folder, manifest, arrays, index=None):
     }
     manifest["sha256"] = _hash_manifest(manifest)
     text = json.dumps(manifest, indent=1, allow_nan=False) + "\n"
-    _replace(folder / MANIFEST, lambda path: path.write_text(text, encoding="utf-8"))
+    write_text(folder / MANIFEST, text)
 
 
 def read_manifest(folder):
@@ -121,6 +120,13 @@ def _write_tensors(path, arrays):
                 file.write(np.ascontiguousarray(array[rows]).tobytes())
 
 
+def _write_index(path, index):
+    try:
+        faiss.write_index(index, str(path))
+    except RuntimeError as error:  # what FAISS makes of a full disk
+        raise OSError(str(error)) from error
+
+
 def _read_tensors(path, mmap):
     data = np.memmap(path, np.uint8, "r") if mmap else np.fromfile(path, np.uint8)
     start = 8 + int.from_bytes(data[:8].tobytes(), "little")
@@ -129,17 +135,6 @@ def _read_tensors(path, mmap):
         first, last = entry["data_offsets"]
         arrays[name] = data[start + first : start + last].view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
     return arrays
-
-
-def _replace(path, write_to):
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write_to(temporary)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _hash_file(path):

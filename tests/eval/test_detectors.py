@@ -1,6 +1,7 @@
 """Detectors against slow float64 computations written from the papers, and what is saved of them."""
 
 import json
+import os
 import pickle
 import shutil
 import subprocess
@@ -580,14 +581,14 @@ def assert_damage_is_never_silent(saved, damaged, times):
 
 def test_an_interrupted_save_leaves_no_wrong_detector(saved, monkeypatch):
     """The new arrays are there, the new manifest isn't: refused, not mixed."""
-    replace = store.os.replace
+    replace = os.replace
 
     def stop_at_the_manifest(source, target):
         if target.name == "detector.json":
             raise KeyboardInterrupt
         replace(source, target)
 
-    monkeypatch.setattr(store.os, "replace", stop_at_the_manifest)
+    monkeypatch.setattr(os, "replace", stop_at_the_manifest)
     with pytest.raises(KeyboardInterrupt):
         DeepKNN().fit(TRAIN + 1, TRAIN_LABELS).save(saved)
     with pytest.raises(ValueError, match="damaged"):

@@ -1,0 +1,153 @@
+"""Before every optimizer step: is it finite, and has anyone been asked to stop?"""
+
+import signal
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+import torch
+from pytorch_lightning import Callback, Trainer
+from torch import Tensor
+from torch.nn.utils import get_total_norm
+
+from gradmix.ssl.loader import Batch
+from gradmix.ssl.pretrain import Pretraining
+
+ON_NONFINITE = ("error", "skip")
+# What people send, what systems send, and what schedulers send before they preempt (Windows has no SIGUSR1).
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name))
+
+
+@dataclass
+class Verdict:
+    """What is known of one optimizer step, perhaps still on its way from the device.
+
+    Attributes:
+        step: batches seen, over all epochs.
+        lr: learning rate.
+        rows: this process's rows of the training set, over the batches that were accumulated.
+        flags: ``[3]`` on the host: loss not finite, gradient not finite, number of the signal (0 for none).
+        copied: recorded behind the copy of ``flags``; None when they are there already.
+    """
+
+    step: int
+    lr: float
+    rows: Tensor
+    flags: Tensor
+    copied: torch.cuda.Event | None
+
+
+class Guard(Callback):
+    """Stops before a step whose loss or gradient is not finite, or leaves it out; hears signals. All processes alike.
+
+    On a CPU the optimizer never sees a step that is not finite. A GPU's verdict is copied beside its other work and
+    read one optimizer step later, so that the host never waits for it; nothing is saved before it is read. Skipping
+    has to know before the step, so there the host does wait.
+
+    Args:
+        on_nonfinite: ``"error"``, or ``"skip"``: weights, BatchNorm statistics and optimizer stay as they are.
+        limit: skipped steps that a run may have in all.
+
+    Attributes:
+        skipped: steps left out so far.
+        received: number of the signal that this process received, 0 for none.
+
+    Raises:
+        FloatingPointError: out of ``trainer.fit``, with the step, learning rate and rows of the batch.
+    """
+
+    def __init__(self, on_nonfinite: str, limit: int, skipped: int = 0):
+        self.skips, self.limit, self.skipped = on_nonfinite == "skip", limit, skipped
+        self.received = self.agreed = 0
+        self.pending: Verdict | None = None
+        self.start_step()
+
+    def start_step(self) -> None:
+        self.rows: list[Tensor] = []
+        self.bad_loss: Tensor | None = None
+
+    def on_train_start(self, trainer: Trainer, module: Pretraining) -> None:
+        self.handlers = {number: signal.signal(number, self.hear) for number in SIGNALS}
+
+    def teardown(self, trainer: Trainer, module: Pretraining, stage: str) -> None:
+        for number, handler in getattr(self, "handlers", {}).items():
+            signal.signal(number, handler)
+
+    def hear(self, number: int, frame: FrameType | None) -> None:
+        if self.received and number == signal.SIGINT:  # a person who does not want to wait for the step
+            raise KeyboardInterrupt
+        self.received = number
+
+    @property
+    def stop(self) -> int:
+        """Number of the signal that asked the run to stop; several processes agree on it at an optimizer step."""
+        return self.agreed if torch.distributed.is_initialized() else self.received
+
+    def on_train_batch_start(self, trainer: Trainer, module: Pretraining, batch: Batch, batch_idx: int) -> None:
+        if self.skips and not self.rows:
+            self.buffers = [buffer.clone() for buffer in module.buffers()]
+        self.rows.append(batch.index)
+
+    def on_before_backward(self, trainer: Trainer, module: Pretraining, loss: Tensor) -> None:
+        bad = ~loss.detach().isfinite()
+        self.bad_loss = bad if self.bad_loss is None else self.bad_loss | bad
+
+    def on_before_optimizer_step(self, trainer: Trainer, module: Pretraining, optimizer) -> None:
+        bad_gradient = torch.zeros_like(self.bad_loss)
+        if getattr(trainer.precision_plugin, "scaler", None) is None:  # else it expects overflows, and skips them
+            gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
+            bad_gradient = ~get_total_norm(gradients, float("inf")).isfinite()
+        received = torch.full_like(self.bad_loss, self.received, dtype=torch.float)
+        flags = torch.stack([self.bad_loss.float(), bad_gradient.float(), received])
+        if torch.distributed.is_initialized():
+            torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
+        late = flags.is_cuda and not self.skips
+        flags, copied = flags.to("cpu", non_blocking=late), torch.cuda.Event() if late else None
+        if late:
+            copied.record()
+        verdict = Verdict(module.steps, optimizer.param_groups[0]["lr"], torch.cat(self.rows), flags, copied)
+        self.start_step()
+        self.settle()  # the step before, where it is late
+        self.pending = verdict
+        if not late and self.settle():
+            optimizer.zero_grad(set_to_none=True)  # an optimizer passes over what has no gradient
+            for buffer, before in zip(module.buffers(), self.buffers, strict=True):
+                buffer.copy_(before)
+
+    def settle(self) -> bool:
+        """Read the verdict that is still pending, if any; whether it says to skip."""
+        verdict, self.pending = self.pending, None
+        if verdict is None:
+            return False
+        if verdict.copied is not None:
+            verdict.copied.synchronize()
+        bad_loss, bad_gradient, self.agreed = map(int, verdict.flags.tolist())
+        if not bad_loss and not bad_gradient:
+            return False
+        if self.skips and self.skipped < self.limit:
+            self.skipped += 1
+            return True
+        what = "loss" if bad_loss else "gradient"
+        hint = (
+            f"{self.skipped} steps were skipped before, max_skipped_steps={self.limit} allows no more"
+            if self.skips
+            else "try a lower optimizer.base_lr, or leave such steps out with on_nonfinite=skip"
+        )
+        raise FloatingPointError(
+            f"the {what} is not finite at step {verdict.step}, learning rate {verdict.lr:.3g}, images "
+            f"{verdict.rows.tolist()} of the training set; {hint}; the checkpoints are from before"
+        )
+
+
+def check_finite(weights: dict[str, Tensor], optimizer: dict[str, Any], step: int) -> None:
+    """
+    Raises:
+        FloatingPointError: a weight, statistic or part of the optimizer's state is not finite.
+    """
+    moments = {f"optimizer {i} {key}": value for i, of in optimizer["state"].items() for key, value in of.items()}
+    tensors = {name: value for name, value in {**weights, **moments}.items() if isinstance(value, Tensor)}
+    bad = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+    if bad:
+        raise FloatingPointError(
+            f"{', '.join(bad[:3])}: not finite after step {step}; nothing is saved, the checkpoints are from before"
+        )

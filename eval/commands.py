@@ -20,7 +20,7 @@ from gradmix.ssl.config import Config, register_configs
 
 PATHS = (
     *("run", "run_dir", "against", "corruptions", "root", "unknown_root", "data.root", "data.unknown_root"),
-    *("encoder.init", "detector", "images", "out", "explain"),
+    *("encoder.init", "checkpoint", "detector", "images", "out", "explain"),
 )
 
 
@@ -135,11 +135,15 @@ def over_splits(results: list[dict]) -> dict:
 def run_eval(config: EvalConfig) -> None:
     from gradmix.eval.compare import compare, comparison_table
     from gradmix.eval.evaluate import table
+    from gradmix.eval.foreign import adopt
     from gradmix.eval.robustness import corruption_table
     from gradmix.ssl.files import write_json
 
-    run_dir = Path(config.run).expanduser()
-    out = run_dir if config.out is None else Path(config.out).expanduser()
+    if (config.run is None) == (config.checkpoint is None):
+        raise ValueError("run: missing; give run=DIR, or checkpoint=FILE with encoder=, data= and out=")
+    run_dir = adopt(config) if config.run is None else Path(config.run).expanduser()
+    out = run_dir / f"transfer-{config.data.name}" if config.run and config.data.name else run_dir
+    out = out if config.out is None else Path(config.out).expanduser()
     parts = [path.name for path in sorted(run_dir.glob("split-*"))] if not (run_dir / "config.yaml").exists() else []
     if config.against is not None:
         other = Path(config.against).expanduser()
@@ -157,6 +161,7 @@ def run_eval(config: EvalConfig) -> None:
 
 def eval_one(config: EvalConfig, run_dir: Path, out: Path) -> dict:
     from gradmix.eval.evaluate import check_detectors, device_of, evaluate
+    from gradmix.eval.foreign import check_classes, transfer
     from gradmix.eval.report import write_report
     from gradmix.eval.robustness import evaluate_corruptions
     from gradmix.eval.tensorboard import write_tensorboard
@@ -166,6 +171,7 @@ def eval_one(config: EvalConfig, run_dir: Path, out: Path) -> dict:
     run = read_config(run_dir)
     run.detectors = run.detectors if config.detectors is None else config.detectors
     run.detector_options |= config.detector_options
+    transfer(run, config)
     for key in ("root", "unknown_root"):
         if getattr(config, key) is not None:
             setattr(run.data, key, getattr(config, key))
@@ -173,6 +179,8 @@ def eval_one(config: EvalConfig, run_dir: Path, out: Path) -> dict:
     if not (run_dir / "training.json").exists():
         raise ValueError(f"run: {run_dir} has not finished training; gradmix-pretrain run_dir={run_dir} goes on")
     data = load_data(run.data, run.seed)
+    if config.data.name:
+        check_classes(run, data)
     if config.corruptions is not None:
         return evaluate_corruptions(run_dir, run, data, config.corruptions, device_of(run), out)
     result = evaluate(run_dir, run, data, device_of(run), out)

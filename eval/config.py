@@ -5,11 +5,25 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from gradmix.ssl.config import DataConfig
+
+
+@dataclass
+class EncoderName:
+    """Which network a checkpoint is of; its width is read off the weights."""
+
+    name: str = ""
+    stem: str | None = None  # null: read off conv1; padded: solo-learn's for CIFAR, which looks like small in the file
+
 
 @dataclass
 class EvalConfig:
-    run: str = MISSING  # folder of a trained run, or of a run with data.split=all
-    out: str | None = None  # folder for the results, instead of the run's own
+    run: str | None = None  # folder of a trained run, or of a run with data.split=all
+    checkpoint: str | None = None  # instead of a run, weights trained anywhere; needs encoder=, data= and out=
+    encoder: EncoderName = field(default_factory=EncoderName)
+    # other data than the run's own: features trained there, evaluated here
+    data: DataConfig = field(default_factory=lambda: DataConfig(name="", holdout=0.0))
+    out: str | None = None  # folder for the results, instead of the run's own (with data=: RUN/transfer-DATA)
     detectors: list[str] | None = None  # instead of the run's own, NAME or NAME@projections
     detector_options: dict[str, Any] = field(default_factory=dict)  # over the run's own: detector_options.deep_knn.k=10
     root: str | None = None  # where the run's data lies now, if it moved

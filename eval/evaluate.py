@@ -49,13 +49,17 @@ def evaluate(
     if any(getattr(detector, "k", 1) > len(data.train) for _, detector, _ in detectors):
         raise ValueError(f"detectors: a k is larger than the training set, {len(data.train)} images")
     model = Model(run_dir, device)
+    result: dict[str, Any] = {"skipped": {}}
+    if model.head is None:
+        for key in [key for key, _, space in detectors if space == "projections"]:
+            result["skipped"][f"osr/{key}"] = "the checkpoint has no projection head"
+        detectors = [entry for entry in detectors if entry[2] == "features"]
     sets = {"train": data.train, "held_out": data.held_out, "test": data.test}
     found: dict[str, dict[str, Tensor]] = {}
     for name, images in sets.items():
         if len(images):
             found[name] = model.extract(images, config.data.workers, progress=True)
             write_tensors(out / "features" / f"{name}.safetensors", found[name])
-    result: dict[str, Any] = {"skipped": {}}
     if data.classes:
         knn, probe = classifiers(config, found["train"])
         known = data.test.labels >= 0

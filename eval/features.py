@@ -8,12 +8,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from gradmix.ssl.backbones import Backbone, load_backbone, load_weights
+from gradmix.ssl.backbones import Backbone, load_backbone
 from gradmix.ssl.images import ImageSet
+from gradmix.ssl.weights import load_weights
 
 
 class Model:
-    """A run's frozen backbone and projection head.
+    """A run's frozen backbone, and its projection head where it has one.
 
     Args:
         run_dir: folder with ``backbone.safetensors`` and ``head.safetensors``.
@@ -22,6 +23,9 @@ class Model:
     def __init__(self, run_dir: Path, device: torch.device | str = "cpu"):
         self.device = torch.device(device)
         self.backbone: Backbone = load_backbone(run_dir).to(device)
+        self.head: nn.Module | None = None
+        if not (run_dir / "head.safetensors").is_file():  # a checkpoint from elsewhere
+            return
         weights = load_weights(run_dir / "head.safetensors")
         width, out = weights["layers.0.weight"].shape[0], weights["layers.2.weight"].shape[0]
         head = nn.Sequential(nn.Linear(self.backbone.num_features, width), nn.ReLU(), nn.Linear(width, out))
@@ -31,6 +35,8 @@ class Model:
     def extract(self, images: ImageSet, workers: int = 0, progress: bool = False) -> dict[str, Tensor]:
         """``features`` [N, F], ``projections`` [N, D] (L2-normalised) and ``labels`` [N], on the CPU, in order."""
         found = extract(self.backbone, images, self.device, workers, progress)
+        if self.head is None:
+            return {"features": found, "labels": images.labels.clone()}
         with torch.inference_mode():
             parts = [F.normalize(self.head(part.to(self.device)), dim=1).cpu() for part in found.split(4096)]
         return {"features": found, "projections": torch.cat(parts), "labels": images.labels.clone()}

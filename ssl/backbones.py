@@ -3,13 +3,14 @@
 import json
 from pathlib import Path
 
-import torch
-from safetensors import SafetensorError, safe_open
+from pytorch_lightning.utilities import rank_zero_only
+from safetensors import safe_open
 from torch import Tensor, nn
 from torchvision.models import resnet
 
 from gradmix.ssl.config import EncoderConfig
 from gradmix.ssl.images import decode, normalize, to_square
+from gradmix.ssl.weights import find_backbone, load_found, load_weights
 
 RESNETS: dict[str, tuple[type[nn.Module], list[int]]] = {
     "resnet18": (resnet.BasicBlock, [2, 2, 2, 2]),
@@ -17,7 +18,11 @@ RESNETS: dict[str, tuple[type[nn.Module], list[int]]] = {
     "resnet50": (resnet.Bottleneck, [3, 4, 6, 3]),
     "resnet101": (resnet.Bottleneck, [3, 4, 23, 3]),
 }
-STEMS = ("small", "imagenet")
+STEMS = {  # first convolution: kernel, stride, padding; whether a max-pool follows
+    "small": (3, 1, 1, False),  # SimCLR's for CIFAR
+    "padded": (3, 1, 2, False),  # solo-learn's for CIFAR
+    "imagenet": (7, 2, 3, True),
+}
 SMALL_IMAGE = 64  # up to this side, the ImageNet stem would throw away most of the picture
 
 
@@ -27,7 +32,7 @@ class ResNet(resnet.ResNet):
     Args:
         name: key of ``RESNETS``.
         width: channels of the first stage; 64 is the standard network. F = 8 * width (32 * width for bottlenecks).
-        stem: ``"imagenet"`` (7x7 stride 2, max-pool) or ``"small"`` (3x3 stride 1, none; SimCLR's for CIFAR).
+        stem: key of ``STEMS``.
     """
 
     def __init__(self, name: str, width: int = 64, stem: str = "imagenet"):
@@ -40,9 +45,9 @@ class ResNet(resnet.ResNet):
             self.layer2 = self._make_layer(block, 2 * width, depths[1], stride=2)
             self.layer3 = self._make_layer(block, 4 * width, depths[2], stride=2)
             self.layer4 = self._make_layer(block, 8 * width, depths[3], stride=2)
-        small = stem == "small"
-        self.conv1 = nn.Conv2d(3, width, 3 if small else 7, 1 if small else 2, 1 if small else 3, bias=False)
-        if small:
+        kernel, stride, padding, pool = STEMS[stem]
+        self.conv1 = nn.Conv2d(3, width, kernel, stride, padding, bias=False)
+        if not pool:
             self.maxpool = nn.Identity()
         self.num_features = 8 * width * block.expansion
         self.fc = nn.Identity()
@@ -57,34 +62,40 @@ def build_backbone(config: EncoderConfig, image_size: int) -> ResNet:
     Raises:
         ValueError: unknown encoder or stem, or weights that do not fit.
     """
+    check_encoder(config)
+    if config.init is not None:
+        return read_backbone(Path(config.init).expanduser(), config.name, config.width, config.stem)
+    return ResNet(config.name, config.width, config.stem or ("small" if image_size <= SMALL_IMAGE else "imagenet"))
+
+
+def check_encoder(config: EncoderConfig) -> None:
+    """
+    Raises:
+        ValueError: unknown encoder, stem or width.
+    """
     if config.name not in RESNETS:
         raise ValueError(f"encoder.name: expected one of {', '.join(RESNETS)}, got {config.name!r}")
     if config.stem not in (*STEMS, None):
-        raise ValueError(f"encoder.stem: expected small, imagenet or null, got {config.stem!r}")
+        raise ValueError(f"encoder.stem: expected {', '.join(STEMS)} or null, got {config.stem!r}")
     if config.width < 1:
         raise ValueError(f"encoder.width: expected a positive number, got {config.width}")
-    stem = config.stem or ("small" if image_size <= SMALL_IMAGE else "imagenet")
-    backbone = ResNet(config.name, config.width, stem)
-    if config.init is not None:
-        backbone.load_state_dict(load_weights(Path(config.init)))
-    return backbone
 
 
-def load_weights(path: Path) -> dict[str, Tensor]:
-    """A state dict from safetensors, or from a torch file that holds nothing but tensors.
+def read_backbone(path: Path, name: str, width: int | None = None, stem: str | None = None) -> ResNet:
+    """An encoder with weights trained anywhere; prints what was matched. None: read off the first convolution.
 
     Raises:
-        ValueError: missing, damaged, or a pickle with anything else in it (never executed).
+        ValueError: unreadable weights, or too few of them match the encoder.
     """
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file")
-    try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, "pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, RuntimeError, OSError, EOFError, ValueError) as error:
-        raise ValueError(f"{path}: not a readable weights file ({error})") from error
+    found = find_backbone(load_weights(path), list(ResNet(name, 1).state_dict()))
+    conv1 = found.tensors.get("conv1.weight")
+    if conv1 is not None and conv1.ndim == 4:
+        width = width or conv1.shape[0]
+        stem = stem or ("small" if conv1.shape[2] == 3 else "imagenet")
+    backbone = ResNet(name, width or 64, stem or "imagenet")
+    load_found(backbone, found, path)
+    rank_zero_only(print)(f"{path}: {found}")
+    return backbone
 
 
 class Backbone(nn.Module):
@@ -137,4 +148,6 @@ def load_backbone(run: str | Path) -> Backbone:
 
 
 def stem_of(backbone: ResNet) -> str:
-    return "small" if backbone.conv1.kernel_size == (3, 3) else "imagenet"
+    conv1 = backbone.conv1
+    shape = conv1.kernel_size[0], conv1.stride[0], conv1.padding[0]
+    return next(stem for stem, described in STEMS.items() if described[:3] == shape)

@@ -73,8 +73,8 @@ class MixConfig:
 class EncoderConfig:
     name: str = MISSING
     width: int = 64  # channels of the first stage
-    stem: str | None = None  # small: 3x3 stride 1, no max-pool; imagenet; null: by image size (small up to 64)
-    init: str | None = None  # weights to start from (safetensors or a plain state dict)
+    stem: str | None = None  # small: 3x3 stride 1, no max-pool; imagenet; null: by image size (small up to 64), or init
+    init: str | None = None  # weights to start from, trained anywhere: safetensors, or a torch checkpoint
     head_dim: int = 128  # of the projections
 
 

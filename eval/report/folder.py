@@ -15,6 +15,7 @@ from safetensors.numpy import load_file
 
 from gradmix.eval import detectors
 from gradmix.eval.detectors import Detector
+from gradmix.eval.foreign import ELSEWHERE
 from gradmix.ssl.config import Config, register_configs
 from gradmix.ssl.data import OpenSetData, load_data
 from gradmix.ssl.images import ImageSet
@@ -176,6 +177,11 @@ def command(config: Config, changed: list[tuple[str, Any, Any]]) -> str:
     Args:
         changed: `differences(config)`.
     """
+    if config.method.name == ELSEWHERE:
+        parts = {"checkpoint": config.encoder.init, "encoder": config.encoder.name, "data": config.data.name}
+        roots = {} if config.data.root is None else {"data.root": config.data.root}
+        named = {**parts, "encoder.stem": config.encoder.stem, **roots, "out": config.run_dir}
+        return shlex.join(["gradmix-eval", *(f"{key}={value}" for key, value in named.items())])
     groups = [f"{group}={getattr(config, group).name}" for group in GROUPS]
     others = [f"{key}={_value(value)}" for key, _, value in changed]
     return shlex.join(["gradmix-pretrain", *groups, *others])

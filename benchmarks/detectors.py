@@ -15,18 +15,14 @@ spectrum, mapped to 512 dimensions through a ReLU. Unknown queries come from oth
 """
 
 import argparse
-import json
 import os
-import platform
 import time
 from pathlib import Path
 
-import faiss
-import lightly
 import numpy as np
-import sklearn
 import torch
 from lightly.utils.benchmarking import knn_predict
+from machine import RESULTS, hardware, save
 from sklearn.neighbors import KNeighborsClassifier
 
 from gradmix.eval.detectors import ClassKNN
@@ -34,7 +30,6 @@ from gradmix.eval.knn import KNNClassifier
 from gradmix.eval.metrics import auroc
 from gradmix.eval.search import Neighbours, inverted_file, limit_threads, unit_rows
 
-RESULTS = Path(__file__).parent / "results"
 LATENT = 64
 CLASSES = 1000  # known; as many again are unknown
 K, TEMPERATURE = 20, 0.07
@@ -226,12 +221,6 @@ def plot(sizes, queries, path):
     figure.savefig(path, dpi=120)
 
 
-def processor():
-    info = Path("/proc/cpuinfo")
-    names = [line for line in info.read_text().splitlines() if "model name" in line] if info.exists() else []
-    return names[0].split(":")[1].strip() if names else platform.processor()
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bank", type=int, default=50_000, help="training features of part 1")
@@ -254,21 +243,15 @@ def main():
     limit_threads(options.threads)
     torch.set_num_threads(options.threads)
     report = {
-        "processor": processor(),
-        "threads": options.threads,
-        "load_average_before": os.getloadavg()[0],  # above 0.5 the machine was not ours alone
-        "versions": {m.__name__: m.__version__ for m in (faiss, torch, lightly, sklearn, np)},
+        "hardware": hardware(torch.device("cpu"), "faiss-cpu", "lightly", "scikit-learn", "numpy"),
         "options": vars(options),
         "exact": compare_exact(options),
         "approximate": compare_approximate(options) if options.sizes else [],
     }
-    report["load_average_after"] = os.getloadavg()[0]
     if options.save:
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / "detectors.json").write_text(json.dumps(report, indent=1) + "\n")
+        save("detectors", report)
         if report["approximate"]:
             plot(report["approximate"], options.approximate_queries, RESULTS / "detectors.png")
-        print(f"\nwritten to {RESULTS / 'detectors.json'}")
 
 
 if __name__ == "__main__":

@@ -17,21 +17,17 @@ by that repeat's CutMix step; the median over repeats is printed, so that a busy
 """
 
 import argparse
-import json
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from importlib.metadata import version
-from pathlib import Path
 
 import torch
 import torch._dynamo.config
 import torch._functorch.config
 import torch.nn.functional as F
 import torchvision
+from machine import device_here, hardware, save, wait
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
@@ -40,7 +36,6 @@ from gradmix import CutMix, GradMix, Mixer, layercam
 from gradmix.attribution import default_layers, record
 from gradmix.ssl.losses import NTXentLoss
 
-RESULTS = Path(__file__).parent / "results" / "mixing_step.json"
 # One step over another, and the most that it may be (None: for information).
 CLAIMS = {
     "flops": [
@@ -135,11 +130,6 @@ def measure(steps: dict[str, Callable[[], None]], repeats: int, device: torch.de
     return seconds
 
 
-def wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
 def share_of_convolution(step: Callable[[], None], device: torch.device) -> float:
     """Share of the step's own time that convolutions take, forward and backward."""
     on_gpu = device.type == "cuda"
@@ -152,22 +142,6 @@ def share_of_convolution(step: Callable[[], None], device: torch.device) -> floa
     ]
     convolution = ("conv", "gemm", "xmma", "cudnn", "cutlass") if on_gpu else ("conv",)
     return sum(t for key, t in times if any(c in key.lower() for c in convolution)) / sum(t for _, t in times)
-
-
-def hardware(device: torch.device) -> dict:
-    cpu = [line.split(":")[1].strip() for line in cpuinfo() if line.startswith("model name")]
-    return {
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else (cpu or [platform.processor()])[0],
-        "threads": torch.get_num_threads(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "torchvision", "gradmix")},
-    }
-
-
-def cpuinfo() -> list[str]:
-    path = Path("/proc/cpuinfo")
-    return path.read_text().splitlines() if path.exists() else []
 
 
 def report(kind: str, figures: dict[str, list[float]]) -> list[dict]:
@@ -183,14 +157,14 @@ def report(kind: str, figures: dict[str, list[float]]) -> list[dict]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Cost of GradMix in a training step.")
-    parser.add_argument("--save", action="store_true", help=f"write {RESULTS.name}")
+    parser.add_argument("--save", action="store_true", help="write results/mixing_step.json")
     parser.add_argument("--quick", action="store_true", help="small sizes, two repeats, nothing compiled")
     parser.add_argument("--repeats", type=int, default=10)
     arguments = parser.parse_args()
 
     torch._functorch.config.donated_buffer = False  # compiled graphs are walked twice
     torch._dynamo.config.recompile_limit = 64  # all networks of a run share one limit
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device_here()
     rows_of = {32: 512, 64: 256} if device.type == "cuda" else {32: 32, 64: 8}  # two views of half as many images
     if arguments.quick:
         rows_of, arguments.repeats = {16: 16}, 2
@@ -224,8 +198,7 @@ def main() -> None:
             "not_convolution": {name: round(share, 3) for name, share in other.items()},
         }
     if arguments.save:
-        RESULTS.parent.mkdir(exist_ok=True)
-        RESULTS.write_text(json.dumps(result, indent=2) + "\n")
+        save("mixing_step", result)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,45 @@
+"""What the benchmarks share: which machine this is, waiting for it, and where results go."""
+
+import json
+import os
+import platform
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def device_here() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def hardware(device: torch.device, *packages: str) -> dict:
+    """Device, cores, threads, load before, and the versions of Python, torch and ``packages``; flat."""
+    return {
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load_average": round(os.getloadavg()[0], 2),  # of the minute before: above 0.5, the machine was not ours alone
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "torchvision", *packages, "gradmix")},
+    }
+
+
+def processor() -> str:
+    info = Path("/proc/cpuinfo")
+    names = [line for line in info.read_text().splitlines() if "model name" in line] if info.exists() else []
+    return names[0].split(":")[1].strip() if names else platform.processor()
+
+
+def wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def save(name: str, result: dict) -> None:
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"\nwritten to benchmarks/results/{path.name}")

@@ -412,7 +412,7 @@ def compare_switches(case: Case, images: ImageSet, repeats: int) -> dict[str, fl
         "speed.fused=false": lambda config: setattr(config.speed, "fused", False),
         "speed.compile=true": lambda config: setattr(config.speed, "compile", True),
         f"speed.micro_batch={batch}": lambda config: setattr(config.speed, "micro_batch", batch),  # 2 * batch views
-        "mix.attribution_every=4": lambda config: setattr(config.mix, "attribution_every", 4),
+        "mix.attribution_every=2": lambda config: setattr(config.mix, "attribution_every", 2),
     }
     if precision(settings(case)) == "bf16-mixed":
         variants["trainer.precision=32-true"] = lambda config: config.trainer.update(precision="32-true")
@@ -423,11 +423,11 @@ def compare_switches(case: Case, images: ImageSet, repeats: int) -> dict[str, fl
         change(config)
         steps[name] = stepper(config, images)
     seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for repeat in range(-1, 2 * repeats):  # one to warm up
+    for repeat in range(-1, repeats):  # one to warm up
         for name, step in steps.items():
             wait(device_here())
             start = time.perf_counter()
-            for _ in range(4):  # a whole turn of attribution_every
+            for _ in range(2):  # a whole turn of attribution_every
                 step()
             wait(device_here())
             if repeat >= 0:

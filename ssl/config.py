@@ -38,6 +38,9 @@ class DataConfig:
     image_size: int = 32
     split: int | str | None = None  # 0-4: the field's open-set splits; all: every one; null: all classes are known
     known: list[Any] | None = None  # known classes by name or index, instead of a split
+    pseudo_unknown: int = (
+        0  # for choosing settings: the last so many known classes play the unknown, those are left out
+    )
     unknown_root: str | None = None  # folder of images, any depth: the unknown images, instead of unknown classes
     holdout: float = 0.1  # share of the known training images kept aside: thresholds, kNN while training
     test_fraction: float = 0.25  # imagefolder without test/: share of the images that becomes the test set
@@ -54,6 +57,7 @@ class MethodConfig:
     supervised: float = 0.0
     selfsup: float = 0.0
     temperature: float = 0.1
+    temperature_end: float | None = None  # half a cosine over the training leads there (after arXiv 2505.18137)
     mixed_loss: str = "selfsup"  # which loss the mixed images enter: selfsup | supervised
     attribution: str = "selfsup"  # whose gradient guides GradMix: selfsup | supervised | joint
 

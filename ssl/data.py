@@ -69,6 +69,8 @@ def load_data(config: DataConfig, seed: int) -> OpenSetData:
     else:
         known = known_classes(config, source)
         unknown = range(len(source.classes)) if source.unknown is None else source.unknown
+        if config.pseudo_unknown:
+            known, unknown = _pseudo(known, config.pseudo_unknown)
         unknown = [] if config.unknown_root is not None else [i for i in unknown if i not in set(known)]
         of_class = torch.full((len(source.classes) + 1,), -1)
         of_class[known] = torch.arange(len(known))
@@ -132,6 +134,12 @@ def known_classes(config: DataConfig, source: Source) -> list[int]:
     if not isinstance(config.split, int) or not 0 <= config.split < len(splits):
         raise ValueError(f"data.split: {config.split!r} does not exist; choose 0-{len(splits) - 1}, or all")
     return splits[config.split]
+
+
+def _pseudo(known: list[int], count: int) -> tuple[list[int], list[int]]:
+    if not 0 < count <= len(known) - 2:
+        raise ValueError(f"data.pseudo_unknown: expected 0 to {len(known) - 2} of {len(known)} known, got {count}")
+    return known[:-count], known[-count:]
 
 
 def splits_of(config: DataConfig) -> list[list[int]]:
@@ -208,6 +216,8 @@ def _torchvision(name: str) -> Callable[[DataConfig, int], Source]:
     def load(config: DataConfig, seed: int) -> Source:
         from torchvision import datasets
 
+        if config.root is not None and (Path(config.root).expanduser() / "train").is_dir():
+            return imagefolder(config, seed)  # the same classes as folders of image files, in the same order
         kind = getattr(datasets, name)
         parts = []
         for train in (True, False):

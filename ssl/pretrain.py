@@ -1,5 +1,6 @@
 """The training step: two views, contrastive loss, attribution on the same graph, mixed views, one backward pass."""
 
+import math
 from contextlib import nullcontext
 
 import numpy as np
@@ -97,7 +98,6 @@ class Pretraining(LightningModule):
         looks = mixing and isinstance(self.mixer, GradMix) and self.mixer.centre == "peak"
         looking = looks and batch.step % mix.attribution_every == 0
         seed = seed_of(self.config.seed, batch.epoch, batch.step, self.global_rank)
-
         in_parts = self.config.speed.micro_batch is not None
 
         views = self.augment(batch.images, seed).contiguous(memory_format=self.layout)  # [2B, 3, H, W]
@@ -105,6 +105,8 @@ class Pretraining(LightningModule):
         with self.mixer.watch(self.backbone) if looking and not in_parts else nullcontext():
             z = self.project(views)  # [2B, D]
 
+        done = (batch.epoch + batch.step / self.loader.steps_per_epoch) / self.config.epochs
+        self.selfsup_loss.temperature = self.supervised_loss.temperature = temperature_at(method, done)
         zero = z.new_zeros(())
         supervised = self.supervised_loss(z, labels) if method.supervised else zero
         selfsup = self.selfsup_loss(z) if self.needs_selfsup else zero
@@ -119,7 +121,10 @@ class Pretraining(LightningModule):
                 maps = self.attribute_in_parts(views, z, guide)
             elif looks and not looking:
                 maps = torch.zeros_like(views[:, 0])  # flat: boxes at random places
-            mixed = self.mixer(views, guide, generator, projections=z, attribution=maps)
+            if mix.name == "extra_view":
+                mixed = self.extra_view(batch, seed)
+            else:
+                mixed = self.mixer(views, guide, generator, projections=z, attribution=maps)
             p = self.project(mixed.images)
             if method.mixed_loss == "selfsup":
                 mixed_loss = self.selfsup_loss(z, p, mixed.kept)
@@ -132,6 +137,12 @@ class Pretraining(LightningModule):
         self.scalars = {f"train/{name}": value.detach() for name, value in {"loss": loss, **scalars}.items()}
         self.steps = batch.epoch * self.loader.steps_per_epoch + batch.step + 1
         return loss
+
+    def extra_view(self, batch: Batch, seed: int) -> Mixed:
+        """The control of equal compute: where others mix, one more view of each view's image, nothing pasted."""
+        views = self.augment(batch.images, seed_of(seed, 1)).contiguous(memory_format=self.layout)
+        rows = torch.arange(len(views), device=views.device)
+        return Mixed(views, torch.ones(len(views), device=views.device), rows)
 
     @property
     def needs_selfsup(self) -> bool:
@@ -168,6 +179,8 @@ def build_mixer(config: MixConfig) -> Mixer | None:
     """
     if config.name == "none":
         return None
+    if config.name == "extra_view":
+        return Mixer()  # never called: see Pretraining.extra_view
     mixer = MIXERS.pick("mix.name", config.name)
     if not 0 <= config.probability <= 1:
         raise ValueError(f"mix.probability: expected 0 to 1, got {config.probability}")
@@ -198,6 +211,13 @@ def mixes_at(config: MixConfig, seed: int, epoch: int, step: int) -> bool:
     if epoch < config.start_epoch or (config.end_epoch is not None and epoch >= config.end_epoch):
         return False
     return np.random.default_rng([seed, epoch, step]).random() < config.probability
+
+
+def temperature_at(method: MethodConfig, done: float) -> float:
+    """The temperature when the share ``done`` of the training is over."""
+    if method.temperature_end is None:
+        return method.temperature
+    return method.temperature + (method.temperature_end - method.temperature) * (1 - math.cos(math.pi * done)) / 2
 
 
 def learning_rate(config: Config) -> float:

@@ -264,3 +264,23 @@ def test_wide_images_keep_their_middle_and_exif_turns_them(tmp_path):
     upright.save(tmp_path / "turned.png", exif=exif)
     turned = decode(tmp_path / "turned.png", 10)
     assert turned[:, :5].max() == 0 and turned[:, 5:].min() == 255
+
+
+def test_pseudo_unknown_classes_are_known_ones_and_the_unknown_are_left_out():
+    whole = load_data(DIGITS, 0)
+    pseudo = load_data(replace(DIGITS, pseudo_unknown=2), 0)
+    assert pseudo.classes == whole.classes[:4] and pseudo.unknown == whole.classes[4:]
+    known = whole.test.labels
+    assert (pseudo.test.labels >= 0).sum() == ((known >= 0) & (known < 4)).sum()
+    assert (pseudo.test.labels < 0).sum() == (known >= 4).sum()
+    with pytest.raises(ValueError, match=r"data.pseudo_unknown: expected 0 to 4 of 6 known, got 5"):
+        load_data(replace(DIGITS, pseudo_unknown=5), 0)
+
+
+def test_cifar10_as_folders_has_its_own_splits(tmp_path):
+    names = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+    for part in ("train", "test"):
+        folder(tmp_path / part, names, count=3)
+    data = load_data(DataConfig("cifar10", root=str(tmp_path), image_size=8, split=0, holdout=0), 0)
+    assert data.classes == [names[i] for i in SPLITS["cifar10"][0]]
+    assert len(data.train) == 18 and len(data.test) == 30

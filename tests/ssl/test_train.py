@@ -10,13 +10,10 @@ import torch
 from pytorch_lightning import Callback
 from safetensors.torch import load_file
 
-import gradmix.ssl.pretrain
 from gradmix.ssl.config import (
     MixConfig,
-    SpeedConfig,
 )
-from gradmix.ssl.loader import TrainLoader
-from gradmix.ssl.pretrain import Pretraining, build_optimizer, mixes_at
+from gradmix.ssl.pretrain import Pretraining, mixes_at
 from gradmix.ssl.train import train, where_images_lie
 
 
@@ -26,93 +23,6 @@ def test_the_log_says_where_the_images_lie(tmp_path, capsys, config, data):
     paths = [str(tmp_path / f"{i}.png") for i in range(len(data.train))]
     large = replace(data.train, images=None, files=paths)
     assert "decoded as they are needed by 2 workers" in where_images_lie(config("unused"), large, "cpu")
-
-
-def step_gradients(module, batch):
-    """The gradients of one training step, and the maps and boxes it mixed with."""
-    module.zero_grad()
-    module.training_step(batch, 0).backward()
-    return {name: p.grad for name, p in module.named_parameters()}, module.pictures[1] if module.pictures else None
-
-
-@pytest.fixture
-def without_batch_statistics(monkeypatch):
-    """Encoders with GroupNorm: what a row becomes does not depend on the other rows of the batch."""
-    build = gradmix.ssl.pretrain.build_backbone
-
-    def build_with_group_norm(*arguments):
-        backbone = build(*arguments)
-        for parent in list(backbone.modules()):
-            for name, child in list(parent.named_children()):
-                if isinstance(child, torch.nn.BatchNorm2d):
-                    setattr(parent, name, torch.nn.GroupNorm(2, child.num_features))
-        return backbone
-
-    monkeypatch.setattr(gradmix.ssl.pretrain, "build_backbone", build_with_group_norm)
-
-
-def built(settings, data):
-    torch.manual_seed(0)
-    module = Pretraining(settings, data.train)
-    module.loader = TrainLoader(data.train, settings.batch_size, seed=0, epochs=1)
-    return module, next(iter(module.loader))
-
-
-@pytest.mark.parametrize("method", ["simclr", "supcon", "joint"])
-@pytest.mark.parametrize("mix", ["none", "cutmix", "gradmix"])
-def test_micro_batches_have_the_gradient_of_the_whole_batch(method, mix, without_batch_statistics, config, data):
-    module, batch = built(config("unused", method, mix), data)
-    whole, mixed = step_gradients(module, batch)
-    module.config.speed.micro_batch = 48  # 256 views: five parts and a smaller one
-    parts, mixed_in_parts = step_gradients(module, batch)
-    if mix != "none":
-        assert torch.equal(mixed.boxes, mixed_in_parts.boxes)
-    for name, expected in whole.items():
-        assert (parts[name] - expected).norm() <= 1e-5 * expected.norm(), name
-
-
-def test_micro_batches_count_once_in_batch_statistics(config, data):
-    module, batch = built(config("unused", speed=SpeedConfig(micro_batch=128)), data)
-    step_gradients(module, batch)
-    # 256 views in two parts, then 256 mixed ones: the passes for attribution and backward are not counted
-    assert module.backbone.bn1.num_batches_tracked == 4
-
-
-def test_attribution_every_other_step(config, data):
-    module, batch = built(config("unused", mixing={"attribution_every": 2}), data)
-    for step in range(4):
-        _, mixed = step_gradients(module, batch._replace(step=step))
-        assert bool(mixed.attribution.any()) == (step % 2 == 0)
-        assert (mixed.kept < 1).all()
-
-
-@pytest.mark.parametrize("switch", ["channels_last", "compile"])
-def test_a_switch_changes_the_speed_and_not_the_gradient(switch, monkeypatch, config, data):
-    compile_module = torch.nn.Module.compile  # inductor would take a minute and a C++ compiler
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compile_module(module, backend="aot_eager"))
-    settings = config("unused")
-    found = []
-    for on in (True, False):
-        setattr(settings.speed, switch, on)
-        found.append(step_gradients(*built(settings, data))[0])
-    for name, gradient in found[0].items():
-        assert (gradient - found[1][name]).norm() <= 1e-3 * gradient.norm(), name
-
-
-@pytest.mark.parametrize("name", ["adam", "adamw", "sgd"])
-def test_fused_optimizers_take_the_same_step(name, config):
-    settings = config("unused")
-    settings.optimizer.name = name
-    weights = []
-    for settings.speed.fused in (True, False):
-        parameter = torch.nn.Parameter(torch.linspace(-1, 1, 99))
-        optimizer = build_optimizer(settings, [parameter])
-        assert optimizer.defaults["fused"] == settings.speed.fused
-        for step in range(3):
-            parameter.grad = torch.sin(torch.arange(99) * (step + 1.0))
-            optimizer.step()
-        weights.append(parameter.detach().clone())
-    assert torch.allclose(*weights, rtol=1e-6, atol=1e-7)
 
 
 def weights(run_dir):

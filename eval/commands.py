@@ -1,8 +1,8 @@
 """The three commands: gradmix-pretrain, gradmix-eval, gradmix-score."""
 
-import json
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,6 +22,8 @@ PATHS = (
     *("run", "run_dir", "against", "corruptions", "root", "unknown_root", "data.root", "data.unknown_root"),
     *("encoder.init", "checkpoint", "detector", "images", "out", "explain"),
 )
+# What systems send, and what schedulers send before they preempt (Windows has no SIGUSR1).
+SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 
 
 def pretrain() -> None:
@@ -68,25 +70,28 @@ def pretrain_one(config: Config) -> dict:
     from gradmix.eval.report import write_report
     from gradmix.eval.tensorboard import write_tensorboard
     from gradmix.ssl.data import load_data
+    from gradmix.ssl.files import read_json, remove_strays, replacing
     from gradmix.ssl.run import claim
     from gradmix.ssl.train import train
 
     run_dir = Path(config.run_dir)
-    if (run_dir / "metrics.json").exists():
-        claim(run_dir, config)
+    if (run_dir / "config.yaml").exists():
+        claim(run_dir, config)  # before anything is written there
+    if rank_zero_only.rank == 0:
+        remove_strays(run_dir)
+    if (run_dir / "report.html").exists():  # the last thing to be written
         print(f"{run_dir}: finished already; gradmix-eval run={run_dir} evaluates again")
-        return json.loads((run_dir / "metrics.json").read_text())
-    data = load_data(config.data, config.seed)
+        return read_json(run_dir / "metrics.json")
+    data = load_data(config.data, config.seed, run_dir / "scan.json")
     print(describe(config, data))
     if config.knn_k > len(data.train):
         raise ValueError(f"knn_k: {config.knn_k} is larger than the training set, {len(data.train)} images")
     if not (run_dir / "training.json").exists():
         train(config, data, online_knn(data, config.knn_every, config.knn_k, config.knn_temperature))
-    else:
-        claim(run_dir, config)
     if rank_zero_only.rank != 0:  # the other processes of a distributed run have nothing left to do
         sys.exit(0)
-    result = evaluate(run_dir, config, data, device_of(config))
+    with replacing(run_dir, "metrics.json") as new:
+        result = evaluate(run_dir, config, data, device_of(config), new)
     write_tensorboard(run_dir, config, result, data)
     write_report(run_dir, data)
     return result
@@ -106,6 +111,8 @@ def describe(config: Config, data) -> str:
     if known:
         shown = ", ".join(data.classes[:10]) + (", ..." if known > 10 else "")
         lines.append(f"{known} known classes: {shown}; {others}")
+    if data.bad:
+        lines.append(f"{len(data.bad)} image files can't be read and are left out: bad_images.json")
     lines.append(
         f"{config.method.name} with mix={config.mix.name}, {config.encoder.name} width {config.encoder.width}, "
         f"{config.epochs} epochs, batch {config.batch_size}"
@@ -161,12 +168,13 @@ def run_eval(config: EvalConfig) -> None:
 
 def eval_one(config: EvalConfig, run_dir: Path, out: Path) -> dict:
     from gradmix.eval.evaluate import check_detectors, device_of, evaluate
-    from gradmix.eval.foreign import check_classes, transfer
+    from gradmix.eval.foreign import check_transfer_classes, transfer
     from gradmix.eval.report import write_report
     from gradmix.eval.robustness import evaluate_corruptions
     from gradmix.eval.tensorboard import write_tensorboard
     from gradmix.ssl.data import load_data
-    from gradmix.ssl.run import read_config
+    from gradmix.ssl.files import remove_strays, replacing
+    from gradmix.ssl.run import check_classes, read_config
 
     run = read_config(run_dir)
     run.detectors = run.detectors if config.detectors is None else config.detectors
@@ -178,12 +186,16 @@ def eval_one(config: EvalConfig, run_dir: Path, out: Path) -> dict:
     check_detectors(run)
     if not (run_dir / "training.json").exists():
         raise ValueError(f"run: {run_dir} has not finished training; gradmix-pretrain run_dir={run_dir} goes on")
-    data = load_data(run.data, run.seed)
+    remove_strays(out)
+    data = load_data(run.data, run.seed, out / "scan.json")
     if config.data.name:
-        check_classes(run, data)
+        check_transfer_classes(run, data)
+    else:
+        check_classes(run_dir, data.classes)
     if config.corruptions is not None:
         return evaluate_corruptions(run_dir, run, data, config.corruptions, device_of(run), out)
-    result = evaluate(run_dir, run, data, device_of(run), out)
+    with replacing(out, "metrics.json") as new:
+        result = evaluate(run_dir, run, data, device_of(run), new)
     if out == run_dir:  # elsewhere lies no config.yaml to report on
         write_tensorboard(run_dir, run, result, data)
         write_report(run_dir, data)
@@ -227,6 +239,8 @@ def _command(name: str, schema: type, run: Callable) -> None:
     def compose(config) -> None:
         composed.append(config)
 
+    for number in SIGNALS:  # while training, Guard listens instead
+        signal.signal(number, lambda number, frame: sys.exit(128 + number))
     try:
         compose()
         for config in composed:  # several with --multirun, none with --help
@@ -253,6 +267,8 @@ def explain(error: Exception, schema: type) -> str:
     if isinstance(error, HydraException) and error.__cause__ is not None:
         error = error.__cause__  # Hydra says that it failed, OmegaConf why
     text = str(error)
+    if text.startswith("Caught "):  # in a DataLoader worker, whose traceback is the message
+        text = text.splitlines()[-1].partition(": ")[2]
     unknown = re.search(r"Key '[^']+' (?:is )?not in .*\s+full_key: (\S+)", text)
     if unknown:
         wrong = unknown.group(1)

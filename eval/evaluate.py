@@ -49,7 +49,7 @@ def evaluate(
     if any(getattr(detector, "k", 1) > len(data.train) for _, detector, _ in detectors):
         raise ValueError(f"detectors: a k is larger than the training set, {len(data.train)} images")
     model = Model(run_dir, device)
-    result: dict[str, Any] = {"skipped": {}}
+    result: dict[str, Any] = {"skipped": {}, "data/bad_images": len(data.bad)}
     if model.head is None:
         for key in [key for key, _, space in detectors if space == "projections"]:
             result["skipped"][f"osr/{key}"] = "the checkpoint has no projection head"
@@ -60,6 +60,8 @@ def evaluate(
         if len(images):
             found[name] = model.extract(images, config.data.workers, progress=True)
             write_tensors(out / "features" / f"{name}.safetensors", found[name])
+    if data.bad:
+        write_json(out / "bad_images.json", data.bad)
     if data.classes:
         knn, probe = classifiers(config, found["train"])
         known = data.test.labels >= 0

@@ -10,6 +10,7 @@ from tqdm.auto import tqdm
 
 from gradmix.ssl.backbones import Backbone, load_backbone
 from gradmix.ssl.images import ImageSet
+from gradmix.ssl.limits import usable_cpus
 from gradmix.ssl.weights import load_weights
 
 
@@ -52,7 +53,8 @@ def extract(
         backbone: uint8 images ``[n, 3, S, S]`` to features, in eval mode.
         workers: decoder processes for images that are still files.
     """
-    loader = DataLoader(images, batch_size=256, num_workers=workers if images.images is None else 0)
+    workers = min(workers, usable_cpus()) if images.images is None else 0
+    loader = DataLoader(images, batch_size=256, num_workers=workers)
     bar = tqdm(loader, desc="features", disable=not progress, leave=False)
     return torch.cat([backbone(batch.to(device)).float().cpu() for batch, _, _ in bar])
 

@@ -50,7 +50,7 @@ def transfer(run: Config, config: EvalConfig) -> None:
         raise ValueError(f"data.{given[0]}: needs data=NAME; root=PATH says where the run's own data lies now")
 
 
-def check_classes(run: Config, data: OpenSetData) -> None:
+def check_transfer_classes(run: Config, data: OpenSetData) -> None:
     """
     Raises:
         ValueError: training and test set have different classes, and nobody said which of them are known.

@@ -1,5 +1,6 @@
 """How much of a run's accuracy survives corrupted images: CIFAR-10-C, TinyImageNet-C, or corruptions made here."""
 
+import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ from gradmix.ssl.data import OpenSetData
 from gradmix.ssl.files import write_json
 from gradmix.ssl.images import ImageSet, from_array, list_images
 from gradmix.ssl.run import provenance
+from gradmix.ssl.scan import Scan
 
 CHUNK = 256  # images corrupted at once; the seed of made corruptions counts chunks, so it is part of the result
 METHODS = ("knn", "linear", "knn_pixels")
@@ -179,7 +181,7 @@ def read_folders(root: Path, data: OpenSetData, size: int) -> Batches:
 
 def images_of(images: ImageSet, rows: Tensor) -> tuple[Tensor, Tensor]:
     """Some images ``[n, 3, S, S]`` uint8, decoded if need be, and their labels ``[n]``."""
-    part = images.select(rows).in_memory(2**62)
+    part = Scan().read(images.select(rows), sys.maxsize)
     return part.images, part.labels
 
 

@@ -27,6 +27,7 @@ from gradmix.eval.detectors import DeepKNN
 from gradmix.ssl.backbones import load_backbone
 from gradmix.ssl.files import write_atomically, write_json, write_tensors
 from gradmix.ssl.images import ImageSet, decode, list_images
+from gradmix.ssl.limits import usable_cpus
 
 UNKNOWN = "unknown"
 THUMBNAILS = "thumbnails.safetensors"
@@ -103,7 +104,10 @@ class Scorer:
 
     def score(self, paths: Sequence[str], batch_size: int = 256, progress: bool = False) -> Iterator[Score]:
         """Score image files one batch at a time, in order. Unreadable files get a row with the error."""
-        with ThreadPoolExecutor() as pool, tqdm(total=len(paths), unit="image", disable=not progress) as bar:
+        with (
+            ThreadPoolExecutor(usable_cpus()) as pool,
+            tqdm(total=len(paths), unit="image", disable=not progress) as bar,
+        ):
             for first in range(0, len(paths), batch_size):
                 batch = list(paths[first : first + batch_size])
                 decoded = list(pool.map(self._decode, batch))

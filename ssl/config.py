@@ -45,7 +45,8 @@ class DataConfig:
     holdout: float = 0.1  # share of the known training images kept aside: thresholds, kNN while training
     test_fraction: float = 0.25  # imagefolder without test/: share of the images that becomes the test set
     memory_gib: float = 4.0  # images that fit are decoded once and kept as uint8; larger sets stream
-    workers: int = 2  # decoder processes, when streaming
+    workers: int = 2  # decoder processes, when streaming; never more than there are CPUs
+    on_bad_image: str = "error"  # error: stop before training and name them all; skip: leave them out, bad_images.json
     augment: AugmentConfig = field(default_factory=AugmentConfig)
 
 

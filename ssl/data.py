@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,10 @@ from torch import Tensor
 from gradmix.registry import Registry
 from gradmix.ssl.config import DataConfig
 from gradmix.ssl.images import ImageSet, from_array, list_images
+from gradmix.ssl.scan import Scan
 from gradmix.ssl.splits import CIFAR_PLUS, SPLITS
+
+ON_BAD_IMAGE = ("error", "skip")
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,7 @@ class OpenSetData:
         classes: names of the K known classes; empty when the images have none.
         unknown: names of the unknown classes; of the folder, with ``data.unknown_root``.
         known: indices of the known classes among all of the data set's, in the data set's own order.
+        bad: with ``on_bad_image="skip"``, the files that were left out, each with the reason.
     """
 
     train: ImageSet
@@ -34,6 +38,7 @@ class OpenSetData:
     classes: list[str]
     unknown: list[str]
     known: list[int]
+    bad: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -49,16 +54,19 @@ class Source:
     unknown: list[int] | None = None
 
 
-def load_data(config: DataConfig, seed: int) -> OpenSetData:
+def load_data(config: DataConfig, seed: int, scan_file: Path | None = None) -> OpenSetData:
     """Read a data set and split it into known and unknown.
 
     Args:
         config: the ``data`` part of the run's config.
         seed: draws the held-out images (and the test images of a folder that has no ``test/``).
+        scan_file: where to keep which files can be read, so that they are not all decoded again.
 
     Raises:
         ValueError: missing or empty folders, unreadable images, unknown splits or classes; one line each.
     """
+    if config.on_bad_image not in ON_BAD_IMAGE:
+        raise ValueError(f"data.on_bad_image: expected {' or '.join(ON_BAD_IMAGE)}, got {config.on_bad_image!r}")
     source = SOURCES.pick("data.name", config.name)(config, seed)
     limit = int(config.memory_gib * 2**30)
     if not source.classes:
@@ -78,38 +86,43 @@ def load_data(config: DataConfig, seed: int) -> OpenSetData:
         train = replace(source.train, labels=train_labels).select((train_labels >= 0).nonzero()[:, 0])
         in_test = torch.isin(source.test.labels, torch.tensor([*known, *unknown]))
         test = replace(source.test, labels=test_labels).select(in_test.nonzero()[:, 0])
-        present = train.labels.bincount(minlength=len(known))
-        if (present == 0).any():
-            missing = [source.classes[known[i]] for i in (present == 0).nonzero()[:, 0].tolist()]
-            raise ValueError(f"data.root: {config.root}: no training images of the known classes {', '.join(missing)}")
         if len(known) < 2:
             raise ValueError(
                 f"data: one known class only ({source.classes[known[0]]}); give at least two, "
                 "or a flat folder without classes and method=simclr"
             )
-    kept, aside = _stratified(train.labels, config.holdout, seed)
-    names = [source.classes[i] for i in unknown]
+    classes, names = [source.classes[i] for i in known], [source.classes[i] for i in unknown]
+    check_present(train, classes, config)
+    scan = Scan(scan_file)
     if config.unknown_root is not None:
         root = _existing_root(config.unknown_root, "data.unknown_root")
-        test, names = join(test, _images("data.unknown_root", root, config.image_size)), [str(root)]
-    train = train.in_memory(limit)
-    return OpenSetData(
-        train=train.select(kept),
-        held_out=train.select(aside),
-        test=test.in_memory(limit),
-        classes=[source.classes[i] for i in known],
-        unknown=names,
-        known=known,
-    )
+        far = _images("data.unknown_root", root, config.image_size)
+        test, names = join(test, far if test.images is None else scan.read(far, sys.maxsize)), [str(root)]
+    train, test = scan.read(train, limit), scan.read(test, limit)
+    if config.on_bad_image == "error":
+        scan.refuse_bad()
+    check_present(train, classes, config)  # now of what can be read
+    kept, aside = _stratified(train.labels, config.holdout, seed)
+    return OpenSetData(train.select(kept), train.select(aside), test, classes, names, known, scan.bad)
+
+
+def check_present(train: ImageSet, classes: list[str], config: DataConfig) -> None:
+    """
+    Raises:
+        ValueError: a class has no images to train on.
+    """
+    counts = train.labels[train.labels >= 0].bincount(minlength=len(classes)).tolist()
+    missing = [name for name, count in zip(classes, counts, strict=True) if not count]
+    if missing:
+        raise ValueError(f"data.root: {config.root}: no training images of the known classes {', '.join(missing)}")
 
 
 def join(first: ImageSet, second: ImageSet) -> ImageSet:
-    """The images of both. They stay files if all of them are; else those that are only files are decoded."""
+    """The images of both, which are all files or all in memory."""
     labels = torch.cat([first.labels, second.labels])
-    if first.images is None and second.images is None:
+    if first.images is None:
         return ImageSet(labels, first.size, files=[*first.files, *second.files])
-    parts = [part.in_memory(sys.maxsize).images for part in (first, second)]
-    return ImageSet(labels, first.size, torch.cat(parts))
+    return ImageSet(labels, first.size, torch.cat([first.images, second.images]))
 
 
 def known_classes(config: DataConfig, source: Source) -> list[int]:

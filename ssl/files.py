@@ -2,13 +2,18 @@
 
 import json
 import os
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
+
+STRAY = ".gradmix-tmp"
+NEW, OLD = ".new" + STRAY, ".old" + STRAY  # folders, while one is replaced by the other
 
 
 def write_atomically(path: str | Path, write: Callable[[Path], Any]) -> None:
@@ -20,7 +25,7 @@ def write_atomically(path: str | Path, write: Callable[[Path], Any]) -> None:
         OSError: it can't be written; the message names ``path``, whose old content is still there.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{STRAY}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
@@ -30,21 +35,62 @@ def write_atomically(path: str | Path, write: Callable[[Path], Any]) -> None:
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)  # the rename itself must reach the disk too
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        _sync(path.parent)  # the rename itself must reach the disk too
     except OSError as error:
         raise OSError(f"{path}: can't be written ({error.strerror or error})") from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def replacing(folder: Path, last: str) -> Iterator[Path]:
+    """A folder to write to, whose entries then replace those of ``folder``; after an error nothing has changed.
+
+    While ``folder / last`` is there, everything beside it belongs to it: it is taken away first and put back last.
+    """
+    new, old = folder / NEW, folder / OLD
+    remove_strays(folder)
+    new.mkdir(parents=True)
+    try:
+        yield new
+        (folder / last).unlink(missing_ok=True)
+        for path in sorted(new.iterdir(), key=lambda path: path.name == last):
+            if (folder / path.name).is_dir():
+                old.mkdir(exist_ok=True)
+                os.replace(folder / path.name, old / path.name)
+            os.replace(path, folder / path.name)
+        _sync(folder)
+    finally:
+        remove_strays(folder)
+
+
 def remove_strays(folder: Path) -> None:
-    """Remove what a killed process was writing; nobody else may be writing there."""
-    for path in folder.rglob(".*.tmp"):
+    """Remove what a killed process was writing there; nobody else may be writing."""
+    for name in (NEW, OLD):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    for path in (*folder.glob(f".*{STRAY}"), *folder.glob(f"*/.*{STRAY}")):
         path.unlink(missing_ok=True)
+
+
+def _sync(folder: Path) -> None:
+    if os.name == "nt":  # which can't open folders
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_json(path: Path) -> Any:
+    """
+    Raises:
+        ValueError: missing or damaged.
+    """
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: missing or damaged ({error})") from error
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -2,19 +2,20 @@
 
 import hashlib
 import json
-import warnings
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 from torchvision.transforms.functional import InterpolationMode, center_crop, pil_to_tensor, resize
 
-EXTENSIONS = frozenset(Image.registered_extensions())
+# Rasters only: for some of its other formats Pillow starts programs (PostScript).
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
+EXTENSIONS = frozenset(extension for extension, kind in Image.registered_extensions().items() if kind in FORMATS)
+MAX_PIXELS = 89_478_485  # Pillow's limit, a quarter of a GiB as RGB: more is a decompression bomb
 # The usual constants, for every data set: the first BatchNorm absorbs the rest, and ImageNet weights fit in.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -58,30 +59,6 @@ class ImageSet:
             None if self.files is None else [self.files[i] for i in indices.tolist()],
         )
 
-    def in_memory(self, limit: int) -> "ImageSet":
-        """With all images decoded if they take at most ``limit`` bytes, else unchanged.
-
-        Raises:
-            ValueError: files that are no readable images; the message names them.
-        """
-        if self.images is not None or len(self) * 3 * self.size**2 > limit:
-            return self
-        images = torch.empty(len(self), 3, self.size, self.size, dtype=torch.uint8)
-        bad: list[str] = []
-
-        def fill(index: int) -> None:
-            try:
-                images[index] = decode(self.files[index], self.size)
-            except ValueError as error:
-                bad.append(str(error))
-
-        with ThreadPoolExecutor() as pool:
-            list(pool.map(fill, range(len(self))))
-        if bad:
-            shown = "; ".join(sorted(bad)[:20])
-            raise ValueError(f"data: {len(bad)} of {len(self)} files can't be used; remove or replace them: {shown}")
-        return replace(self, images=images)
-
 
 def decode(path: str | Path, size: int) -> Tensor:
     """An image file as ``[3, size, size]`` uint8 RGB: upright, shorter side scaled to ``size``, centre cropped.
@@ -90,20 +67,26 @@ def decode(path: str | Path, size: int) -> Tensor:
         ValueError: the file is missing or no image that can be read in full; the message names it.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                return to_square(image, size)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ValueError(f"{path}: not a readable image ({error})") from error
+        with Image.open(path, formats=[name for name in FORMATS if name in Image.OPEN]) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS}")
+            return to_square(image, size)
+    except MemoryError:
+        raise
+    except Exception as error:  # a damaged file can raise nearly anything
+        raise ValueError(f"{path}: not a readable image ({error or type(error).__name__})") from error
 
 
 def to_square(image: Image.Image, size: int) -> Tensor:
     """A PIL image as ``[3, size, size]`` uint8 RGB."""
-    image = ImageOps.exif_transpose(image)
+    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:  # without the question it would be copied
+        image = ImageOps.exif_transpose(image)
+    longest = 4 * min(image.size)  # a thin strip would be enlarged to any size, for a square of it
+    if max(image.size) > longest:
+        image = center_crop(image, [min(image.height, longest), min(image.width, longest)])
     if image.mode.startswith("I"):  # 16 bit: convert("RGB") would clip everything above 255
-        image = Image.fromarray((np.asarray(image, dtype=np.float64) / 257).clip(0, 255).astype(np.uint8))
-    image = image.convert("RGB")
+        image = Image.fromarray((np.asarray(image) // 257).clip(0, 255).astype(np.uint8))
+    image = image if image.mode == "RGB" else image.convert("RGB")
     if image.size != (size, size):
         image = center_crop(resize(image, size, InterpolationMode.BILINEAR, antialias=True), size)
     return pil_to_tensor(image)

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from gradmix.ssl.images import ImageSet
+from gradmix.ssl.limits import usable_cpus
 
 
 class Batch(NamedTuple):
@@ -65,7 +66,8 @@ class TrainLoader:
     def _batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         if self.images is None:  # one loader for all epochs: its workers stay, and decode ahead across their ends
             pin = torch.cuda.is_available()
-            yield from DataLoader(self.data, batch_sampler=self._indices(), num_workers=self.workers, pin_memory=pin)
+            workers = min(self.workers, usable_cpus())
+            yield from DataLoader(self.data, batch_sampler=self._indices(), num_workers=workers, pin_memory=pin)
             return
         for index in self._indices():
             index = torch.from_numpy(index).to(self.images.device)

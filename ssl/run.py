@@ -1,6 +1,8 @@
 """A run's folder: whose it is, what is in it, and what it was made with."""
 
+import json
 import subprocess
+from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -8,13 +10,14 @@ from typing import Any
 
 import torch
 from omegaconf import OmegaConf
+from safetensors import safe_open
 
 from gradmix.ssl.config import Config
 from gradmix.ssl.files import write_text
 
 # Where and how fast a run computes, not what: these may differ when a run goes on.
 FREE_KEYS = (
-    *("run_dir", "trainer", "checkpoint_seconds", "data.workers", "data.root", "data.memory_gib"),
+    *("run_dir", "trainer", "checkpoint_seconds", "data.workers", "data.on_bad_image", "data.root", "data.memory_gib"),
     *("on_nonfinite", "max_skipped_steps"),
     *("detectors", "detector_options", "data.unknown_root"),
 )
@@ -56,6 +59,34 @@ def read_config(run_dir: Path) -> Config:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path)))
     except Exception as error:  # yaml and omegaconf have no common base for what a damaged file raises
         raise ValueError(f"{path}: not a config of this version ({str(error).splitlines()[0]})") from error
+
+
+def check_classes(run_dir: Path, classes: Sequence[str]) -> None:
+    """See that images have the classes that a run was trained with. Weights from elsewhere don't say theirs.
+
+    Raises:
+        ValueError: classes are missing, extra, renamed or in another order; the message names them.
+    """
+    with safe_open(run_dir / "backbone.safetensors", "pt") as file:
+        trained = json.loads((file.metadata() or {}).get("classes", "null"))
+    if trained is None or trained == list(classes):
+        return
+    missing = [name for name in trained if name not in classes]
+    extra = [name for name in classes if name not in trained]
+    renamed = []
+    if len(trained) == len(classes):  # then a name that is new in the place of one that is gone is the same class
+        renamed = [(was, now) for was, now in zip(trained, classes, strict=True) if was in missing and now in extra]
+    gone, new = ({pair[side] for pair in renamed} for side in (0, 1))
+    parts = {
+        "missing": [name for name in missing if name not in gone],
+        "extra": [name for name in extra if name not in new],
+        "renamed": [f"{was} to {now}" for was, now in renamed],
+    }
+    told = "; ".join(f"{what}: {', '.join(names)}" for what, names in parts.items() if names)
+    raise ValueError(
+        f"data: not the classes that {run_dir} was trained with; {told or 'in another order'}; "
+        "data=NAME evaluates a run on other data"
+    )
 
 
 def provenance() -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Training from a config to weights in the run's folder; the same call goes on where it stopped."""
 
 import inspect
+import json
 import logging
 import warnings
 from collections.abc import Sequence
@@ -9,6 +10,7 @@ from pathlib import Path
 import torch
 from pytorch_lightning import Callback, Trainer, seed_everything
 from pytorch_lightning.loggers import TensorBoardLogger
+from pytorch_lightning.utilities import rank_zero_only
 
 from gradmix.registry import nearest
 from gradmix.ssl.backbones import backbone_metadata, stem_of
@@ -44,6 +46,8 @@ def train(config: Config, data: OpenSetData, callbacks: Sequence[Callback] = ())
     seed_everything(config.seed, verbose=False)
     module = Pretraining(config, data.train)
     claim(run_dir, config)  # not before the config has shown that it can be built
+    if data.bad and rank_zero_only.rank == 0:
+        write_json(run_dir / "bad_images.json", data.bad)
     resume, images = newest_checkpoint(run_dir / "checkpoints"), data.train.fingerprint()
     if resume is not None:
         if resume["images"] != images:
@@ -63,6 +67,7 @@ def train(config: Config, data: OpenSetData, callbacks: Sequence[Callback] = ())
         trainer.fit(module)
     if trainer.is_global_zero:
         metadata = backbone_metadata(config.encoder, stem_of(module.backbone), config.data.image_size)
+        metadata["classes"] = json.dumps(data.classes)
         write_tensors(run_dir / "backbone.safetensors", module.backbone.state_dict(), metadata)
         write_tensors(run_dir / "head.safetensors", module.head.state_dict())
         write_json(

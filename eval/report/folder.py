@@ -143,7 +143,7 @@ def find_images(run: Run, data: OpenSetData | None) -> tuple[dict[str, ImageSet]
     if data is None:
         try:
             # No memory: files are decoded one by one, for only a few are shown.
-            data = load_data(replace(run.config.data, memory_gib=0), run.config.seed)
+            data = load_data(replace(run.config.data, memory_gib=0), run.config.seed, run.path / "scan.json")
         except (ValueError, OSError) as error:
             return {}, f"The images are not where they were ({str(error).splitlines()[0]})."
     sets = {"train": data.train, "held_out": data.held_out, "test": data.test}

@@ -226,6 +226,7 @@ def run_score(config: ScoreConfig) -> None:
 def _command(name: str, schema: type, run: Callable) -> None:
     """Run a command under Hydra. Bad input: one line on stderr, exit code 2; --debug shows the traceback."""
     debug = "--debug" in sys.argv or os.environ.get("HYDRA_FULL_ERROR") == "1"
+    refuse_code(name, sys.argv[1:])
     arguments = [_quoted(argument) for argument in sys.argv[1:] if argument != "--debug"]
     sys.argv[1:] = arguments
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises, and the lines below say it shorter
@@ -260,6 +261,14 @@ def _command(name: str, schema: type, run: Callable) -> None:
             raise
         print(f"gradmix-{name}: {explain(error, schema)}", file=sys.stderr)
         sys.exit(2)
+
+
+def refuse_code(name: str, arguments: list[str]) -> None:
+    """Hydra's own settings can name any function to be called, and --experimental-rerun reads a pickle."""
+    for argument in arguments:
+        if re.match(r"[+~]*hydra([./@:=]|$)|--experimental-rerun", argument):
+            print(f"gradmix-{name}: {argument.split('=')[0]}: Hydra's own settings are fixed", file=sys.stderr)
+            sys.exit(2)
 
 
 def explain(error: Exception, schema: type) -> str:

@@ -66,6 +66,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     state = torch.load(path, map_location="cpu", weights_only=True)
     if path.name != checkpoint_name(state["step"]):
         raise ValueError(f"of step {state['step']}")
+    check_finite(state["module"], state["optimizer"], state["step"])
     return {key: state[key] for key in ("step", "skipped", "images", "module", "optimizer", "schedule", "precision")}
 
 
@@ -91,10 +92,14 @@ class Checkpoints(Callback):
         self.last_saved = time.monotonic()
 
     def on_train_start(self, trainer: Trainer, module: Pretraining) -> None:
-        if self.resume is not None:
+        if self.resume is None:
+            return
+        try:
             trainer.optimizers[0].load_state_dict(self.resume["optimizer"])
             trainer.lr_scheduler_configs[0].scheduler.load_state_dict(self.resume["schedule"])
             trainer.precision_plugin.load_state_dict(self.resume["precision"])
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(f"{self.folder}: the newest checkpoint is of another optimizer ({error})") from error
 
     def on_train_batch_end(self, trainer: Trainer, module: Pretraining, outputs, batch: Batch, batch_idx: int) -> None:
         if module.steps % trainer.accumulate_grad_batches:

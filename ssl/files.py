@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,8 @@ def write_atomically(path: str | Path, write: Callable[[Path], Any]) -> None:
     except OSError as error:
         raise OSError(f"{path}: can't be written ({error.strerror or error})") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # nothing there, as after success, or no folder to have been in
+            temporary.unlink()
 
 
 @contextmanager

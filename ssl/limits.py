@@ -1,8 +1,96 @@
-"""What this machine has to give."""
+"""What this machine has to give, and whether a run can fit, before it starts. Estimates are from below."""
 
+import copy
 import os
+import shutil
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from gradmix.ssl.config import Config
+
+STATES = {"adam": 2, "adamw": 2}  # what an optimizer keeps per weight; 1 for the others
 
 
 def usable_cpus() -> int:
     """CPUs that this process may use: schedulers and containers often allow fewer than there are."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def free_memory() -> int | None:
+    """Bytes of main memory that this process can still take, within its container's limit; None where unknown."""
+    found = []
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        found += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+        group = Path("/sys/fs/cgroup")
+        found += [int((group / "memory.max").read_text()) - int((group / "memory.current").read_text())]
+    except (OSError, ValueError):  # no such file, or "max"
+        pass
+    return min(found, default=None)
+
+
+def check_limits(config: Config, network: nn.Module, images: int, num_features: int) -> None:
+    """
+    Args:
+        network: images ``[N, 3, S, S]`` to projections.
+        images: in all sets.
+        num_features: F, of the backbone.
+
+    Raises:
+        ValueError: checkpoints, features or a batch take more than is free; the message says how much.
+    """
+    weights = sum(tensor.numel() * tensor.element_size() for tensor in network.state_dict().values())
+    features = 4 * images * (num_features + config.encoder.head_dim)
+    checkpoint = weights * (1 + STATES.get(config.optimizer.name, 1))
+    # two checkpoints and the one being written; the backbone again for the run and for its detector; features twice
+    needed = 3 * checkpoint + 2 * weights + 2 * features
+    _check("run_dir: the run's files", needed, shutil.disk_usage(_existing(Path(config.run_dir))).free, "on the disk")
+
+    memory = free_memory()
+    hint = "a narrower encoder has shorter features"
+    _check(f"data: the features of {images} images", features, memory, "in memory", hint)
+
+    on_gpu = torch.cuda.is_available() and config.trainer.get("accelerator", "auto") != "cpu"
+    views = 2 * config.batch_size // (torch.cuda.device_count() if on_gpu else 1)
+    views = min(views, config.speed.micro_batch or views)
+    half = "16" in str(config.trainer.get("precision", "32"))
+    batch = views * activation_bytes(network, config.data.image_size) // (2 if half else 1)
+    free = torch.cuda.mem_get_info()[0] if on_gpu else memory
+    hint = "try a smaller batch_size, or speed.micro_batch"
+    _check(f"batch_size: the activations of {views} views", batch, free, "on the device", hint)
+
+
+def activation_bytes(network: nn.Module, image_size: int) -> int:
+    """Bytes of float32 that one image leaves for the backward pass; computed without computing (meta tensors)."""
+    network = copy.deepcopy(network).to("meta").train()
+
+    def kept(images: int) -> int:
+        storages: dict[int, int] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            storages[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            out = network(torch.empty(images, 3, image_size, image_size, device="meta"))
+        del out
+        return sum(storages.values())
+
+    return (kept(4) - kept(2)) // 2  # what does not grow with the batch is the weights
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest above it that exists."""
+    folder = folder.expanduser().absolute()
+    return next(path for path in (folder, *folder.parents) if path.exists())
+
+
+def _check(what: str, needed: int, free: int | None, where: str, hint: str = "") -> None:
+    if free is not None and needed > free:
+        gib = 2**30
+        raise ValueError(
+            f"{what} need at least {needed / gib:.2f} GiB, {free / gib:.2f} GiB are free {where}"
+            + (f"; {hint}" if hint else "")
+        )

@@ -20,9 +20,17 @@ from gradmix.ssl.data import OpenSetData
 from gradmix.ssl.files import write_json, write_tensors
 from gradmix.ssl.guard import ON_NONFINITE, Guard
 from gradmix.ssl.images import ImageSet
+from gradmix.ssl.limits import check_limits
 from gradmix.ssl.loader import check_batch_size
 from gradmix.ssl.pretrain import Pretraining, learning_rate
 from gradmix.ssl.run import claim
+
+# What Lightning's Trainer may not be told, for the run's folder would not hold everything any more.
+OURS = {
+    **dict.fromkeys(("max_epochs", "min_epochs", "max_steps", "min_steps"), "epochs= says how long to train"),
+    **dict.fromkeys(("logger", "default_root_dir", "enable_checkpointing"), "run_dir= says where everything is kept"),
+    **dict.fromkeys(("callbacks", "plugins"), "in Python, gradmix.ssl.train.train takes callbacks"),
+}
 
 
 def train(config: Config, data: OpenSetData, callbacks: Sequence[Callback] = ()) -> None:
@@ -45,11 +53,16 @@ def train(config: Config, data: OpenSetData, callbacks: Sequence[Callback] = ())
     check_batch_size(config.batch_size, len(data.train))
     seed_everything(config.seed, verbose=False)
     module = Pretraining(config, data.train)
+    network = torch.nn.Sequential(module.backbone, module.head)
+    images = len(data.train) + len(data.held_out) + len(data.test)
+    check_limits(config, network, images, module.backbone.num_features)
     claim(run_dir, config)  # not before the config has shown that it can be built
     if data.bad and rank_zero_only.rank == 0:
         write_json(run_dir / "bad_images.json", data.bad)
     resume, images = newest_checkpoint(run_dir / "checkpoints"), data.train.fingerprint()
     if resume is not None:
+        if resume["step"] > config.epochs * (len(data.train) // config.batch_size):
+            raise ValueError(f"{run_dir / 'checkpoints'}: step {resume['step']} is behind the end of the training")
         if resume["images"] != images:
             raise ValueError(f"data: not the training images that {run_dir} began with; choose another run_dir=")
         try:
@@ -114,6 +127,9 @@ def check(config: Config) -> None:
             raise ValueError(f"{key}: expected at least {least}, got {getattr(config, key)}")
     if config.on_nonfinite not in ON_NONFINITE:
         raise ValueError(f"on_nonfinite: expected {' or '.join(ON_NONFINITE)}, got {config.on_nonfinite!r}")
+    for key in OURS:
+        if key in config.trainer:
+            raise ValueError(f"trainer.{key}: not to be set here; {OURS[key]}")
     known = set(inspect.signature(Trainer).parameters)
     for key in config.trainer:
         if key not in known:

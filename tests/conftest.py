@@ -9,6 +9,7 @@ ROOT = Path(__file__).parent.parent
 
 def pytest_addoption(parser):
     parser.addoption("--stress", action="store_true", help="also collect tests/stress (long)")
+    parser.addoption("--stress-share", type=float, default=1.0, help="share of the stress cases to run, to rehearse")
 
 
 def pytest_ignore_collect(collection_path, config):

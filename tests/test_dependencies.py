@@ -1,0 +1,34 @@
+"""The environment is one that pyproject.toml allows, and pyproject.toml allows no release that is known to be bad."""
+
+import importlib.metadata
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+try:
+    import tomllib
+except ImportError:  # Python 3.10
+    import tomli as tomllib
+
+PROJECT = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
+REQUIREMENTS = {(needed := Requirement(line)).name: needed for line in PROJECT["dependencies"]}
+MALICIOUS = ("2.6.2", "2.6.3")  # of lightning, whose releases are numbered like pytorch-lightning's
+
+
+@pytest.mark.parametrize("name", REQUIREMENTS)
+def test_what_is_installed_is_within_the_bounds(name):
+    installed = importlib.metadata.version(name)
+    assert REQUIREMENTS[name].specifier.contains(installed, prereleases=True), installed
+
+
+def test_known_bad_releases_are_excluded():
+    assert not any(map(REQUIREMENTS["pytorch-lightning"].specifier.contains, MALICIOUS))
+    for version in ("2.5.0", "2.5.1"):  # CVE-2025-32434: weights_only loading could execute code
+        assert not REQUIREMENTS["torch"].specifier.contains(version)
+
+
+def test_no_malicious_lightning_came_with_another_package():
+    installed = {package.metadata["Name"].lower(): package.version for package in importlib.metadata.distributions()}
+    for name in ("lightning", "pytorch-lightning"):
+        assert installed.get(name) not in MALICIOUS

@@ -1,0 +1,150 @@
+"""Configs and checkpoints of someone who means harm: nothing is executed, nothing written outside the run's folder."""
+
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import zipfile
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from gradmix.ssl.callbacks import Checkpoints
+
+TINY = ("epochs=1", "batch_size=128", "encoder.width=4", "data.image_size=8", "knn_every=0", "pictures_every=0")
+
+
+class Execute:
+    """Unpickled, it leaves a file behind."""
+
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.mark),)
+
+
+OVERRIDES = [
+    "+_target_=os.mkdir",
+    "+method._target_=os.mkdir",
+    "+data={_target_:os.mkdir,path:MARK}",
+    "mix.options._target_=os.mkdir",
+    "mix.options={_target_:os.mkdir,path:MARK}",
+    "detector_options.deep_knn._target_=os.mkdir",
+    "detector_options.deep_knn={_target_:os.mkdir,path:MARK}",
+    "trainer._target_=os.mkdir",
+    "trainer.callbacks=[{_target_:os.mkdir,path:MARK}]",
+    "trainer.plugins=[{_target_:os.mkdir,path:MARK}]",
+    "trainer.logger=true",
+    "trainer.default_root_dir=MARK",
+    "trainer.enable_checkpointing=true",
+    "+hydra.callbacks.evil={_target_:os.mkdir,path:MARK}",
+    "++hydra.launcher._target_=os.mkdir",
+    "hydra/launcher=evil",
+    "hydra.run.dir=MARK",
+    "hydra.searchpath=[file://EVIL]",
+    "--experimental-rerun=EVIL.pickle",
+    "encoder.init=EVIL.pickle",
+    "data.name=../../MARK",
+]
+
+
+@pytest.mark.parametrize("override", OVERRIDES)
+def test_hostile_overrides(override, command, tmp_path):
+    mark, evil = tmp_path / "executed", tmp_path / "evil"
+    (tmp_path / "evil.pickle").write_bytes(pickle.dumps(Execute(mark)))
+    before = sorted(tmp_path.iterdir())
+    result = command("pretrain", *TINY, "run_dir=run", override.replace("MARK", str(mark)).replace("EVIL", str(evil)))
+    assert result.code == 2, result.err
+    assert len(result.err.strip().splitlines()) == 1 and "Traceback" not in result.err
+    assert sorted(path for path in tmp_path.iterdir() if path.name != "run") == before
+
+
+STOPPED = """
+import shutil
+from gradmix.eval.commands import pretrain
+from gradmix.ssl.callbacks import Checkpoints
+
+save = Checkpoints.save
+
+def save_and_copy(self, trainer, module):
+    save(self, trainer, module)
+    if module.steps == 4:
+        shutil.copytree("run", "stopped")
+
+Checkpoints.save = save_and_copy
+pretrain()
+"""
+RUN = (*TINY, "trainer.accelerator=cpu", "checkpoint_seconds=0", "run_dir=run")
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    """A run as it was after four of its five steps, its newest checkpoint, and the weights that it ended with."""
+    folder = tmp_path_factory.mktemp("stopped")
+    subprocess.run([sys.executable, "-c", STOPPED, *RUN], cwd=folder, check=True, capture_output=True)
+    newest = torch.load(folder / "stopped/checkpoints/step-00000004.ckpt", weights_only=True)
+    return folder / "stopped", newest, load_file(folder / "run/backbone.safetensors")
+
+
+def saved(value):
+    return lambda path, state: torch.save(value(state), path)
+
+
+def bomb(path, state):
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", bytes(2**26))
+
+
+def changed(part, name, value):
+    """A checkpoint with one value exchanged."""
+
+    def change(state):
+        inner = state[part] if part else state
+        inner[name] = value(inner[name]) if callable(value) else value
+        return state
+
+    return saved(change)
+
+
+# What is written as the newest checkpoint, and whether the one before it is then used or the command refuses.
+CHECKPOINTS = {
+    "a pickle that executes": (lambda path, state: path.write_bytes(pickle.dumps(Execute(path / "x"))), True),
+    "a torch file that executes": (saved(lambda state: state | {"module": Execute("executed")}), True),
+    "executes beside the weights": (saved(lambda state: state | {"x": Execute("executed")}), True),
+    "a page": (lambda path, state: path.write_text("<html>404</html>"), True),
+    "nothing": (lambda path, state: path.write_bytes(b""), True),
+    "a zip bomb": (bomb, True),
+    "a list": (saved(lambda state: [1, 2, 3]), True),
+    "a path as its step": (changed(None, "step", "../../../executed"), True),
+    "not a number": (changed("module", "backbone.conv1.weight", lambda weight: weight * float("nan")), True),
+    "another network": (changed("module", "backbone.conv1.weight", lambda weight: weight[:1]), False),
+    "another optimizer": (changed("optimizer", "param_groups", []), False),
+    "other images": (changed(None, "images", "0" * 64), False),
+}
+
+
+@pytest.mark.parametrize("kind", CHECKPOINTS)
+@pytest.mark.filterwarnings("ignore:.*damaged checkpoint skipped")
+def test_hostile_checkpoints(kind, stopped, command, tmp_path, monkeypatch):
+    run, state, weights = stopped
+    shutil.copytree(run, tmp_path / "run")
+    write, passed_over = CHECKPOINTS[kind]
+    newest = tmp_path / "run/checkpoints/step-00000004.ckpt"
+    newest.unlink()
+    write(newest, {**state, "module": dict(state["module"]), "optimizer": dict(state["optimizer"])})
+    resumed = []
+    start = Checkpoints.on_train_start
+    monkeypatch.setattr(Checkpoints, "on_train_start", lambda self, *a: (resumed.append(self.resume), start(self, *a)))
+    result = command("pretrain", *RUN)
+    if passed_over:
+        assert result.code == 0, result.err
+        assert resumed[0]["step"] == 3
+        ended = load_file(tmp_path / "run/backbone.safetensors")
+        assert all(torch.equal(weights[name], value) for name, value in ended.items())
+    else:
+        assert result.code == 2 and "run" in result.err
+        assert not (tmp_path / "run/backbone.safetensors").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]

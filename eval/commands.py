@@ -240,8 +240,8 @@ def _command(name: str, schema: type, run: Callable) -> None:
     def compose(config) -> None:
         composed.append(config)
 
-    for number in SIGNALS:  # while training, Guard listens instead
-        signal.signal(number, lambda number, frame: sys.exit(128 + number))
+    # While training, Guard listens instead.
+    before = {number: signal.signal(number, lambda number, frame: sys.exit(128 + number)) for number in SIGNALS}
     try:
         compose()
         for config in composed:  # several with --multirun, none with --help
@@ -261,6 +261,9 @@ def _command(name: str, schema: type, run: Callable) -> None:
             raise
         print(f"gradmix-{name}: {explain(error, schema)}", file=sys.stderr)
         sys.exit(2)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def refuse_code(name: str, arguments: list[str]) -> None:

@@ -153,7 +153,7 @@ def test_a_flat_folder_without_classes(command, tmp_path):
         (["data=imagefolder", "data.root=missing"], "missing is not a folder"),
         (["data=imagefolder", "data.root=empty"], "no images in empty"),
         (["data=imagefolder", "data.root=one"], "one known class only"),
-        (["data=imagefolder", "data.root=broken"], "files can't be used"),
+        (["data=imagefolder", "data.root=broken"], "image files can't be read"),
         (["batch_size=4096"], "batch_size: 4096 is larger than the training set of"),
         (["knn_k=100000"], "knn_k: 100000 is larger than the training set"),
         (["detectors=[deep_kn]"], "detectors: no 'deep_kn'; did you mean deep_knn?"),

@@ -237,7 +237,7 @@ def test_empty_folders_and_files_that_are_no_images_are_named(tmp_path):
     folder(tmp_path, ["cat", "dog"])
     (tmp_path / "cat" / "page.jpg").write_text("<html>not found</html>")
     (tmp_path / "dog" / "empty.jpg").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"files can't be used.*(page|empty)\.jpg"):
+    with pytest.raises(ValueError, match=r"image files can't be read.*(page|empty)\.jpg"):
         load_data(replace(config, holdout=0, test_fraction=0.01), 0)
 
 

@@ -32,7 +32,7 @@ def test_full_disks(cases, undisturbed, small_disk, tell):
     full = while_training = 0
     for case in range(cases(DISKS)):
         run = Run(small_disk / str(case), {"TMPDIR": str(small_disk)})
-        stopped = run.start(Trouble("training", signal.SIGTERM, int(rng.integers(5, 25))))
+        stopped = run.start(Trouble("training", signal.SIGTERM, int(rng.integers(2, 10))))
         stopped.join(300)
         assert stopped.exitcode == 143, run.log()
         before, step = run.hashes(), newest_step(run)

@@ -23,20 +23,21 @@ def test_kills(cases, undisturbed, tell, tmp_path):
         elsewhere = Path(tempfile.mkdtemp(dir=OTHER_DISK)) if runs % 3 == 0 else None
         run = Run(tmp_path / str(runs), {} if elsewhere is None else {"TMPDIR": str(elsewhere)})
         runs += 1
-        for _ in range(4):  # then it is left in peace
+        for _ in range(5):  # then it is left in peace
             if (run.run_dir / "report.html").exists() or kills == cases(KILLS):
                 break
             trouble = None
             if kills % 2:
-                trouble = Trouble("checkpoint", signal.SIGKILL, int(rng.integers(1, 4)), rng.uniform(0, 0.01))
+                trouble = Trouble("checkpoint", signal.SIGKILL, int(rng.integers(1, 12)), rng.uniform(0, 0.015))
             process = run.start(trouble)
             process.join(300 if trouble else rng.uniform(0, seconds))
             process.kill()
             process.join()
             assert process.exitcode in (0, -signal.SIGKILL), run.log()
-            kills += process.exitcode != 0
+            killed = process.exitcode != 0
+            kills += killed
             half_written += any("step" in path.name for path in run.strays())
-            in_evaluation += (run.run_dir / "training.json").exists()
+            in_evaluation += killed and (run.run_dir / "training.json").exists()
             done, saved = int(run.board[DONE]), int(run.board[SAVED])
             assert newest_step(run) >= saved  # what was saved is there: at most the time since then is redone
             redone = max(redone, done - newest_step(run))

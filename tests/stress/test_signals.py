@@ -9,7 +9,7 @@ import numpy as np
 from tests.stress.running import DONE, HIT, Run, Trouble, newest_step
 
 SIGNALS = 40
-PLACES = {"training": 30, "validation": 4, "FAISS fit": 3, "checkpoint": 4, "results": 6}  # how often a run is there
+PLACES = {"training": 15, "validation": 3, "FAISS fit": 2, "checkpoint": 15, "results": 6}  # how often a run is there
 
 
 def test_signals(cases, undisturbed, tell, tmp_path):

@@ -94,9 +94,10 @@ def unit_rows(features):
     """Rows scaled to length 1, float32. A row of zeros stays zero: its cosine with everything is 0."""
     unit = np.empty(features.shape, np.float32)
     for rows in blocks(features.shape):
-        block = np.asarray(features[rows], np.float64)  # squares of float32 values overflow float32
-        norm = np.linalg.norm(block, axis=1, keepdims=True)
-        unit[rows] = block / np.where(norm == 0, 1, norm)
+        block = np.asarray(features[rows])
+        # in float64, because squares of float32 values overflow float32; cast piece by piece, without a copy
+        norm = np.sqrt(np.einsum("nf,nf->n", block, block, dtype=np.float64))[:, None]
+        np.divide(block, np.where(norm == 0, 1, norm), out=unit[rows], casting="same_kind")
     return unit
 
 

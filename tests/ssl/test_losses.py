@@ -1,5 +1,6 @@
 """The contrastive losses against lightly, slow loops from the papers and closed forms; across processes too."""
 
+import itertools
 import math
 import socket
 
@@ -212,15 +213,19 @@ def one_process(rank: int, port: int, folder: str) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     own = own_rows(rank)
     found = {}
-    for name, loss_of in LOSSES.items():
+    for (name, loss_of), block in itertools.product(LOSSES.items(), BLOCKS):
+        gradmix.ssl.losses.BLOCK = block
         z, p, weight, labels = (tensor[own] for tensor in case(6, seed=11))
         z, p = z.requires_grad_(), p.requires_grad_()
         loss = loss_of(z, p, weight, labels)
         loss.backward()
         p_grad = torch.zeros_like(z) if p.grad is None else p.grad
-        found[name] = [loss.detach() / 2, z.grad / 2, p_grad / 2]
+        found[name, block] = [loss.detach() / 2, z.grad / 2, p_grad / 2]
     torch.save(found, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
+
+
+BLOCKS = (2048, 4)  # a process's six rows at once, and in two blocks
 
 
 def own_rows(rank: int) -> torch.Tensor:
@@ -241,8 +246,10 @@ def test_two_processes_are_one_on_the_concatenated_batch(tmp_path):
         loss = loss_of(z, p, weight, labels)
         loss.backward()
         p_grad = torch.zeros_like(z) if p.grad is None else p.grad
-        assert (found[0][name][0] + found[1][name][0]).item() == pytest.approx(loss.item(), abs=1e-10), name
-        for rank in range(2):
-            own = own_rows(rank)
-            assert torch.allclose(found[rank][name][1], z.grad[own], rtol=1e-10, atol=1e-10), name
-            assert torch.allclose(found[rank][name][2], p_grad[own], rtol=1e-10, atol=1e-10), name
+        for block in BLOCKS:
+            both = found[0][name, block][0] + found[1][name, block][0]
+            assert both.item() == pytest.approx(loss.item(), abs=1e-10), name
+        for rank, block in itertools.product(range(2), BLOCKS):
+            own, (_, z_grad, theirs) = own_rows(rank), found[rank][name, block]
+            assert torch.allclose(z_grad, z.grad[own], rtol=1e-10, atol=1e-10), name
+            assert torch.allclose(theirs, p_grad[own], rtol=1e-10, atol=1e-10), name

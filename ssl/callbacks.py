@@ -67,7 +67,11 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if path.name != checkpoint_name(state["step"]):
         raise ValueError(f"of step {state['step']}")
     check_finite(state["module"], state["optimizer"], state["step"])
-    return {key: state[key] for key in ("step", "skipped", "images", "module", "optimizer", "schedule", "precision")}
+    return {key: state[key] for key in KEYS}
+
+
+# step, skipped steps, fingerprint of the images, the last step's numbers, and what training changes
+KEYS = ("step", "skipped", "images", "scalars", "module", "optimizer", "schedule", "precision")
 
 
 def checkpoint_name(step: int) -> str:
@@ -121,6 +125,7 @@ class Checkpoints(Callback):
             "step": module.steps,
             "skipped": self.guard.skipped,
             "images": self.images,
+            "scalars": module.scalars,
             "module": module.state_dict(),
             "optimizer": trainer.optimizers[0].state_dict(),
             "schedule": trainer.lr_scheduler_configs[0].scheduler.state_dict(),

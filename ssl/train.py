@@ -69,6 +69,7 @@ def train(config: Config, data: OpenSetData, callbacks: Sequence[Callback] = ())
             module.load_state_dict(resume["module"])
         except RuntimeError as error:
             raise ValueError(f"{run_dir / 'checkpoints'}: weights of another network ({error})") from error
+        module.scalars = resume["scalars"]
     start = module.start = module.steps = 0 if resume is None else resume["step"]
     progress = Progress(config.batch_size)
     guard = Guard(config.on_nonfinite, config.max_skipped_steps, 0 if resume is None else resume["skipped"])

@@ -153,8 +153,8 @@ class Run:
         mine, theirs = self.weights(), other.weights()
         assert mine.keys() == theirs.keys()
         assert all(torch.equal(mine[name], theirs[name]) for name in mine)
-        times = ("train/seconds", "train/images_per_s", "train/resumed_from_step")
-        numbers = [{k: v for k, v in run.metrics().items() if k not in times} for run in (self, other)]
+        differ = ("train/seconds", "train/images_per_s", "train/resumed_from_step", "git/revision")
+        numbers = [{k: v for k, v in run.metrics().items() if k not in differ} for run in (self, other)]
         assert numbers[0] == numbers[1]
         assert not self.strays()
         assert (self.run_dir / "report.html").is_file()

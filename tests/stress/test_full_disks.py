@@ -36,8 +36,8 @@ def test_full_disks(cases, undisturbed, small_disk, tell):
         stopped.join(300)
         assert stopped.exitcode == 143, run.log()
         before, step = run.hashes(), newest_step(run)
-        (run.folder / "log").rename(small_disk.parent / "log")  # its own place, so that there is always room for it
-        (run.folder / "log").symlink_to(small_disk.parent / "log")
+        (run.folder / "log").unlink()
+        (run.folder / "log").symlink_to(small_disk.parent / f"log {case}")  # where there is room for it
         ballast = small_disk / "ballast"
         room = int(rng.uniform(0, written)) // 4096 * 4096
         ballast.write_bytes(bytes(shutil.disk_usage(small_disk).free - room))

@@ -28,9 +28,9 @@ def test_kills(cases, undisturbed, tell, tmp_path):
                 break
             trouble = None
             if kills % 2:
-                trouble = Trouble("checkpoint", signal.SIGKILL, int(rng.integers(1, 12)), rng.uniform(0, 0.015))
+                trouble = Trouble("checkpoint", signal.SIGKILL, int(rng.integers(1, 7)), rng.uniform(0, 0.015))
             process = run.start(trouble)
-            process.join(300 if trouble else rng.uniform(0, seconds))
+            process.join(300 if trouble else rng.uniform(0, 0.9 * seconds))
             process.kill()
             process.join()
             assert process.exitcode in (0, -signal.SIGKILL), run.log()

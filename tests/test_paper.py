@@ -1,0 +1,58 @@
+"""benchmarks/paper.py: runs that are continued, and the arithmetic of its table."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+def paper(folder, *arguments):
+    command = [sys.executable, str(BENCHMARKS / "paper.py"), "--experiment", "none", "--splits", "0", "--mix", "none"]
+    small = ["--override", "data=digits", "encoder.width=4", "trainer.accelerator=cpu", "--tag", "small"]
+    paths = ["--runs", str(folder / "runs"), "--results", str(folder / "rows.json"), "--epochs", "1"]
+    return subprocess.run([*command, *small, *paths, *arguments], check=True, capture_output=True, text=True).stdout
+
+
+def test_a_matrix_goes_on_until_nothing_is_left(tmp_path):
+    assert "1 runs left" in paper(tmp_path, "--minutes", "0.01")  # no time to start anything
+    assert json.loads((tmp_path / "rows.json").read_text()) == []
+    assert "nothing left to run" in paper(tmp_path)
+    (row,) = json.loads((tmp_path / "rows.json").read_text())
+    metrics = json.loads(next((tmp_path / "runs").rglob("metrics.json")).read_text())
+    assert row["detectors"]["deep_knn"]["auroc"] == metrics["osr/deep_knn/auroc"]
+    assert (row["data"], row["split"], row["mix"], row["epochs"], row["seed"]) == ("digits", 0, "none", 1, 0)
+    assert row["minutes"] > 0 and row["commit"]
+    again = paper(tmp_path)  # at once: the run is there
+    assert "pretrain" not in again and len(json.loads((tmp_path / "rows.json").read_text())) == 1
+
+
+@pytest.fixture
+def table(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from paper import table
+
+    return table
+
+
+def row(mix, split, auroc):
+    detectors = {"deep_knn": {"auroc": auroc, "oscr": 0.5}, "pixels": {"auroc": 0.5}}
+    setting = {"data": "digits", "method": "joint", "mix": mix, "evidence": "", "epochs": 3, "tag": "", "seed": 0}
+    return (
+        setting
+        | {"split": split, "detectors": detectors, "closed_set_accuracy": 0.9, "knn_top1": 0.8}
+        | {"linear_top1": None}
+    )
+
+
+def test_the_table_has_means_deviations_and_paired_differences(table):
+    rows = [row("none", 0, 0.70), row("none", 1, 0.80), row("gradmix", 0, 0.72), row("gradmix", 1, 0.86)]
+    rows.append(row("gradmix", 2, 0.5))  # has no partner: counts in the mean, not in the difference
+    lines = {line.split("|")[3].strip(): line for line in table(rows).splitlines()[2:]}
+    # none: mean 75, deviation 7.07; gradmix: 69.33 and 18.15; differences 2 and 6: mean 4, deviation 2.83
+    assert "| 2 |  | 75.00 ± 7.07 |" in lines["none"]
+    assert "| 3 | +4.00 ± 2.83 | 69.33 ± 18.15 |" in lines["gradmix"]
+    assert lines["none"].rstrip().endswith("| 90.00 ± 0.00 | 80.00 ± 0.00 |  |")

@@ -66,7 +66,7 @@ def pretrain_one(config: Config) -> dict:
     from pytorch_lightning.utilities import rank_zero_only
 
     from gradmix.eval.evaluate import device_of, evaluate
-    from gradmix.eval.online import online_knn
+    from gradmix.eval.online import watchers
     from gradmix.eval.report import write_report
     from gradmix.eval.tensorboard import write_tensorboard
     from gradmix.ssl.data import load_data
@@ -87,7 +87,7 @@ def pretrain_one(config: Config) -> dict:
     if config.knn_k > len(data.train):
         raise ValueError(f"knn_k: {config.knn_k} is larger than the training set, {len(data.train)} images")
     if not (run_dir / "training.json").exists():
-        train(config, data, online_knn(data, config.knn_every, config.knn_k, config.knn_temperature))
+        train(config, data, watchers(data, config))
     if rank_zero_only.rank != 0:  # the other processes of a distributed run have nothing left to do
         sys.exit(0)
     with replacing(run_dir, "metrics.json") as new:
@@ -142,6 +142,7 @@ def over_splits(results: list[dict]) -> dict:
 def run_eval(config: EvalConfig) -> None:
     from gradmix.eval.compare import compare, comparison_table
     from gradmix.eval.evaluate import table
+    from gradmix.eval.export import export_backbone
     from gradmix.eval.foreign import adopt
     from gradmix.eval.robustness import corruption_table
     from gradmix.ssl.files import write_json
@@ -156,6 +157,11 @@ def run_eval(config: EvalConfig) -> None:
         other = Path(config.against).expanduser()
         for part in parts or [""]:
             print(comparison_table(run_dir / part, other / part, compare(run_dir / part, other / part)))
+        return
+    if config.export:
+        for part in parts or [""]:
+            for path in export_backbone(run_dir / part, config.export, out / part / "export"):
+                print(f"{path}: written")
         return
     name = "metrics.json" if config.corruptions is None else "metrics_corruptions.json"
     as_text = table if config.corruptions is None else corruption_table
@@ -195,7 +201,7 @@ def eval_one(config: EvalConfig, run_dir: Path, out: Path) -> dict:
     if config.corruptions is not None:
         return evaluate_corruptions(run_dir, run, data, config.corruptions, device_of(run), out)
     with replacing(out, "metrics.json") as new:
-        result = evaluate(run_dir, run, data, device_of(run), new)
+        result = evaluate(run_dir, run, data, device_of(run), new, config)
     if out == run_dir:  # elsewhere lies no config.yaml to report on
         write_tensorboard(run_dir, run, result, data)
         write_report(run_dir, data)

@@ -30,7 +30,7 @@ NUMBERS = {
 }
 UNIT = ("data.split", "data.known", "seed")  # what a pair shares
 DATA = ("data.name", "data.image_size", "data.holdout", "data.test_fraction", "data.unknown_root")
-WATCHING = ("knn_every", "pictures_every")  # change nothing that is measured
+WATCHING = ("knn_every", "quality_every", "pictures_every")  # change nothing that is measured
 
 
 @dataclass

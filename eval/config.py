@@ -17,6 +17,17 @@ class EncoderName:
 
 
 @dataclass
+class TrainedProbe:
+    """Training on augmented images, for protocols=[augmented] and [finetune]."""
+
+    optimizer: str = "sgd"  # sgd (Nesterov momentum 0.9) or lars
+    epochs: int = 90
+    batch_size: int = 256
+    base_lr: float | None = None  # for a batch of 256; null: 0.1 augmented, 0.02 finetune
+    weight_decay: float = 0.0
+
+
+@dataclass
 class EvalConfig:
     run: str | None = None  # folder of a trained run, or of a run with data.split=all
     checkpoint: str | None = None  # instead of a run, weights trained anywhere; needs encoder=, data= and out=
@@ -28,6 +39,12 @@ class EvalConfig:
     detector_options: dict[str, Any] = field(default_factory=dict)  # over the run's own: detector_options.deep_knn.k=10
     root: str | None = None  # where the run's data lies now, if it moved
     unknown_root: str | None = None  # folder of images, any depth: the unknown images, instead of the run's own
+    knn_k: list[int] = field(default_factory=list)  # beside the run's own k: one search, many answers
+    knn_temperature: list[float] = field(default_factory=list)  # beside the run's own; every k with every temperature
+    protocols: list[str] = field(default_factory=list)  # beside the cached probe: augmented, finetune
+    probe: TrainedProbe = field(default_factory=TrainedProbe)
+    few_labels: list[Any] = field(default_factory=list)  # probes on few labels: 1%, 10%, or images per class
+    export: list[str] = field(default_factory=list)  # instead of evaluating: safetensors, onnx, torch_export
     against: str | None = None  # folder of another run: compare the two, on what each said of the same test images
     corruptions: str | None = None  # folder in CIFAR-10-C's or TinyImageNet-C's layout; make: the 15 kinds made here
 

@@ -11,10 +11,12 @@ from torch import Tensor
 
 from gradmix.eval import metrics
 from gradmix.eval.compare import image_hashes
+from gradmix.eval.config import EvalConfig
 from gradmix.eval.detectors import DETECTORS, Detector
 from gradmix.eval.features import Model, raw_pixels
 from gradmix.eval.knn import KNNClassifier
 from gradmix.eval.linear import LinearProbe
+from gradmix.eval.probes import check_asked, further_probes, knn_accuracies, quality_numbers, two_views
 from gradmix.eval.scoring import save_scorer
 from gradmix.registry import nearest
 from gradmix.ssl.config import Config
@@ -24,18 +26,26 @@ from gradmix.ssl.run import provenance
 
 # ClassKNN looks at the projections, as its authors do; every other detector at the backbone's features.
 SPACES = {"class_knn": "projections"}
+ALL = 2**62  # bytes
 PRIMARY = "deep_knn"  # on backbone features: the detector that claims are made with, and the one that is saved
 
 
 def evaluate(
-    run_dir: Path, config: Config, data: OpenSetData, device: str = "cpu", out: Path | None = None
+    run_dir: Path,
+    config: Config,
+    data: OpenSetData,
+    device: str = "cpu",
+    out: Path | None = None,
+    asked: EvalConfig | None = None,
 ) -> dict[str, Any]:
     """Evaluate a trained run; writes ``features/``, ``detector/`` and ``metrics.json``, and returns the metrics.
 
     Args:
         run_dir: where the weights are.
         out: folder to write to, ``run_dir`` unless given.
+        asked: what gradmix-eval was asked for beside the usual; its kNN settings, protocols and few labels count here.
 
+    Features are read from ``features/`` where they are of the same weights and images.
     ``features/scores.safetensors`` holds what every detector says of every test image, for
     :func:`gradmix.eval.compare.compare`. What the data can't answer is left out and listed under ``skipped``: no
     classes, no unknown images.
@@ -44,6 +54,8 @@ def evaluate(
         ValueError: bad settings, such as k larger than the training set.
     """
     out = run_dir if out is None else out
+    asked = EvalConfig() if asked is None else asked
+    check_asked(asked, config, data)
     options = dict(config.detector_options)
     detectors = [(key, build_detector(kind.NAME, options), space) for key, kind, space in check_detectors(config)]
     if any(getattr(detector, "k", 1) > len(data.train) for _, detector, _ in detectors):
@@ -55,24 +67,30 @@ def evaluate(
             result["skipped"][f"osr/{key}"] = "the checkpoint has no projection head"
         detectors = [entry for entry in detectors if entry[2] == "features"]
     sets = {"train": data.train, "held_out": data.held_out, "test": data.test}
-    found: dict[str, dict[str, Tensor]] = {}
+    found: dict[str, dict[str, Any]] = {}
+    limit = int(config.data.memory_gib * 2**30)
     for name, images in sets.items():
         if len(images):
-            found[name] = model.extract(images, config.data.workers, progress=True)
-            write_tensors(out / "features" / f"{name}.safetensors", found[name])
+            # the folder may be a new one inside that which it is about to replace
+            here, *there = (folder / "features" / f"{name}.safetensors" for folder in (out, out.parent, run_dir))
+            found[name] = model.features(images, here, there, config.data.workers, limit if name == "train" else ALL)
     if data.bad:
         write_json(out / "bad_images.json", data.bad)
     if data.classes:
-        knn, probe = classifiers(config, found["train"])
+        knn, probe = classifiers(config, found["train"], model.device)
         known = data.test.labels >= 0
         features, labels = found["test"]["features"][known], data.test.labels[known]
-        result["knn/top1"] = metrics.closed_set_accuracy(knn.predict(features), labels)
+        result |= knn_accuracies(asked, knn, features, labels)
         result["linear/top1"] = metrics.closed_set_accuracy(probe.predict(features), labels)
+        result["protocol/linear"] = str(probe)
+        result |= further_probes(asked, config, model, data, found)
         pixels = {name: raw_pixels(sets[name]) for name in found}
         knn = KNNClassifier(config.knn_k, config.knn_temperature).fit(pixels["train"], data.train.labels)
         result["knn_pixels/top1"] = metrics.closed_set_accuracy(knn.predict(pixels["test"][known]), labels)
     else:
         result["skipped"]["knn, linear, osr"] = "the images have no classes"
+    pair = two_views(model.backbone.encoder, data.train, config.data.augment, model.device)
+    result |= quality_numbers(found["train"]["features"], data.train.labels if data.classes else None, pair)
     (out / "features" / "scores.safetensors").unlink(missing_ok=True)  # an earlier evaluation's, of other images
     if data.classes and (data.test.labels < 0).any():
         scores = {"labels": data.test.labels, "images": image_hashes(data.test)}
@@ -106,10 +124,12 @@ def evaluate(
     return result
 
 
-def classifiers(config: Config, train: dict[str, Tensor]) -> tuple[KNNClassifier, LinearProbe]:
+def classifiers(
+    config: Config, train: dict[str, Any], device: torch.device | None = None
+) -> tuple[KNNClassifier, LinearProbe]:
     """kNN and linear probe, fitted to the training set's backbone features."""
     knn = KNNClassifier(config.knn_k, config.knn_temperature).fit(train["features"], train["labels"])
-    return knn, LinearProbe(seed=config.seed).fit(train["features"], train["labels"])
+    return knn, LinearProbe(seed=config.seed, device=device).fit(train["features"], train["labels"])
 
 
 def open_set(
@@ -201,18 +221,31 @@ def table(result: dict[str, Any]) -> str:
         text = f"{100 * result[key]:.2f}"
         if key in spread:
             return f"{text} ± {100 * spread[key]:.2f}"
+        if f"{key}_std" in result:
+            return f"{text} ± {100 * result[f'{key}_std']:.2f}"
         if f"{key}_low" in result:
             return f"{text} [{100 * result[f'{key}_low']:.1f}, {100 * result[f'{key}_high']:.1f}]"
         return text
 
     if "knn/top1" in result:
         lines += ["", "known classes, accuracy %"]
+        further = {
+            key: key.removesuffix("/top1").replace("few_labels/", "linear, few: ").replace("knn/", "kNN, ")
+            for key in result
+            if key.startswith(("knn/k=", "few_labels/")) and key.endswith("/top1")
+        }
         for label, key in (
             ("kNN", "knn/top1"),
-            ("linear probe", "linear/top1"),
+            *((label, key) for key, label in further.items() if key.startswith("knn/")),
+            ("linear, cached", "linear/top1"),
+            ("linear, augmented", "linear_augmented/top1"),
+            ("fine-tuned", "finetune/top1"),
+            *((label, key) for key, label in further.items() if key.startswith("few_labels/")),
             ("kNN on raw pixels", "knn_pixels/top1"),
         ):
-            lines.append(f"  {label:<20}{cell(key):>16}")
+            if key in result or key.startswith(("knn/", "linear/")):
+                lines.append(f"  {label:<20}{cell(key):>16}")
+        lines += [f"  {result[key]}" for key in result if key.startswith("protocol/")]
     keys = [key.split("/")[1] for key in result if key.startswith("osr/") and key.endswith("/auroc")]
     if keys:
         columns = ("auroc", "aupr", "fpr95", "fpr95_known", "oscr", "closed_set_accuracy")

@@ -1,14 +1,20 @@
 """Features of a frozen network, extracted once."""
 
+import shutil
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from gradmix.eval.cache import Arrays, fingerprint, frozen, images_key, read_arrays, write_arrays
 from gradmix.ssl.backbones import Backbone, load_backbone
+from gradmix.ssl.files import write_atomically
 from gradmix.ssl.images import ImageSet
 from gradmix.ssl.limits import usable_cpus
 from gradmix.ssl.weights import load_weights
@@ -33,21 +39,54 @@ class Model:
         head.load_state_dict({name.removeprefix("layers."): value for name, value in weights.items()})
         self.head = head.eval().requires_grad_(False).to(device)
 
-    def extract(self, images: ImageSet, workers: int = 0, progress: bool = False) -> dict[str, Tensor]:
-        """``features`` [N, F], ``projections`` [N, D] (L2-normalised) and ``labels`` [N], on the CPU, in order."""
-        found = extract(self.backbone, images, self.device, workers, progress)
-        if self.head is None:
-            return {"features": found, "labels": images.labels.clone()}
-        with torch.inference_mode():
-            parts = [F.normalize(self.head(part.to(self.device)), dim=1).cpu() for part in found.split(4096)]
-        return {"features": found, "projections": torch.cat(parts), "labels": images.labels.clone()}
+    def features(
+        self, images: ImageSet, path: Path, others: Sequence[Path] = (), workers: int = 0, limit: int = 2**62
+    ) -> dict[str, Tensor | np.memmap]:
+        """``features`` [N, F], ``projections`` [N, D] (L2-normalised; with a head) and ``labels`` [N], in order.
+
+        They are on the CPU, mapped from the file at ``path``. It is written unless it, or one of the files ``others``,
+        already is of these weights, images and labels.
+
+        Args:
+            limit: ``features`` of more bytes are an ``np.memmap``, which kNN, probe and detectors read in blocks.
+        """
+        parts = [self.backbone, *([] if self.head is None else [self.head])]
+        key = " ".join([*map(fingerprint, parts), images_key(images)])
+        arrays = read_arrays(path, key)
+        for other in others:
+            if arrays is None and read_arrays(other, key) is not None:
+                write_atomically(path, partial(shutil.copyfile, other))
+                arrays = read_arrays(path, key)
+        if arrays is None:
+            shapes = {"labels": ("I64", (len(images),)), "features": ("F32", (len(images), self.backbone.num_features))}
+            if self.head is not None:
+                shapes["projections"] = ("F32", (len(images), self.head[-1].out_features))
+            write_arrays(path, key, shapes, partial(self._fill, images, workers))
+            arrays = read_arrays(path, key)
+        found = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        return found if arrays["features"].nbytes <= limit else found | {"features": arrays["features"]}
+
+    @torch.inference_mode()
+    def _fill(self, images: ImageSet, workers: int, arrays: Arrays) -> None:
+        arrays["labels"][:] = images.labels.numpy()
+        with frozen(self.backbone):
+            first = 0
+            for part in batches(self.backbone, images, self.device, workers):
+                rows = slice(first, first + len(part))
+                arrays["features"][rows] = part.cpu().numpy()
+                if self.head is not None:
+                    arrays["projections"][rows] = F.normalize(self.head(part), dim=1).cpu().numpy()
+                first += len(part)
 
 
 @torch.inference_mode()
-def extract(
-    backbone: nn.Module, images: ImageSet, device: torch.device, workers: int = 0, progress: bool = False
-) -> Tensor:
-    """Features ``[N, F]`` float32 on the CPU, in the order of ``images``.
+def extract(backbone: nn.Module, images: ImageSet, device: torch.device, workers: int = 0) -> Tensor:
+    """Features ``[N, F]`` float32 on the CPU, in the order of ``images``; see :func:`batches`."""
+    return torch.cat([part.cpu() for part in batches(backbone, images, device, workers)])
+
+
+def batches(backbone: nn.Module, images: ImageSet, device: torch.device, workers: int = 0) -> Iterator[Tensor]:
+    """Features ``[n, F]`` float32 on the device, batch after batch.
 
     Args:
         backbone: uint8 images ``[n, 3, S, S]`` to features, in eval mode.
@@ -55,8 +94,8 @@ def extract(
     """
     workers = min(workers, usable_cpus()) if images.images is None else 0
     loader = DataLoader(images, batch_size=256, num_workers=workers)
-    bar = tqdm(loader, desc="features", disable=not progress, leave=False)
-    return torch.cat([backbone(batch.to(device)).float().cpu() for batch, _, _ in bar])
+    for batch, _, _ in tqdm(loader, desc="features", disable=len(loader) < 20, leave=False):
+        yield backbone(batch.to(device)).float()
 
 
 def raw_pixels(images: ImageSet) -> Tensor:

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -56,7 +55,9 @@ def evaluate_corruptions(
     test = data.test.select((data.test.labels >= 0).nonzero()[:, 0])
     batches = find_batches(where, data, test)  # bad input is said before anything is computed
     model = Model(run_dir, device)
-    knn, probe = classifiers(config, train_features(run_dir, model, config, data))
+    path = (run_dir if out is None else out) / "features/train.safetensors"
+    train = model.features(data.train, path, [run_dir / "features/train.safetensors"], config.data.workers)
+    knn, probe = classifiers(config, train, model.device)
     on_pixels = KNNClassifier(config.knn_k, config.knn_temperature).fit(raw_pixels(data.train), data.train.labels)
 
     def correct(images: Tensor, labels: Tensor) -> np.ndarray:
@@ -183,16 +184,6 @@ def images_of(images: ImageSet, rows: Tensor) -> tuple[Tensor, Tensor]:
     """Some images ``[n, 3, S, S]`` uint8, decoded if need be, and their labels ``[n]``."""
     part = Scan().read(images.select(rows), sys.maxsize)
     return part.images, part.labels
-
-
-def train_features(run_dir: Path, model: Model, config: Config, data: OpenSetData) -> dict[str, Tensor]:
-    """What the evaluation left behind, where it is of these training images; else extracted again."""
-    path = run_dir / "features" / "train.safetensors"
-    if path.is_file():
-        stored = load_file(path)
-        if torch.equal(stored["labels"], data.train.labels):
-            return stored
-    return model.extract(data.train, config.data.workers, progress=True)
 
 
 def corruption_table(result: dict[str, Any]) -> str:

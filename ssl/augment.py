@@ -12,13 +12,14 @@ from gradmix.ssl.images import normalize
 
 
 class TwoViews(nn.Module):
-    """uint8 ``[B, 3, S, S]`` to normalised float views ``[2B, 3, S, S]``, view-major.
+    """uint8 ``[B, 3, S, S]`` to normalised float views ``[2B, 3, S, S]``, view-major; or another number of views.
 
     Crop, rotation, flip, colour jitter, greyscale, blur: SimCLR's (arXiv 2002.05709), as far as the config has them.
     """
 
-    def __init__(self, config: AugmentConfig, size: int):
+    def __init__(self, config: AugmentConfig, size: int, views: int = 2):
         super().__init__()
+        self.views = views
         c = config
         # Resampling through grid_sample crops the whole batch at once; "slice" would go image by image.
         steps: list[nn.Module] = [
@@ -39,7 +40,7 @@ class TwoViews(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor, seed: int) -> Tensor:
-        views = images.float().div(255).repeat(2, 1, 1, 1)
+        views = images.float().div(255).repeat(self.views, 1, 1, 1)
         with forked_rng(seed, images.device):
             views = self.steps(views)
         return normalize(views.clamp(0, 1))

@@ -120,6 +120,7 @@ class Config:
     knn_k: int = 20
     knn_temperature: float = 0.07
     knn_every: int = 10  # epochs between two kNN checks on the held-out images, 0 for none
+    quality_every: int = 0  # epochs between two measurements of feature quality, 0 for none; see eval/quality.py
     pictures_every: int = 25  # epochs between two pictures of views, maps and mixed images, 0 for none
     checkpoint_seconds: float = 30.0  # how much training a killed run may lose
     on_nonfinite: str = "error"  # a loss or gradient that is not finite: error stops the run, skip leaves the step out

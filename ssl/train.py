@@ -120,6 +120,7 @@ def check(config: Config) -> None:
         ("epochs", 1),
         ("batch_size", 2),
         ("knn_every", 0),
+        ("quality_every", 0),
         ("pictures_every", 0),
         ("seed", 0),
         ("max_skipped_steps", 0),

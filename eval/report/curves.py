@@ -14,6 +14,13 @@ LOSSES = {
     "train/mixed": "mixed",
 }
 
+QUALITY = {
+    "quality/alignment": "Alignment: distance of two views (lower is closer)",
+    "quality/uniformity": "Uniformity (lower is more spread out)",
+    "quality/effective_rank": "Effective rank",
+    "quality/class_spread": "Spread within classes over between them (NC1)",
+}
+
 
 def training(run: Run) -> str:
     if not run.scalars:
@@ -25,6 +32,7 @@ def training(run: Run) -> str:
     others = {"knn/held_out": "kNN accuracy on held-out images"}
     others |= {tag: "Learning rate" for tag in run.scalars if tag == "lr" or tag.startswith("lr-")}
     others |= {"train/images_per_s": "Training images per second", "train/kept": "Share of the image that mixing keeps"}
+    others |= QUALITY
     for tag, title in others.items():
         if tag in run.scalars:
             charts.append(line_chart(title, [Line(*smooth(*run.scalars[tag]))], "step", ""))

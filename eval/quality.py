@@ -1,0 +1,69 @@
+"""How good features are before anyone classifies with them: spread, rank, and how tight the classes are."""
+
+import numpy as np
+
+from gradmix.eval.search import blocks, check_features, check_labels, unit_rows
+
+
+def alignment(first, second):
+    """Mean squared distance of L2-normalised features of two views of the same images, both `[N, F]`; lower is closer.
+
+    Wang & Isola, arXiv 2005.10242, alpha = 2.
+    """
+    first = check_features("first", first)
+    second = check_features("second", second, width=first.shape[1])
+    if len(first) != len(second):
+        raise ValueError(f"second: expected {len(first)} features, got {len(second)}")
+    return float(np.square(unit_rows(first) - unit_rows(second)).sum(axis=1, dtype=np.float64).mean())
+
+
+def uniformity(features, most=4096):
+    """log of the mean of exp(-2 |x - y|^2) over all pairs of L2-normalised features `[N, F]`; lower is more spread out.
+
+    Wang & Isola, arXiv 2005.10242, t = 2. Of more than `most` features, evenly spaced ones stand for all.
+    """
+    rows = check_features("features", features)
+    if len(rows) < 2:
+        raise ValueError(f"features: uniformity needs two, got {len(rows)}")
+    unit = unit_rows(rows[np.linspace(0, len(rows) - 1, min(len(rows), most)).astype(int)]).astype(np.float64)
+    kernel = np.exp(4 * (unit @ unit.T) - 4)  # |x - y|^2 = 2 - 2 cos
+    pairs = len(unit) * (len(unit) - 1)
+    return float(np.log((kernel.sum() - np.trace(kernel)) / pairs))
+
+
+def effective_rank(features):
+    """exp of the entropy of the singular values of `[N, F]`, from 1 to F. RankMe, Garrido et al., arXiv 2210.02885."""
+    rows = check_features("features", features)
+    gram = np.zeros((rows.shape[1], rows.shape[1]))
+    for block in blocks(rows.shape):
+        part = np.asarray(rows[block], np.float64)
+        gram += part.T @ part
+    values = np.sqrt(np.linalg.eigvalsh(gram).clip(min=0))  # the singular values
+    total = values.sum()
+    share = values / total if total > 0 else np.eye(1, len(values))[0]
+    share = share[share > 0]
+    return float(np.exp(-(share * np.log(share)).sum()))
+
+
+def class_spread(features, labels):
+    """trace(within-class covariance times pseudo-inverse of the between-class one) / K; 0 when classes are points.
+
+    NC1 of neural collapse, Papyan et al., arXiv 2008.08186. Features `[N, F]`, integer labels `[N]` of K classes.
+    """
+    rows = check_features("features", features)
+    labels = check_labels("labels", labels, len(rows))
+    classes, positions = np.unique(labels, return_inverse=True)
+    if len(classes) < 2:
+        raise ValueError(f"labels: class_spread needs two classes, got only {classes[0]}")
+    counts = np.bincount(positions)
+    means = np.zeros((len(classes), rows.shape[1]))
+    for block in blocks(rows.shape):
+        np.add.at(means, positions[block], rows[block])
+    means /= counts[:, None]
+    within = np.zeros((rows.shape[1], rows.shape[1]))
+    for block in blocks(rows.shape):
+        part = rows[block] - means[positions[block]]
+        within += part.T @ part
+    centred = means - means.mean(axis=0)
+    between = centred.T @ centred / len(classes)
+    return float(np.trace(within / len(rows) @ np.linalg.pinv(between, hermitian=True)) / len(classes))

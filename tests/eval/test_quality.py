@@ -1,0 +1,58 @@
+"""Against loops written from the papers' definitions, and closed forms."""
+
+import numpy as np
+import pytest
+
+from gradmix.eval.quality import alignment, class_spread, effective_rank, uniformity
+
+
+def features(n=40, width=6, seed=0):
+    return np.random.default_rng(seed).normal(size=(n, width))
+
+
+def unit(row):
+    return row / np.sqrt((row**2).sum())
+
+
+def test_alignment_is_the_mean_squared_distance():
+    first, second = features(), features(seed=1)
+    expected = np.mean([((unit(a) - unit(b)) ** 2).sum() for a, b in zip(first, second, strict=True)])
+    assert alignment(first, second) == pytest.approx(expected, abs=1e-6)
+    assert alignment(first, 3 * first) == pytest.approx(0, abs=1e-9) and alignment(first, -first) == pytest.approx(4)
+    with pytest.raises(ValueError, match="second: expected 40 features, got 39"):
+        alignment(first, second[1:])
+
+
+def test_uniformity_is_the_gaussian_potential_of_all_pairs():
+    rows = features()
+    pairs = [np.exp(-2 * ((unit(a) - unit(b)) ** 2).sum()) for i, a in enumerate(rows) for b in rows[i + 1 :]]
+    assert uniformity(rows) == pytest.approx(np.log(np.mean(pairs)), abs=1e-6)
+    assert uniformity(np.ones((5, 3))) == pytest.approx(0, abs=1e-6)  # all in one place
+    assert uniformity(np.array([[1.0, 0], [-1, 0]])) == pytest.approx(-8)
+    assert uniformity(features(3000), most=1500) == pytest.approx(uniformity(features(3000)), abs=0.02)
+
+
+def test_effective_rank_is_that_of_the_singular_values():
+    rows = features() * [3, 2, 1, 1, 0.1, 0]
+    share = np.linalg.svd(rows, compute_uv=False)
+    share = share[share > 0] / share.sum()
+    assert effective_rank(rows) == pytest.approx(np.exp(-(share * np.log(share)).sum()), rel=1e-4)
+    assert effective_rank(np.eye(7)) == pytest.approx(7)
+    assert effective_rank(np.outer(np.ones(9), np.arange(1, 5))) == pytest.approx(1, abs=1e-4)
+    assert effective_rank(np.zeros((4, 3))) == 1
+
+
+def test_class_spread_is_nc1():
+    rows, labels = features(60, 4), np.repeat([3, 5, 9], 20)  # labels with gaps
+    rows[labels == 5] += 4
+    rows[labels == 9] -= [3, 0, 2, 0]
+    means = {label: rows[labels == label].mean(axis=0) for label in (3, 5, 9)}
+    within = sum(np.outer(r - means[c], r - means[c]) for r, c in zip(rows, labels, strict=True)) / 60
+    middle = np.mean(list(means.values()), axis=0)
+    between = sum(np.outer(m - middle, m - middle) for m in means.values()) / 3
+    assert class_spread(rows, labels) == pytest.approx(np.trace(within @ np.linalg.pinv(between)) / 3)
+    points = np.eye(3)[np.repeat([0, 1, 2], 4)]
+    assert class_spread(points, np.repeat([0, 1, 2], 4)) == pytest.approx(0, abs=1e-12)
+    assert class_spread(0.5 * rows + 7, labels) == pytest.approx(class_spread(rows, labels))  # no unit, no origin
+    with pytest.raises(ValueError, match="class_spread needs two classes, got only 3"):
+        class_spread(rows[:20], labels[:20])

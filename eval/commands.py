@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from gradmix.eval.config import EvalConfig, ScoreConfig
+from gradmix.eval.help import help_text
 from gradmix.registry import nearest
 from gradmix.ssl.config import Config, register_configs
 
@@ -28,22 +29,24 @@ SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(s
 
 def pretrain() -> None:
     """gradmix-pretrain: train, then evaluate."""
-    _command("pretrain", Config, run_pretrain)
+    _command("pretrain", "train a backbone, then evaluate it.", Config, run_pretrain)
 
 
 def evaluate() -> None:
     """gradmix-eval: evaluate a run again."""
-    _command("eval", EvalConfig, run_eval)
+    _command("eval", "evaluate a trained run again.", EvalConfig, run_eval)
 
 
 def score() -> None:
     """gradmix-score: score image files with a saved detector."""
-    _command("score", ScoreConfig, run_score)
+    _command("score", "score image files with a saved detector.", ScoreConfig, run_score)
 
 
 def run_pretrain(config: Config) -> None:
     # Imported here, so that --help and errors in the config answer at once.
     from gradmix.eval.evaluate import check_detectors, table
+    from gradmix.eval.groups import find_runs
+    from gradmix.eval.report.comparison import write_comparison
     from gradmix.ssl.data import splits_of
     from gradmix.ssl.files import write_json
 
@@ -56,10 +59,11 @@ def run_pretrain(config: Config) -> None:
     for split in range(len(splits_of(config.data))):
         one = replace(config, data=replace(config.data, split=split), run_dir=f"{config.run_dir}/split-{split}")
         results.append(pretrain_one(one))
-    summary = over_splits(results)
-    write_json(Path(config.run_dir) / "metrics.json", summary)
+    summary, folder = over_splits(results), Path(config.run_dir)
+    write_json(folder / "metrics.json", summary)
+    write_comparison(find_runs([folder]), folder / "report.html")
     print(table(summary))
-    print(f"\nmean ± standard deviation over {len(results)} splits; {config.run_dir}/split-*: the runs")
+    print(f"\nmean ± standard deviation over {len(results)} splits; {folder}: report.html, and the runs in split-*")
 
 
 def pretrain_one(config: Config) -> dict:
@@ -144,6 +148,8 @@ def run_eval(config: EvalConfig) -> None:
     from gradmix.eval.evaluate import table
     from gradmix.eval.export import export_backbone
     from gradmix.eval.foreign import adopt
+    from gradmix.eval.groups import find_runs
+    from gradmix.eval.report.comparison import write_comparison
     from gradmix.eval.robustness import corruption_table
     from gradmix.ssl.files import write_json
 
@@ -168,6 +174,8 @@ def run_eval(config: EvalConfig) -> None:
     results = [eval_one(config, run_dir / part, out / part) for part in parts or [""]]
     if parts:
         write_json(out / name, over_splits(results))
+    if parts and out == run_dir:
+        write_comparison(find_runs([run_dir]), run_dir / "report.html")
     print(as_text(over_splits(results) if parts else results[0]))
     print(f"\n{out / name}: every number" + (f"; mean ± standard deviation over {len(parts)} splits" if parts else ""))
 
@@ -229,12 +237,15 @@ def run_score(config: ScoreConfig) -> None:
         raise ValueError(f"images: {unreadable} of {rows} files can't be read; the error column of {out} says why")
 
 
-def _command(name: str, schema: type, run: Callable) -> None:
+def _command(name: str, summary: str, schema: type, run: Callable) -> None:
     """Run a command under Hydra. Bad input: one line on stderr, exit code 2; --debug shows the traceback."""
     debug = "--debug" in sys.argv or os.environ.get("HYDRA_FULL_ERROR") == "1"
+    if {"--help", "-h"} & set(sys.argv[1:]):
+        print(help_text(name, summary, schema))
+        return
     refuse_code(name, sys.argv[1:])
-    arguments = [_quoted(argument) for argument in sys.argv[1:] if argument != "--debug"]
-    sys.argv[1:] = arguments
+    typed = sys.argv
+    sys.argv = [typed[0], *(_quoted(argument) for argument in typed[1:] if argument != "--debug")]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises, and the lines below say it shorter
     register_configs()
     ConfigStore.instance().store(f"{name}_schema", schema)
@@ -250,6 +261,7 @@ def _command(name: str, schema: type, run: Callable) -> None:
     before = {number: signal.signal(number, lambda number, frame: sys.exit(128 + number)) for number in SIGNALS}
     try:
         compose()
+        sys.argv = typed  # the report shows it
         for config in composed:  # several with --multirun, none with --help
             # Once more into the schema, as plain values: Hydra's + adds any key.
             plain = OmegaConf.to_container(config, resolve=True)

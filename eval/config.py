@@ -12,7 +12,7 @@ from gradmix.ssl.config import DataConfig
 class EncoderName:
     """Which network a checkpoint is of; its width is read off the weights."""
 
-    name: str = ""
+    name: str = ""  # of the checkpoint's network
     stem: str | None = None  # null: read off conv1; padded: solo-learn's for CIFAR, which looks like small in the file
 
 
@@ -54,6 +54,6 @@ class ScoreConfig:
     detector: str = MISSING  # a run's detector/ folder
     images: str = MISSING  # an image, a folder or a pattern
     out: str = "scores.csv"  # .csv, or .jsonl for JSON lines
-    batch_size: int = 256
+    batch_size: int = 256  # images per forward pass
     explain: str | None = None  # folder for picture sheets: every image beside its 5 nearest training images
     explain_limit: int = 200  # images on the sheets

@@ -94,7 +94,8 @@ def batches(backbone: nn.Module, images: ImageSet, device: torch.device, workers
     """
     workers = min(workers, usable_cpus()) if images.images is None else 0
     loader = DataLoader(images, batch_size=256, num_workers=workers)
-    for batch, _, _ in tqdm(loader, desc="features", disable=len(loader) < 20, leave=False):
+    hidden = True if len(loader) < 20 else None  # None: where the output is no terminal
+    for batch, _, _ in tqdm(loader, desc="features", disable=hidden, leave=False):
         yield backbone(batch.to(device)).float()
 
 

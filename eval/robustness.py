@@ -70,7 +70,7 @@ def evaluate_corruptions(
 
     clean = sum(correct(*images_of(test, rows)) for rows in torch.arange(len(test)).split(CHUNK))
     counts: dict[tuple[str, int], np.ndarray] = defaultdict(lambda: np.zeros(len(METHODS) + 1, dtype=np.int64))
-    for kind, severity, images, labels in tqdm(batches, desc="corruptions", unit="batch", leave=False):
+    for kind, severity, images, labels in tqdm(batches, desc="corruptions", unit="batch", leave=False, disable=None):
         counts[kind, severity] += correct(images, labels)
     if not counts:
         raise ValueError(f"corruptions: {where} holds no images of the known classes {', '.join(data.classes[:10])}")

@@ -104,9 +104,10 @@ class Scorer:
 
     def score(self, paths: Sequence[str], batch_size: int = 256, progress: bool = False) -> Iterator[Score]:
         """Score image files one batch at a time, in order. Unreadable files get a row with the error."""
+        hidden = None if progress else True  # None: where the output is no terminal
         with (
             ThreadPoolExecutor(usable_cpus()) as pool,
-            tqdm(total=len(paths), unit="image", disable=not progress) as bar,
+            tqdm(total=len(paths), unit="image", disable=hidden) as bar,
         ):
             for first in range(0, len(paths), batch_size):
                 batch = list(paths[first : first + batch_size])

@@ -145,7 +145,7 @@ class Checkpoints(Callback):
 
 
 class Progress(Callback):
-    """One bar over the whole training (a line now and then when the output is not a terminal), and the curves.
+    """One bar over the whole training, a line a minute where the output is not a terminal; and the curves.
 
     Attributes:
         seconds, images: of this session, without its first step (it warms caches up).
@@ -153,6 +153,7 @@ class Progress(Callback):
     """
 
     log_every_steps = 10
+    seconds_per_line = 60.0
 
     def __init__(self, images_per_step: int):
         self.images_per_step = images_per_step
@@ -166,17 +167,17 @@ class Progress(Callback):
         return self.images / self.seconds if self.seconds > 0 else 0.0
 
     def on_train_start(self, trainer: Trainer, module: Pretraining) -> None:
-        terminal = sys.stderr.isatty()
+        self.total = module.start + len(module.loader)
         self.bar = tqdm(
-            total=module.start + len(module.loader),
+            total=self.total,
             initial=module.start,
             desc="training",
             unit="step",
-            disable=not trainer.is_global_zero,
-            mininterval=0.5 if terminal else 20,
-            dynamic_ncols=terminal,
-            ascii=not terminal,
+            disable=None if trainer.is_global_zero else True,  # None: where the output is no terminal
+            mininterval=0.5,
+            dynamic_ncols=True,
         )
+        self._line_at = time.perf_counter()
 
     def on_train_batch_end(self, trainer: Trainer, module: Pretraining, outputs, batch: Batch, batch_idx: int) -> None:
         now = time.perf_counter()
@@ -186,16 +187,24 @@ class Progress(Callback):
             self.seconds = now - self._started
             self.images += self.images_per_step
         if self.bar.update(1):
-            # Only when the bar is drawn: reading the loss makes a GPU wait.
-            status = {"loss": f"{module.scalars['train/loss'].item():.3f}", "img/s": f"{self.images_per_s:.0f}"}
-            if self.knn is not None:
-                status["knn"] = f"{self.knn:.1f}%"
-            self.bar.set_postfix(status, refresh=False)
+            self.bar.set_postfix(self.status(module), refresh=False)
+        elif self.bar.disable and trainer.is_global_zero and now - self._line_at >= self.seconds_per_line:
+            self._line_at = now
+            left = (self.total - module.steps) * self.seconds * self.images_per_step / max(self.images, 1)
+            parts = [f"step {module.steps}/{self.total}", *(f"{k} {v}" for k, v in self.status(module).items())]
+            print(", ".join([*parts, f"{tqdm.format_interval(left)} left"]), file=sys.stderr)
         if module.steps % self.log_every_steps == 0 and trainer.is_global_zero:
             curves = {name: value.item() for name, value in module.scalars.items()}
             curves |= {"train/images_per_s": self.images_per_s, "train/epoch": batch.epoch}
             curves["lr"] = trainer.optimizers[0].param_groups[0]["lr"]
             module.logger.log_metrics(curves, module.steps)
+
+    def status(self, module: Pretraining) -> dict[str, str]:
+        """Only for when it is shown: reading the loss makes a GPU wait."""
+        shown = {"loss": f"{module.scalars['train/loss'].item():.3f}"}
+        if self.knn is not None:
+            shown["knn"] = f"{self.knn:.1f}%"
+        return shown | {"img/s": f"{self.images_per_s:.0f}"}
 
     def teardown(self, trainer: Trainer, module: Pretraining, stage: str) -> None:
         if hasattr(self, "bar"):

@@ -21,26 +21,24 @@ class AugmentConfig:
     crop: tuple[float, float] = (0.2, 1.0)  # area of the random resized crop
     ratio: tuple[float, float] = (0.75, 1.3333)  # aspect ratio of the crop
     rotate: float = 0.0  # degrees, uniform in +-rotate
-    flip: float = 0.5
+    flip: float = 0.5  # probability of a horizontal flip
     jitter: float = 0.8  # probability of the colour jitter
-    brightness: float = 0.4
-    contrast: float = 0.4
-    saturation: float = 0.4
-    hue: float = 0.1
-    greyscale: float = 0.2
-    blur: float = 0.0
+    brightness: float = 0.4  # strength
+    contrast: float = 0.4  # strength
+    saturation: float = 0.4  # strength
+    hue: float = 0.1  # strength, in turns of the colour wheel
+    greyscale: float = 0.2  # probability
+    blur: float = 0.0  # probability of a Gaussian blur
 
 
 @dataclass
 class DataConfig:
-    name: str = MISSING
+    name: str = MISSING  # data set
     root: str | None = None  # folder of the images; where torchvision's data sets are downloaded to
-    image_size: int = 32
+    image_size: int = 32  # side in pixels that every image is brought to
     split: int | str | None = None  # 0-4: the field's open-set splits; all: every one; null: all classes are known
     known: list[Any] | None = None  # known classes by name or index, instead of a split
-    pseudo_unknown: int = (
-        0  # for choosing settings: the last so many known classes play the unknown, those are left out
-    )
+    pseudo_unknown: int = 0  # to choose settings: the last so many known classes play the unknown, those are left out
     unknown_root: str | None = None  # folder of images, any depth: the unknown images, instead of unknown classes
     holdout: float = 0.1  # share of the known training images kept aside: thresholds, kNN while training
     test_fraction: float = 0.25  # imagefolder without test/: share of the images that becomes the test set
@@ -54,10 +52,10 @@ class DataConfig:
 class MethodConfig:
     """loss = supervised * SupCon + selfsup * NT-Xent (+ the mixed term, weighted like the loss that it belongs to)."""
 
-    name: str = MISSING
-    supervised: float = 0.0
-    selfsup: float = 0.0
-    temperature: float = 0.1
+    name: str = MISSING  # method
+    supervised: float = 0.0  # weight of SupCon
+    selfsup: float = 0.0  # weight of NT-Xent
+    temperature: float = 0.1  # of both losses
     temperature_end: float | None = None  # half a cosine over the training leads there (after arXiv 2505.18137)
     mixed_loss: str = "selfsup"  # which loss the mixed images enter: selfsup | supervised
     attribution: str = "selfsup"  # whose gradient guides GradMix: selfsup | supervised | joint
@@ -65,18 +63,18 @@ class MethodConfig:
 
 @dataclass
 class MixConfig:
-    name: str = MISSING
+    name: str = MISSING  # mixer
     weight: float = 1.0  # of the mixed term
     probability: float = 1.0  # that a batch is mixed
     attribution_every: int = 1  # steps from one attribution to the next; boxes in between lie at random places
-    start_epoch: int = 0
+    start_epoch: int = 0  # mix from this epoch on
     end_epoch: int | None = None  # stop mixing at this epoch
     options: dict[str, Any] = field(default_factory=dict)  # the mixer's own arguments
 
 
 @dataclass
 class EncoderConfig:
-    name: str = MISSING
+    name: str = MISSING  # network
     width: int = 64  # channels of the first stage
     stem: str | None = None  # small: 3x3 stride 1, no max-pool; imagenet; null: by image size (small up to 64), or init
     init: str | None = None  # weights to start from, trained anywhere: safetensors, or a torch checkpoint
@@ -85,10 +83,10 @@ class EncoderConfig:
 
 @dataclass
 class OptimizerConfig:
-    name: str = MISSING
+    name: str = MISSING  # optimizer
     base_lr: float = 1e-3  # for a batch of 256; lr = base_lr * batch_size / 256
-    weight_decay: float = 0.0
-    warmup_epochs: float = 0.0
+    weight_decay: float = 0.0  # on every parameter
+    warmup_epochs: float = 0.0  # the learning rate rises linearly over them
     final_lr: float = 0.0  # where the cosine ends, as a share of lr
 
 
@@ -105,20 +103,20 @@ class SpeedConfig:
 
 @dataclass
 class Config:
-    seed: int = 0
-    epochs: int = 100
+    seed: int = 0  # everything random follows from it
+    epochs: int = 100  # passes over the training images
     batch_size: int = 256  # over all devices
-    run_dir: str = MISSING
+    run_dir: str = MISSING  # folder of the run; the same command with the same folder goes on
     data: DataConfig = field(default_factory=DataConfig)
     method: MethodConfig = field(default_factory=MethodConfig)
     mix: MixConfig = field(default_factory=MixConfig)
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     speed: SpeedConfig = field(default_factory=SpeedConfig)
-    detectors: list[str] = field(default_factory=lambda: ["deep_knn", "class_knn", "mahalanobis"])
+    detectors: list[str] = field(default_factory=lambda: ["deep_knn", "class_knn", "mahalanobis"])  # what is measured
     detector_options: dict[str, Any] = field(default_factory=dict)  # parameters: detector_options.deep_knn.k=10
-    knn_k: int = 20
-    knn_temperature: float = 0.07
+    knn_k: int = 20  # neighbours that vote
+    knn_temperature: float = 0.07  # of their weights, exp(similarity / temperature)
     knn_every: int = 10  # epochs between two kNN checks on the held-out images, 0 for none
     quality_every: int = 0  # epochs between two measurements of feature quality, 0 for none; see eval/quality.py
     pictures_every: int = 25  # epochs between two pictures of views, maps and mixed images, 0 for none

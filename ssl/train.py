@@ -3,6 +3,8 @@
 import inspect
 import json
 import logging
+import shlex
+import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -87,6 +89,7 @@ def train(config: Config, data: OpenSetData, callbacks: Sequence[Callback] = ())
         write_json(
             run_dir / "training.json",
             {
+                "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
                 "train/steps": module.steps,
                 "train/resumed_from_step": start,
                 "train/skipped_steps": guard.skipped,

@@ -76,7 +76,7 @@ def line_chart(title: str, lines: Sequence[Line], x: str, y: str, *, unit: bool 
 def histogram(title: str, parts: dict[str, np.ndarray], x: str, marks: dict[str, float]) -> str:
     """Shares of each part by value; ``marks`` are vertical lines."""
     with rc_context(STYLE):
-        figure, axes = _figure(title, x, "share of the images", (6.4, 3.0))
+        figure, axes = _figure(title, x, "share of the images", (5.2, 3.0))
         bins = np.histogram_bin_edges(np.concatenate(list(parts.values())), 40)
         for number, (name, values) in enumerate(parts.items()):
             weights = np.full(len(values), 1 / len(values))

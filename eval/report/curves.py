@@ -35,7 +35,9 @@ def training(run: Run) -> str:
     others |= QUALITY
     for tag, title in others.items():
         if tag in run.scalars:
-            charts.append(line_chart(title, [Line(*smooth(*run.scalars[tag]))], "step", ""))
+            steps, values = smooth(*run.scalars[tag])
+            shares = tag in ("knn/held_out", "train/kept")
+            charts.append(line_chart(title, [Line(steps, 100 * values if shares else values)], "step", "%" * shares))
     notes = [missing("kNN was not watched while training (knn_every=0, no classes, or no held-out images).")]
     return section("training", "Training", grid(charts), *([] if "knn/held_out" in run.scalars else notes))
 

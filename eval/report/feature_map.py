@@ -35,6 +35,7 @@ def feature_map(run: Run) -> str:
     size = min(48, run.images["test"].size) if run.images else 0
     picture = data_uri(sheet(run.images["test"], rows, COLUMNS, 48), lossless=size <= 16) if run.images else ""
     about = {"columns": COLUMNS, "rows": -(-len(rows) // COLUMNS), "captions": _captions(run, rows)}
+    about["labels"] = labels.tolist()
     sharp = " sharp" if 0 < size <= SHARP else ""
     thumb = f'<div class="thumb{sharp}" style="background-image:url({picture})"></div>' if picture else ""
     data = json.dumps(about).replace("<", "\\u003c")
@@ -90,6 +91,8 @@ def _shape(label: int) -> str:
 
 
 def _legend(run: Run, labels: np.ndarray) -> str:
+    if len(run.classes) > len(COLOURS) * len(SHAPES):
+        return f"<p>{len(run.classes)} classes are more than marks can tell apart: point at one to see which it is.</p>"
     entries = "".join(
         f'<li><svg viewBox="-8 -8 16 16" aria-hidden="true"><path class="{_class(label)}" d="{_shape(label)}"/></svg>'
         f"{escape(run.name_of(label))}</li>"

@@ -15,8 +15,10 @@ if (box) {
     if (current >= 0) marks[current].classList.remove("on");
     current = number;
     tip.hidden = number < 0;
+    svg.classList.toggle("pointing", number >= 0);
     if (number < 0) return;
     marks[number].classList.add("on");
+    marks.forEach((mark, other) => mark.classList.toggle("same", about.labels[other] === about.labels[number]));
     tip.querySelector("p").textContent = about.captions[number];
     if (thumb) {
       const side = 118;

@@ -3,12 +3,13 @@
 from html import escape
 
 import numpy as np
+from PIL import Image
 
 from gradmix.eval.report.folder import PRIMARY, Run
 from gradmix.eval.report.page import missing, section, table
 from gradmix.eval.report.pictures import SHARP, data_uri, thumbnail
 
-WIDEST = 25  # classes that a matrix can show
+WIDEST = 25  # classes that a matrix can show as a table
 SHOWN = 6  # mistakes of each kind
 NEAREST = 3
 
@@ -26,8 +27,8 @@ def confusion(run: Run) -> str:
     np.add.at(matrix, (labels % (count + 1), predicted % (count + 1)), 1)
     rows = range(count + 1) if matrix[count].any() else range(count)
     text = f"Rows: what the test images are; columns: what {PRIMARY} takes them for. Shades are shares of the row."
-    show = _matrix if count <= WIDEST else _largest
-    return section(name, "Confusion", f"<p>{text}</p>" if show is _matrix else "", show(run, matrix, rows), *parts)
+    show = _matrix if count <= WIDEST else _picture_of
+    return section(name, "Confusion", f"<p>{text}</p>", show(run, matrix, rows), *parts)
 
 
 def mistakes(run: Run) -> str:
@@ -81,8 +82,11 @@ def _matrix(run: Run, matrix: np.ndarray, rows: range) -> str:
     return table(["", *(f"<th>{name}</th>" for name in names)], cells, "confusion")
 
 
-def _largest(run: Run, matrix: np.ndarray, rows: range) -> str:
-    """Of many classes: the confusions that happen most."""
+def _picture_of(run: Run, matrix: np.ndarray, rows: range) -> str:
+    """Of many classes: one pixel per cell, and the confusions that happen most as a table."""
+    shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+    image = Image.fromarray((255 * (1 - shares[list(rows)] ** 0.5)).round().astype(np.uint8))  # roots show small shares
+    text = f"Confusion matrix of {len(run.classes)} classes"
     wrong = matrix - np.diag(np.diag(matrix))
     order = np.argsort(-wrong, axis=None, kind="stable")[:20]
     names = [escape(run.name_of(index)) for index in [*range(len(run.classes)), -1]]
@@ -91,8 +95,10 @@ def _largest(run: Run, matrix: np.ndarray, rows: range) -> str:
         for i, j in zip(*np.unravel_index(order, wrong.shape), strict=True)
         if wrong[i, j]
     ]
-    return f"<p>The confusions that happen most, of {len(run.classes)} classes.</p>" + table(
-        ["what it is", "what it is taken for", "images"], cells
+    return (
+        f'<img class="matrix sharp" src="{data_uri(image, lossless=True)}" alt="{text}" width="560" height="560">'
+        f'<p class="quiet">{len(run.classes)} classes in the order of their names, unknown last; dark is many.</p>'
+        "<h3>The confusions that happen most</h3>" + table(["what it is", "what it is taken for", "images"], cells)
     )
 
 

@@ -72,7 +72,7 @@ def what_was_run(run: Run) -> str:
         "Run": str(run.path),
         "Data": f"{config.data.name}{f', {config.data.root}' if config.data.root else ''}: {', '.join(sizes)} images"
         + (f" ({unknown} of unknown classes)" if unknown else ""),
-        "Known classes": ", ".join(run.classes) or "none: the images have no classes",
+        "Known classes": _first(run.classes) or "none: the images have no classes",
         "Split, seed": f"{'-' if config.data.split is None else config.data.split}, {config.seed}",
         "Network": f"{config.encoder.name}, width {config.encoder.width}, {config.data.image_size} x "
         f"{config.data.image_size} pixels",
@@ -87,11 +87,14 @@ def what_was_run(run: Run) -> str:
         ),
         "Evaluated": time.strftime("%Y-%m-%d %H:%M", time.localtime((run.path / "metrics.json").stat().st_mtime)),
     }
+    commands = {
+        "The command that was typed": found.get("command"),
+        "A command that makes this run again": command(config, changed),
+    }
     rows = [
         [
-            f'<td class="text"><code>{escape(key)}</code></td>',
-            f"<td>{escape(_show(usual))}</td>",
-            f"<td>{escape(_show(value))}</td>",
+            f"<th><code>{escape(key)}</code></th>",
+            *(f'<td class="value">{escape(_show(part))}</td>' for part in (usual, value)),
         ]
         for key, usual, value in changed
         if key != "run_dir"
@@ -100,8 +103,7 @@ def what_was_run(run: Run) -> str:
         "run",
         "What was run",
         definitions(facts),
-        "<h3>The command that makes this run</h3>",
-        f"<pre>{escape(command(config, changed))}</pre>",
+        *(f"<h3>{what}</h3><pre>{escape(text)}</pre>" for what, text in commands.items() if text),
         "<h3>Settings that are not the default</h3>",
         table(["key", "default", "here"], rows) if rows else missing("None beside the groups in the command."),
     )
@@ -116,7 +118,8 @@ def the_map(run: Run) -> str:
     notes = [] if run.images else [missing(run.why_no_images)]
     text = (
         f"<p>{shown}, placed by t-SNE of their features: near points are similar to the network, distances between "
-        "groups mean little. Point at one, or touch it, to see its image; or use the arrow keys.</p>"
+        "groups mean little. Point at one, or touch it, to see its image and where its class is; or use the arrow keys."
+        "</p>"
     )
     return section("map", title, text, *notes, feature_map(run))
 
@@ -149,7 +152,8 @@ def _mixing(run: Run, step: int, encoded: bytes) -> str:
         5: ("other view", "view", "attribution", "partner", "mixed"),
     }.get(count, ())
     rows = "".join(f"<span>{name}</span>" for name in names)
-    text = f"step {step}"
+    epoch = step * run.config.epochs / run.numbers["train/steps"] if run.numbers.get("train/steps") else None
+    text = f"step {step}" + ("" if epoch is None else f", epoch {epoch:.0f}")
     return (
         f'<figure class="mixing"><div class="rows">{rows}</div><img src="{data_uri(picture)}" alt="Mixing at {text}" '
         f'width="{picture.width}" height="{picture.height}"><figcaption>{text}</figcaption></figure>'
@@ -163,6 +167,11 @@ def _headline(run: Run) -> str:
         if key in run.numbers
     ]
     return f'<div class="headline">{"".join(boxes)}</div>' if boxes else ""
+
+
+def _first(names: list[str], count: int = 25) -> str:
+    rest = len(names) - count
+    return ", ".join(names[:count]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def _show(value: Any) -> str:

@@ -7,7 +7,8 @@ import sys
 import numpy as np
 import pytest
 
-from gradmix.eval.compare_runs import difference, find_runs, group_runs, main
+from gradmix.eval.compare_runs import main
+from gradmix.eval.groups import difference, find_runs, group_runs
 from gradmix.eval.report.folder import read_run
 
 

@@ -1,6 +1,7 @@
 """A run's numbers against scikit-learn on the features that the run saved."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -37,6 +38,11 @@ def test_all_splits_in_one_command(command, tmp_path, digits_run):
         values = np.array([run[key] for run in runs])
         assert summary[key] == pytest.approx(values.mean())
         assert summary[f"{key}/std"] == pytest.approx(values.std(ddof=1))
+    page = (tmp_path / "all/report.html").read_text()  # the same mean, and the way to each split's own report
+    shown = re.search(r'data-key="osr/deep_knn/auroc" data-value="([^"]+)"', page)[1]
+    assert float(shown) == pytest.approx(summary["osr/deep_knn/auroc"])
+    links = re.findall(r'href="(split-\d/report\.html)"', page)
+    assert len(links) == 5 and all((tmp_path / "all" / link).is_file() for link in links)
 
     # The first of them, against scikit-learn on the saved features
     run = tmp_path / "all/split-0"

@@ -7,10 +7,11 @@ import shutil
 import numpy as np
 import pytest
 from PIL import Image
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from sklearn.datasets import load_digits
 from sklearn.metrics import auc, average_precision_score
 
+from gradmix.eval.detectors import DeepKNN
 from gradmix.eval.report import curves, write_report
 from gradmix.eval.report.charts import thin
 from gradmix.eval.report.feature_map import plane
@@ -64,6 +65,11 @@ def test_pointing_at_the_map_shows_that_point_s_image(browser, report, digits_ru
     assert shown[0] > 50 and shown[1] > 50
     assert shown[2] == 'url("data:image/webp;bas'
     assert shown[3] >= 0 and shown[4] == shown[5]
+    same = run(
+        "const labels = JSON.parse(document.getElementById('map-data').textContent).labels;"
+        "return [...document.querySelectorAll('.map path')].map((m, i) => [labels[i], getComputedStyle(m).opacity])"
+    )
+    assert {(label == same[shown[3]][0], opacity) for label, opacity in same} == {(True, "1"), (False, "0.15")}
     assert re.fullmatch(r"test image \d+: \w+, taken for \w+, score [\d.]+", shown[4])
     row = int(shown[4].split()[2].rstrip(":"))
     classes = json.loads((digits_run / "detector/scorer.json").read_text())["classes"]
@@ -112,6 +118,41 @@ def test_the_command_in_it_makes_the_same_run(digits_run, command):
     }
     shutil.copytree(digits_run, "run")
     assert "finished already" in command("pretrain", *command_of(run.config, changed).split()[1:]).out
+
+
+def test_the_command_that_was_typed(report):
+    typed = re.search(r"typed</h3><pre>(.*?)</pre>", report.read_text())[1]
+    assert typed == "-c epochs=2 encoder.width=4 knn_every=1 pictures_every=1 trainer.accelerator=cpu run_dir=run"
+
+
+def test_sixty_classes_stay_readable(digits_run, tmp_path, browser):
+    """Made-up labels: the page must not have a legend of 60 marks or a table of 61 columns."""
+    run, rng = shutil.copytree(digits_run, tmp_path / "run"), np.random.default_rng(0)
+    parts = {name: load_file(run / f"features/{name}.safetensors") for name in ("train", "held_out", "test")}
+    for name, part in parts.items():
+        part["labels"] = rng.integers(-1 if name == "test" else 0, 60, len(part["labels"]))
+        save_file(part, run / f"features/{name}.safetensors")
+    fitted = DeepKNN().fit(parts["train"]["features"], parts["train"]["labels"])
+    fitted.calibrate(parts["held_out"]["features"]).save(run / "detector")
+    names = [f"a class with a long name {label}" for label in range(60)]
+    (run / "detector/scorer.json").write_text(json.dumps({"classes": names}))
+    page = browser(write_report(run), 390)
+    js = page.driver.execute_script
+    assert js("return document.documentElement.scrollWidth") == 390
+    assert js("return document.querySelectorAll('.legend li').length") == 0
+    assert js("return [...document.querySelectorAll('table')].every(t => t.rows[0].cells.length < 10)")
+    assert "a class with a long name 24 and 35 more" in js("return document.querySelector('#run').textContent")
+    matrix = "const image = document.querySelector('img.matrix'), size = [image.naturalWidth, image.naturalHeight];"
+    assert js(matrix + "return [...size, image.width <= 358, image.width == image.height]") == [61, 61, True, True]
+    # The darkest cell of a row is the class that most of its images are taken for.
+    predicted, labels = fitted.predict(parts["test"]["features"]), parts["test"]["labels"]
+    counts = np.bincount(predicted[labels == 7] % 61, minlength=61)
+    row = js(
+        matrix + "const canvas = new OffscreenCanvas(...size).getContext('2d'); canvas.drawImage(image, 0, 0);"
+        "return [...canvas.getImageData(0, 7, 61, 1).data].filter((_, i) => i % 4 == 0)"
+    )
+    assert np.argmin(row) == np.argmax(counts) and (np.array(row) < 255).tolist() == (counts > 0).tolist()
+    assert page.complaints() == []
 
 
 def test_a_run_where_everything_is_missing_says_so(digits_run, tmp_path, browser):

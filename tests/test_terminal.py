@@ -1,0 +1,101 @@
+"""What a person sees: a bar in a terminal, silence elsewhere, --help, Tab."""
+
+import fcntl
+import os
+import pty
+import re
+import shlex
+import struct
+import subprocess
+import sys
+import termios
+from types import SimpleNamespace
+
+import pytest
+
+from gradmix.eval.config import ScoreConfig
+from gradmix.eval.help import settings
+from gradmix.ssl.callbacks import Progress
+from gradmix.ssl.config import Config
+
+QUICK = ("epochs=2", "encoder.width=4", "knn_every=1", "pictures_every=0", "trainer.accelerator=cpu", "run_dir=run")
+SCRIPT = "from gradmix.eval.commands import pretrain; pretrain()"
+
+
+def test_a_terminal_shows_loss_knn_speed_and_time_left(tmp_path):
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, 120, 0, 0))
+    process = subprocess.Popen([sys.executable, "-c", SCRIPT, *QUICK], cwd=tmp_path, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    shown = b""
+    try:
+        while part := os.read(ours, 65536):
+            shown += part
+    except OSError:  # the terminal is gone when the process has ended
+        pass
+    assert process.wait() == 0, shown.decode()
+    bar = re.findall(r"training: +\d+%.*?\[\d\d:\d\d<\d\d:\d\d.*?\]", shown.decode())
+    assert bar and re.search(r"loss=\d+\.\d+, (knn=[\d.]+%, )?img/s=\d+", bar[-1])
+    assert "warn" not in shown.decode().lower()
+
+
+def test_elsewhere_nothing_but_results(tmp_path):
+    result = subprocess.run([sys.executable, "-c", SCRIPT, *QUICK], cwd=tmp_path, capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "\r" not in result.stdout and "deep_knn on pixels" in result.stdout
+
+
+def test_long_runs_say_a_line_a_minute(capsys):
+    progress = Progress(images_per_step=10)
+    progress.seconds_per_line = 0.0
+    module = SimpleNamespace(
+        start=0, steps=0, loader=range(20), scalars={"train/loss": SimpleNamespace(item=lambda: 1.5)}
+    )
+    trainer = SimpleNamespace(is_global_zero=True)
+    progress.on_train_start(trainer, module)
+    for step in range(1, 4):
+        module.steps, progress.knn = step, 87.5
+        progress.on_train_batch_end(trainer, module, None, None, step)
+    lines = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(r"step 3/20, loss 1\.500, knn 87\.5%, img/s \d+, 00:00 left", lines[-1]) and len(lines) == 3
+
+
+def test_help_has_a_line_for_every_option_and_key(command):
+    text = command("pretrain", "--help").out
+    for option in (
+        "data=digits *",
+        "data=imagefolder",
+        "method=simclr",
+        "mix=cutmix",
+        "encoder=resnet50",
+        "optimizer=lars",
+    ):
+        assert re.search(rf"^  {re.escape(option)} +\S+", text, re.M), option
+    for one in settings(Config()):
+        assert one.meaning, f"{one.key}: no comment in ssl/config.py says what it is"
+        assert re.search(rf"^  {re.escape(one.key)}=", text, re.M), one.key
+    assert re.search(r"^  epochs=100 +passes over the training images$", text, re.M)
+    assert all(len(line) <= 120 for line in text.splitlines())
+    text = command("score", "-h").out
+    assert all(re.search(rf"^  {one.key}=", text, re.M) and one.meaning for one in settings(ScoreConfig()))
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        ("gradmix-pretrain dat", {"data=", "data."}),
+        ("gradmix-pretrain data=ci", {"data=cifar10", "data=cifar100", "data=cifar_plus10", "data=cifar_plus50"}),
+        ("gradmix-pretrain mix=res", {"mix=resizemix"}),
+        ("gradmix-pretrain epo", {"epochs="}),
+        ("gradmix-pretrain data.unk", {"data.unknown_root="}),
+    ],
+)
+def test_tab_completes(command, monkeypatch, typed, offered):
+    monkeypatch.setenv("COMP_LINE", typed)
+    result = command("pretrain", "--shell-completion", "query=bash")
+    assert set(shlex.split(result.out)) == offered
+
+
+def test_the_completion_installs_itself(command):
+    script = command("pretrain", "--shell-completion", "install=bash").out
+    assert "complete -o nospace -o default -F hydra_bash_completion gradmix-pretrain" in script

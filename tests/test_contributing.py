@@ -97,4 +97,4 @@ def test_config_files_from_any_folder(command, tmp_path):
     result = command("pretrain", "--config-dir=conf", "method=gentle", *SMALL, "pictures_every=0", "run_dir=run")
     assert result.code == 0 and "gentle with mix=gradmix" in result.out, result.err
     report = (tmp_path / "run/report.html").read_text()
-    assert re.search(r"<code>method.name</code></td><td>joint</td><td>gentle</td>", report)
+    assert re.search(r"<code>method.name</code></th><td[^>]*>joint</td><td[^>]*>gentle</td>", report)

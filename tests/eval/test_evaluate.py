@@ -152,7 +152,7 @@ def test_other_images_cannot_be_compared(digits_run, command, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"deep_kn": {"k": 1}}, "detector_options.deep_kn: no such detector; choose from deep_knn"),
+        ({"deep_kn": {"k": 1}}, "detector_options: no 'deep_kn'; did you mean deep_knn?"),
         ({"deep_knn": {"kk": 1}}, "detector_options.deep_knn.kk: no such parameter; did you mean k?"),
         ({"deep_knn": {"k": "ten"}}, "detector_options.deep_knn.k: expected int, got 'ten'"),
         ({"deep_knn": {"k": True}}, "detector_options.deep_knn.k: expected int, got True"),

@@ -1,0 +1,32 @@
+"""What the pages can't hold themselves: the tables of settings, from the configs, and the sources of the API pages."""
+
+import re
+import shutil
+from pathlib import Path
+
+from gradmix.eval.config import EvalConfig, ScoreConfig
+from gradmix.eval.help import settings
+from gradmix.ssl.config import Config
+
+SCHEMAS = {"pretrain": Config, "eval": EvalConfig, "score": ScoreConfig}
+
+
+def on_startup(**_) -> None:
+    """Copy the package to build/api: mkdocstrings reads sources, and finds no package in ssl without __init__.py."""
+    root = Path(__file__).parent.parent
+    shutil.rmtree(root / "build/api", ignore_errors=True)
+    shutil.copytree(root / "gradmix", root / "build/api/gradmix", ignore=shutil.ignore_patterns("__pycache__"))
+    (root / "build/api/gradmix/ssl/__init__.py").touch()
+
+
+def on_page_markdown(markdown: str, **_) -> str:
+    """Fill `{settings COMMAND}` with the table of that command's keys."""
+    return re.sub(r"^\{settings (\w+)\}$", lambda match: table(SCHEMAS[match[1]]), markdown, flags=re.M)
+
+
+def table(schema: type) -> str:
+    rows = [
+        f"| `{one.key}` | `{one.default}` | {one.meaning.replace('|', 'or').replace('<', '&lt;')} |"
+        for one in settings(schema())
+    ]
+    return "\n".join(["| key | default | meaning |", "| --- | --- | --- |", *rows])

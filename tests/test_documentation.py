@@ -1,0 +1,184 @@
+"""Every command of README.md and docs/ runs, in the order of its page, with nothing changed but sizes and data sets."""
+
+import csv
+import json
+import os
+import re
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from sklearn.datasets import load_digits
+
+import gradmix
+from gradmix.eval import compare_runs
+from gradmix.ssl.backbones import ResNet
+
+ROOT = Path(__file__).parent.parent
+PAGES = ["README.md", *(str(path.relative_to(ROOT)) for path in sorted((ROOT / "docs").rglob("*.md")))]
+SMALL = ("epochs=1", "batch_size=16", "encoder.width=4", "knn_k=3", "pictures_every=1", "trainer.accelerator=cpu")
+DIGITS = {"cat": 3, "dog": 6, "rabbit": 8, "fox": 1}  # what plays the animals
+ELSEWHERE = ("Use it in your own loop", "Evaluate any backbone")  # sections that tests/*/test_readme.py run
+SEVERAL = ("trainer.devices=", "torchrun")  # tested below, in processes of their own
+
+
+def steps(page: str) -> list[tuple[str, str]]:
+    """(language, text) of a page's code: single lines of shell, whole blocks of Python."""
+    text = (ROOT / page).read_text()
+    if page == "README.md":
+        text = re.sub(rf"^## ({'|'.join(ELSEWHERE)})\n.*?(?=^## )", "", text, flags=re.M | re.S)
+    found = []
+    for language, code in re.findall(r"^```(\w*)[^\n]*\n(.*?)^```", text, re.M | re.S):
+        if language == "python":
+            found.append((language, code))
+        elif language in ("", "bash"):
+            found += [("shell", line.split("  #")[0].strip()) for line in code.splitlines()]
+    return found
+
+
+def small(words: list[str]) -> list[str]:
+    """A gradmix-pretrain command's arguments with tiny settings, and digits for data sets that would be downloaded."""
+    words = ["data.split=0" if word == "data.split=all" else word for word in words if not word.startswith(SEVERAL)]
+    words = [word for word in words if word != "data.root=tiny-imagenet-200"]
+    other = ["data=digits"] if any(word.startswith("experiment=") for word in words) else []
+    folder = ["data.image_size=16"] if "data=imagefolder" in words else []
+    return sorted([*words, *other, *folder, *SMALL], key=lambda word: word.startswith("--"))  # flags come last
+
+
+def save_digits(folder: Path, digit: int, rows: range) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    data = load_digits()
+    images = data.images[data.target == digit]
+    for row in rows:
+        Image.fromarray((images[row] * (255 / 16)).astype(np.uint8)).save(folder / f"{row}.png")
+
+
+@pytest.fixture
+def workplace(tmp_path):
+    """What the pages speak of: photos/, other-photos/, unsorted/, new/ and weights.pth."""
+    for name in ("cat", "dog", "rabbit"):
+        save_digits(tmp_path / "photos" / name, DIGITS[name], range(24))
+    save_digits(tmp_path / "other-photos", 0, range(10))
+    save_digits(tmp_path / "unsorted", 5, range(40))
+    save_digits(tmp_path / "new", DIGITS["cat"], range(6))
+    with torch.random.fork_rng():
+        torch.save(ResNet("resnet18", width=4).state_dict(), tmp_path / "weights.pth")
+    return tmp_path
+
+
+def run_step(kind: str, text: str, command, monkeypatch) -> str:
+    """Run one step in this process; what it printed, or "" for what other tests run."""
+    if kind == "python":
+        exec(compile(text, "documentation", "exec"), {"__name__": "documentation"})
+        return ""
+    words = shlex.split(text)
+    name = Path(words[0]).name
+    if name == "make":
+        assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.M), f"no target: {text}"
+    elif name == "cp":
+        subprocess.run(words, check=True)
+    elif name == "gradmix-compare":
+        monkeypatch.setattr(sys, "argv", words)
+        compare_runs.main()
+    elif name.startswith("gradmix-"):
+        arguments = small(words[1:]) if name == "gradmix-pretrain" else words[1:]
+        result = command(name.removeprefix("gradmix-"), *arguments)
+        assert result.code == 0, f"{text}\n{result.err}"
+        return result.out
+    else:
+        assert name in ("eval", "torchrun"), f"no test knows this line: {text}"
+    return ""
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page != "README.md" and steps(page)])
+def test_commands_of_the_pages(page, workplace, command, monkeypatch):
+    for kind, text in steps(page):
+        if not any(word in text for word in SEVERAL):
+            run_step(kind, text, command, monkeypatch)
+
+
+def test_who_follows_the_readme_ends_with_a_report_and_scores(workplace, command, monkeypatch):
+    shutil.rmtree(workplace / "photos")
+    for name, digit in DIGITS.items():
+        if name != "fox":
+            save_digits(workplace / "photos/train" / name, digit, range(30))
+        save_digits(workplace / "photos/test" / name, digit, range(30, 45))
+    printed = [run_step(kind, text, command, monkeypatch) for kind, text in steps("README.md")]
+    assert any("3 known classes: cat, dog, rabbit; 1 unknown" in text for text in printed)
+    for run in ("demo", "mine", "eight", "digits"):
+        assert (workplace / "runs" / run / "report.html").stat().st_size > 10_000, run
+    numbers = json.loads((workplace / "runs/mine/metrics.json").read_text())
+    assert 0 <= numbers["osr/deep_knn/auroc"] <= 1
+    rows = list(csv.DictReader(open(workplace / "scores.csv")))
+    assert [row["path"] for row in rows] == [f"new/{number}.png" for number in range(6)]
+    assert all(row["prediction"] in ("cat", "dog", "rabbit", "unknown") and float(row["score"]) >= 0 for row in rows)
+    assert (workplace / "compare.html").is_file()
+
+
+def test_the_readme_s_commands_for_several_gpus_are_the_page_s():
+    lines = [text for _, text in steps("README.md") if any(word in text for word in SEVERAL)]
+    assert len(lines) == 2 and set(lines) <= {text for _, text in steps("docs/several-gpus.md")}
+
+
+def several_steps() -> dict[str, list[str]]:
+    lines = [text for _, text in steps("docs/several-gpus.md")]
+    return {shlex.split(line)[0]: [w for w in shlex.split(line) if "=" in w and w[0] != "-"] for line in lines}
+
+
+def start(words: list[str], folder: Path) -> subprocess.Popen:
+    scripts = Path(sys.executable).parent  # where the commands are
+    environment = {**os.environ, "PATH": f"{scripts}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        words, cwd=folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+
+
+def test_two_processes_on_one_machine(workplace):
+    words = small(several_steps()["gradmix-pretrain"])
+    process = start(["gradmix-pretrain", *words, "trainer.devices=2"], workplace)
+    assert process.wait(timeout=300) == 0, process.stdout.read()
+    assert (workplace / "runs/eight/report.html").is_file()
+
+
+def test_two_hosts(workplace):
+    """Two torchrun agents that meet at an address: two hosts, as far as one machine can play them."""
+    with socket.socket() as one:
+        one.bind(("localhost", 0))
+        meeting = f"--rdzv-endpoint=localhost:{one.getsockname()[1]}"
+    words = small(several_steps()["torchrun"])
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"]
+    launcher += ["--rdzv-backend=c10d", meeting, "--no-python", "gradmix-pretrain"]
+    hosts = [start([*launcher, *words, "trainer.devices=1", "trainer.num_nodes=2"], workplace) for _ in range(2)]
+    for host in hosts:
+        assert host.wait(timeout=300) == 0, host.stdout.read()
+    assert (workplace / "runs/two-hosts/report.html").is_file()
+
+
+def test_the_site_builds_without_a_warning_and_has_the_docstrings(tmp_path):
+    pytest.importorskip("mkdocs")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    built = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}, capture_output=True, text=True
+    )
+    assert (built.returncode, built.stderr) == (0, "")
+    pages = {
+        name: (tmp_path / f"site/{name}/index.html").read_text() for name in ("api/gradmix", "api/ssl", "settings")
+    }
+    assert "watch" in pages["api/gradmix"] and "NTXentLoss" in pages["api/ssl"]
+    assert "data.unknown_root" in pages["settings"] and "{settings" not in pages["settings"]
+    assert not re.search(r'(?:src|href)="https?://[^"]*\.(?:js|css|woff2?)"', pages["settings"])  # opens offline
+
+
+def test_the_citation_names_the_paper_and_the_version():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == gradmix.__version__
+    assert "2505.12803" in citation["preferred-citation"]["url"]
+    assert [author["family-names"] for author in citation["preferred-citation"]["authors"]] == ["Xu", "Kao", "Keuper"]

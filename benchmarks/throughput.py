@@ -14,12 +14,15 @@ End to end, data included, in the same run and by turns:
 
 Images up to 64 x 64 are arrays in memory for all; at 224 all read JPEG files.
 Then: each part's share of a GradMix step, each switch of ``speed`` turned over, and the step's FLOP/s over those of a
-large matrix product on the same device.
+large matrix product on the same device; and one process against two.
 """
 
 import argparse
+import json
 import os
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -114,6 +117,8 @@ def main() -> None:
             found |= inside(case, images)
             if name == "32" and not options.quick:
                 found["switches"] = compare_switches(case, images, repeats)
+    if not options.quick:
+        result["processes"] = compare_processes()
     if options.save:
         save(f"throughput-{device.type}", result)
 
@@ -437,6 +442,24 @@ def compare_switches(case: Case, images: ImageSet, repeats: int) -> dict[str, fl
         ratios[name] = round(statistics.median(a / b for a, b in zip(found, seconds["as it is"], strict=True)), 3)
         print(f"  {name:<30} {ratios[name]:6.3f} of the step's time", flush=True)
     return ratios
+
+
+def compare_processes() -> dict[int, float]:
+    """Images per second of gradmix-pretrain on digits with one process and with two, over the same cores or GPUs."""
+    found = {}
+    command = [sys.executable, "-c", "from gradmix.eval.commands import pretrain; pretrain()", "epochs=3"]
+    on_gpu = device_here().type == "cuda"
+    for processes in (1, 2) if not on_gpu or torch.cuda.device_count() > 1 else (1,):
+        with tempfile.TemporaryDirectory() as folder:
+            devices = [f"trainer.devices={processes}", f"trainer.accelerator={'gpu' if on_gpu else 'cpu'}"]
+            settings = ["data.image_size=32", "encoder.width=32", "knn_every=0", f"run_dir={folder}"]
+            threads = str(max(1, os.cpu_count() // processes))
+            environment = os.environ | {"OMP_NUM_THREADS": threads}
+            subprocess.run([*command, *devices, *settings], check=True, capture_output=True, env=environment)
+            training = json.loads((Path(folder) / "training.json").read_text())
+        found[processes] = training["train/images_per_s"]
+        print(f"  {processes} process{'es' if processes > 1 else ''}: {found[processes]:,.0f} images/s", flush=True)
+    return found
 
 
 def stepper(config: Config, images: ImageSet) -> Callable[[], None]:

@@ -17,6 +17,9 @@ def on_startup(**_) -> None:
     shutil.rmtree(root / "build/api", ignore_errors=True)
     shutil.copytree(root / "gradmix", root / "build/api/gradmix", ignore=shutil.ignore_patterns("__pycache__"))
     (root / "build/api/gradmix/ssl/__init__.py").touch()
+    for path in (root / "build/api").rglob("*.py"):  # docstrings have Sphinx's roles, the pages are Markdown
+        text = re.sub(r":(?:func|class|meth|mod):`~?([^`]+)`", r"`\1`", path.read_text())
+        path.write_text(re.sub(r"::$", ":", text, flags=re.M))
 
 
 def on_page_markdown(markdown: str, **_) -> str:

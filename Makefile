@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install demo test lint stress bench clean
+.PHONY: install demo test lint docs stress bench clean
 
 install: .venv/installed
 
@@ -21,6 +21,10 @@ test: install
 
 lint: install
 	$(BIN)/ruff check .
+
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo build/site/index.html
 
 stress: install
 	$(BIN)/python -m pytest tests/stress --stress

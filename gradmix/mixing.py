@@ -14,10 +14,11 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gradmix.attribution import EVIDENCE, default_layers, layercam, record, still
+from gradmix.boxes import boxes_inside, kept_fraction, paste, resize_into
+from gradmix.draws import beta, noise_like, normal, random_pixels, uniform
 from gradmix.registry import Registry
 
 PASTE = ("resize", "cut", "noise")
@@ -197,17 +198,17 @@ class GradMix(Mixer):
 
     def _mix(self, images: Tensor, partner: Tensor, attribution: Tensor | None, generator: torch.Generator) -> Mixed:
         rows, _, height, width = images.shape
-        centres = _random_pixels(rows, (height, width), images.device, generator)
+        centres = random_pixels(rows, (height, width), images.device, generator)
         if attribution is not None:
             highest, peak = attribution.flatten(1).max(1)
             peaks = torch.stack([peak // width, peak % width], 1)
             centres = torch.where(highest[:, None] > 0, peaks, centres)
         low, high = self.keep
-        lam = low + (high - low) * _beta(rows, self.alpha, images.device, generator)
+        lam = low + (high - low) * beta(rows, self.alpha, images.device, generator)
         boxes = boxes_inside(centres, (1 - lam).sqrt(), (height, width))
         if self.paste == "noise":
             partner = torch.arange(rows, device=images.device)
-            filling = _noise_like(images, generator)
+            filling = noise_like(images, generator)
         elif self.paste == "cut":
             filling = images[partner]
         else:
@@ -252,8 +253,8 @@ class CutMix(Mixer):
 
     def _mix(self, images: Tensor, partner: Tensor, attribution: Tensor | None, generator: torch.Generator) -> Mixed:
         rows, _, height, width = images.shape
-        share = (1 - _beta(rows, self.alpha, images.device, generator)).sqrt()
-        centres = _random_pixels(rows, (height, width), images.device, generator)
+        share = (1 - beta(rows, self.alpha, images.device, generator)).sqrt()
+        centres = random_pixels(rows, (height, width), images.device, generator)
         sides = torch.stack([share * height, share * width], 1).long()
         start = centres - sides // 2
         bottom, right = (start + sides).unbind(1)
@@ -277,10 +278,10 @@ class ResizeMix(Mixer):
     def _mix(self, images: Tensor, partner: Tensor, attribution: Tensor | None, generator: torch.Generator) -> Mixed:
         rows, _, height, width = images.shape
         low, high = self.scale
-        share = low + (high - low) * _uniform((rows,), images.device, generator)
+        share = low + (high - low) * uniform((rows,), images.device, generator)
         sides = torch.stack([share * height, share * width], 1).round()
         room = torch.stack([height - sides[:, 0], width - sides[:, 1]], 1) + 1
-        start = (_uniform((rows, 2), images.device, generator) * room).long()
+        start = (uniform((rows, 2), images.device, generator) * room).long()
         boxes = torch.cat([start, start + sides.long()], 1)
         filling = resize_into(images[partner], boxes)
         return Mixed(paste(images, filling, boxes), kept_fraction(boxes, (height, width)), partner, boxes=boxes)
@@ -294,7 +295,7 @@ class MixUp(Mixer):
         self.alpha = _positive("alpha", alpha)
 
     def _mix(self, images: Tensor, partner: Tensor, attribution: Tensor | None, generator: torch.Generator) -> Mixed:
-        lam = _beta(images.shape[0], self.alpha, images.device, generator).to(images.dtype)  # as the blend has it
+        lam = beta(images.shape[0], self.alpha, images.device, generator).to(images.dtype)  # as the blend has it
         return Mixed(torch.lerp(images[partner], images, lam[:, None, None, None]), lam.float(), partner)
 
 
@@ -317,9 +318,9 @@ class FMix(Mixer):
         frequency = torch.hypot(
             torch.fft.fftfreq(height, device=device)[:, None], torch.fft.rfftfreq(width, device=device)
         ).clamp(min=1 / max(height, width))
-        spectrum = torch.view_as_complex(_normal((rows, *frequency.shape, 2), device, generator))
+        spectrum = torch.view_as_complex(normal((rows, *frequency.shape, 2), device, generator))
         noise = torch.fft.irfft2(spectrum / frequency**self.decay, s=(height, width))
-        keep = (_beta(rows, self.alpha, device, generator) * height * width).round()  # pixels
+        keep = (beta(rows, self.alpha, device, generator) * height * width).round()  # pixels
         rank = noise.flatten(1).argsort(1, descending=True).argsort(1).view_as(noise)
         mask = (rank < keep[:, None, None])[:, None]
         return Mixed(torch.where(mask, images, images[partner]), keep / (height * width), partner)
@@ -337,83 +338,6 @@ MIXERS: Registry[Callable[..., Mixer]] = Registry(
         "fmix": FMix,
     },
 )
-
-
-# Boxes: [N, 4] int64 (top, left, bottom, right), ends exclusive.
-
-
-def boxes_inside(centres: Tensor, share: Tensor, size: tuple[int, int]) -> Tensor:
-    """Boxes with sides ``share * size`` (rounded) around ``centres`` [N, 2], moved so that nothing is clipped."""
-    top, bottom = _span_inside(centres[:, 0], share, size[0])
-    left, right = _span_inside(centres[:, 1], share, size[1])
-    return torch.stack([top, left, bottom, right], 1)
-
-
-def _span_inside(centre: Tensor, share: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    side = (share * length).round().long()
-    start = torch.minimum((centre - side // 2).clamp(min=0), length - side)
-    return start, start + side
-
-
-def kept_fraction(boxes: Tensor, size: tuple[int, int]) -> Tensor:
-    """Fraction of pixels outside each box, ``[N]``."""
-    area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
-    return 1 - area / (size[0] * size[1])
-
-
-def paste(images: Tensor, filling: Tensor, boxes: Tensor) -> Tensor:
-    """``filling`` inside the boxes, ``images`` outside; both ``[N, C, H, W]``."""
-    top, left, bottom, right = boxes[:, :, None].unbind(1)  # each [N, 1]
-    y = torch.arange(images.shape[2], device=images.device)
-    x = torch.arange(images.shape[3], device=images.device)
-    inside_y, inside_x = (y >= top) & (y < bottom), (x >= left) & (x < right)
-    return torch.where((inside_y[:, :, None] & inside_x[:, None, :])[:, None], filling, images)
-
-
-def resize_into(images: Tensor, boxes: Tensor) -> Tensor:
-    """Each image of ``[N, C, H, W]`` resized whole into its box (bilinear); undefined outside the box.
-
-    One ``grid_sample`` for the batch: the box's pixel centres are mapped to [-1, 1], which for
-    ``align_corners=False`` is exactly ``F.interpolate`` of each image to its own size.
-    """
-    _, _, height, width = images.shape
-    precise = images.to(torch.promote_types(images.dtype, torch.float32))  # half-precision coordinates would blur
-    top, left, bottom, right = boxes[:, :, None].to(precise.dtype).unbind(1)  # each [N, 1]
-    y = torch.arange(height, device=images.device) + 0.5
-    x = torch.arange(width, device=images.device) + 0.5
-    grid_y = 2 * (y - top) / (bottom - top).clamp(min=1) - 1  # [N, H]
-    grid_x = 2 * (x - left) / (right - left).clamp(min=1) - 1  # [N, W]
-    grid = torch.stack([grid_x[:, None].expand(-1, height, -1), grid_y[:, :, None].expand(-1, -1, width)], -1)
-    with torch.autocast(images.device.type, enabled=False):
-        return F.grid_sample(precise, grid, padding_mode="border", align_corners=False).to(images.dtype)
-
-
-# Random numbers are drawn where the generator lives and then moved: a CPU generator works for images on a GPU.
-
-
-def _uniform(shape: tuple[int, ...], device: torch.device, generator: torch.Generator) -> Tensor:
-    return torch.rand(shape, generator=generator, device=generator.device).to(device, non_blocking=True)
-
-
-def _normal(shape: tuple[int, ...], device: torch.device, generator: torch.Generator) -> Tensor:
-    return torch.randn(shape, generator=generator, device=generator.device).to(device, non_blocking=True)
-
-
-def _random_pixels(count: int, size: tuple[int, int], device: torch.device, generator: torch.Generator) -> Tensor:
-    """Pixel positions (row, column), ``[count, 2]`` int64."""
-    u = _uniform((count, 2), device, generator)
-    return torch.stack([u[:, 0] * size[0], u[:, 1] * size[1]], 1).long()
-
-
-def _beta(count: int, alpha: float, device: torch.device, generator: torch.Generator) -> Tensor:
-    """Beta(alpha, alpha), ``[count]``; as a two-way Dirichlet, because torch.distributions takes no generator."""
-    concentration = torch.full((count, 2), float(alpha), device=generator.device)
-    return torch._sample_dirichlet(concentration, generator=generator)[:, 0].to(device, non_blocking=True)
-
-
-def _noise_like(images: Tensor, generator: torch.Generator) -> Tensor:
-    deviation, mean = torch.std_mean(images.float(), dim=(2, 3), keepdim=True, correction=0)
-    return (mean + deviation * _normal(tuple(images.shape), images.device, generator)).to(images.dtype)
 
 
 def _one_of(name: str, value: str, choices: Sequence[str]) -> str:

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gradmix import MIXERS, CutMix, FMix, GradMix, Mixed, MixUp, ResizeMix
-from gradmix.mixing import boxes_inside, kept_fraction, resize_into
+from gradmix.boxes import boxes_inside, kept_fraction, resize_into
 
 SIZES = [(1, 1), (1, 7), (2, 3), (5, 5), (16, 16), (31, 33), (65, 97)]
 BOXES = {

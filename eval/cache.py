@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -69,13 +70,22 @@ def write_arrays(path: Path, key: str, shapes: dict[str, tuple[str, tuple[int, .
     def write(temporary: Path) -> None:
         with open(temporary, "wb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
-            file.truncate(8 + len(text) + end)
+            file.flush()
+            _reserve(file.fileno(), 8 + len(text) + end)
         arrays = _map(temporary, "r+")[1]
         fill(arrays)
         for array in arrays.values():
             array.flush()
 
     write_atomically(path, write)
+
+
+def _reserve(descriptor: int, size: int) -> None:
+    """Room for ``size`` bytes: where a file only claims them, writing to its map dies of SIGBUS on a full disk."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(descriptor, 0, size)
+    else:
+        os.truncate(descriptor, size)
 
 
 def read_arrays(path: Path, key: str) -> Arrays | None:

@@ -113,6 +113,14 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path):
     assert read_arrays(path, "key")["x"].tolist() == [1, 1] and read_arrays(path, "new") is None
 
 
+def test_room_is_there_before_anything_is_written(tmp_path):
+    def fill(arrays):
+        (temporary,) = tmp_path.iterdir()
+        assert temporary.stat().st_blocks * 512 >= 4 * 10**6
+
+    write_arrays(tmp_path / "x", "key", {"features": ("F32", (1000, 1000))}, fill)
+
+
 def test_frozen_notices_every_bit():
     network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4))
     with frozen(network):

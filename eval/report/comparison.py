@@ -59,11 +59,10 @@ def _table(groups: list[Group], numbers: dict[str, tuple[str, float]]) -> str:
             data = f' data-key="{escape(key)}" data-value="{float(np.mean(values))!r}"' if values else ""
             cells.append(f"<td{data}>{mean(values, scale)}<small>{gap(what, scale)}</small></td>")
         rows.append(cells)
-    note = (
-        "Mean ± standard deviation over splits and seeds; below it, the difference to the first column over the splits "
-        "and seeds that both have."
-    )
-    return table(head, rows) + f'<p class="quiet">{note}</p>'
+    note = "Mean ± standard deviation over splits and seeds"
+    if len(groups) > 1:
+        note += "; below it, the difference to the first column over the splits and seeds that both have"
+    return table(head, rows) + f'<p class="quiet">{note}.</p>'
 
 
 def _rest(groups: list[Group]) -> str:
@@ -136,7 +135,8 @@ def _folders(groups: list[Group], folder: Path) -> str:
         for unit, runs in group.runs.items()
         for run in runs
     ]
-    return f"<details><summary>The runs</summary>{table(['group', 'split and seed', 'folder'], rows)}</details>"
+    shown = " open" if len(rows) <= 10 else ""
+    return f"<details{shown}><summary>The runs</summary>{table(['group', 'split and seed', 'folder'], rows)}</details>"
 
 
 def _link(run: Run, folder: Path) -> str:

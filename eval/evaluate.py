@@ -13,7 +13,7 @@ from gradmix.eval import metrics
 from gradmix.eval.compare import image_hashes
 from gradmix.eval.config import EvalConfig
 from gradmix.eval.detectors import DETECTORS, Detector
-from gradmix.eval.features import Model, raw_pixels
+from gradmix.eval.features import Model, raw_pixels, raw_pixels_bytes
 from gradmix.eval.knn import KNNClassifier
 from gradmix.eval.linear import LinearProbe
 from gradmix.eval.probes import check_asked, further_probes, knn_accuracies, quality_numbers, two_views
@@ -84,9 +84,13 @@ def evaluate(
         result["linear/top1"] = metrics.closed_set_accuracy(probe.predict(features), labels)
         result["protocol/linear"] = str(probe)
         result |= further_probes(asked, config, model, data, found)
-        pixels = {name: raw_pixels(sets[name]) for name in found}
-        knn = KNNClassifier(config.knn_k, config.knn_temperature).fit(pixels["train"], data.train.labels)
-        result["knn_pixels/top1"] = metrics.closed_set_accuracy(knn.predict(pixels["test"][known]), labels)
+        pixels = {}
+        if sum(raw_pixels_bytes(sets[name]) for name in found) <= limit:
+            pixels = {name: raw_pixels(sets[name]) for name in found}
+            knn = KNNClassifier(config.knn_k, config.knn_temperature).fit(pixels["train"], data.train.labels)
+            result["knn_pixels/top1"] = metrics.closed_set_accuracy(knn.predict(pixels["test"][known]), labels)
+        else:
+            result["skipped"]["raw pixels"] = "they exceed data.memory_gib"
     else:
         result["skipped"]["knn, linear, osr"] = "the images have no classes"
     pair = two_views(model.backbone.encoder, data.train, config.data.augment, model.device)
@@ -94,7 +98,8 @@ def evaluate(
     (out / "features" / "scores.safetensors").unlink(missing_ok=True)  # an earlier evaluation's, of other images
     if data.classes and (data.test.labels < 0).any():
         scores = {"labels": data.test.labels, "images": image_hashes(data.test)}
-        for key, detector, space in [*detectors, ("pixels", build_detector(PRIMARY, options), None)]:
+        baseline = [("pixels", build_detector(PRIMARY, options), None)] if pixels else []
+        for key, detector, space in [*detectors, *baseline]:
             spaces = pixels if space is None else {name: part[space] for name, part in found.items()}
             head = (probe.weight_, probe.bias_) if space == "features" else None
             values, score, correct = open_set(detector, spaces, data, head)

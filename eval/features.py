@@ -99,6 +99,11 @@ def batches(backbone: nn.Module, images: ImageSet, device: torch.device, workers
         yield backbone(batch.to(device)).float()
 
 
+def raw_pixels_bytes(images: ImageSet) -> int:
+    """What :func:`raw_pixels` takes."""
+    return len(images) * 3 * min(images.size, 32) ** 2 * 4
+
+
 def raw_pixels(images: ImageSet) -> Tensor:
     """The baseline that needs no learning: pixels ``[N, P]`` in [0, 1], images above 32 x 32 averaged down to that."""
     parts = []

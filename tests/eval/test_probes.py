@@ -66,3 +66,16 @@ def test_quality_over_training_changes_nothing_else(digits_run, tmp_path):
     events = EventAccumulator(str(tmp_path / "run/tensorboard")).Reload()
     for name in ("alignment", "uniformity", "effective_rank", "class_spread"):
         assert len(events.Scalars(f"quality/{name}")) == 2  # one an epoch
+
+
+def test_features_beyond_memory_give_the_same_numbers(command, tmp_path, digits_run):
+    small = ("data=digits", "data.split=0", "data.holdout=0.1", "detectors=[deep_knn,mahalanobis,vim]")
+    for name, memory in (("whole", 4), ("mapped", 1e-6)):
+        result = command("eval", f"run={digits_run}", *small, f"data.memory_gib={memory}", f"out={name}")
+        assert result.code == 0, result.err
+    whole, mapped = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("whole", "mapped"))
+    assert mapped["skipped"]["raw pixels"] == "they exceed data.memory_gib"
+    numbers = [key for key, value in whole.items() if isinstance(value, float) and "pixels" not in key]
+    assert {"knn/top1", "linear/top1", "osr/vim/auroc", "quality/class_spread"} < set(numbers)
+    for key in numbers:
+        assert mapped[key] == pytest.approx(whole[key], abs=0.006), key

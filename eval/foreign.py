@@ -59,7 +59,8 @@ def check_transfer_classes(run: Config, data: OpenSetData) -> None:
         return
     tested = set(data.test.labels.tolist())
     absent = [name for label, name in enumerate(data.classes) if label not in tested]
-    chosen = run.data.split is not None or run.data.known is not None or run.data.unknown_root is not None
+    asked = run.data
+    chosen = asked.pseudo_unknown or any(x is not None for x in (asked.split, asked.known, asked.unknown_root))
     extra = [] if chosen else data.unknown
     if absent or extra:
         differences = [f"only the training set has {', '.join(absent)}"] * bool(absent)

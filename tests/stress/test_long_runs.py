@@ -19,7 +19,15 @@ def train_and_measure(folder: Path, steps: int) -> None:
     """Random images; writes resident bytes after a tenth of the steps and after all."""
     from pytorch_lightning import Callback
 
-    from gradmix.ssl.config import Config, DataConfig, EncoderConfig, MethodConfig, MixConfig, OptimizerConfig
+    from gradmix.ssl.config import (
+        AugmentConfig,
+        Config,
+        DataConfig,
+        EncoderConfig,
+        MethodConfig,
+        MixConfig,
+        OptimizerConfig,
+    )
     from gradmix.ssl.data import OpenSetData
     from gradmix.ssl.images import ImageSet
     from gradmix.ssl.train import train
@@ -40,9 +48,9 @@ def train_and_measure(folder: Path, steps: int) -> None:
         run_dir=str(folder / "run"),
         epochs=steps // 10,
         batch_size=16,
-        data=DataConfig("digits", image_size=8),
+        data=DataConfig("digits", image_size=8, augment=AugmentConfig(jitter=0, greyscale=0)),
         method=MethodConfig("joint", 1.0, 1.0),
-        mix=MixConfig("gradmix"),
+        mix=MixConfig("gradmix", probability=0.25),
         encoder=EncoderConfig("resnet18", width=4),
         optimizer=OptimizerConfig("adam", base_lr=1e-4),
         checkpoint_seconds=5,
@@ -83,13 +91,13 @@ def test_losses_and_gradients_are_finite(dtype, temperature, cases, tell):
         rows[kind == 3] = 0
         rows[kind == 4] = rows[kind == 4].sign() * largest
         rows[kind == 5] *= 10 ** rng.uniform(-30, 4)
-        rows = rows.clamp(-largest, largest).to(dtype).requires_grad_()
-        z = F.normalize(rows.float(), dim=1)
+        rows = rows.clamp(-largest, largest).to(dtype)
+        z = F.normalize(rows.float(), dim=1).requires_grad_()
         kept = torch.rand(2 * pairs, generator=generator)
         labels = torch.randint(0, 3, (2 * pairs,), generator=generator)
         p = z.roll(1, 0)
         values = [ntxent(z), ntxent(z, p, kept), supcon(z, labels), supcon(z, labels, p, kept)]
-        (gradient,) = torch.autograd.grad(sum(values), rows)
+        (gradient,) = torch.autograd.grad(sum(values), z)
         assert all(value.isfinite() for value in values), (rows, values)
         assert gradient.isfinite().all(), (rows, gradient)
         low, high = min(low, *(v.item() for v in values)), max(high, *(v.item() for v in values))

@@ -55,9 +55,10 @@ from gradmix.ssl.config import (
     OptimizerConfig,
 )
 from gradmix.ssl.images import ImageSet
+from gradmix.ssl.limits import precision
 from gradmix.ssl.loader import TrainLoader
 from gradmix.ssl.pretrain import Pretraining, build_optimizer
-from gradmix.ssl.train import build_trainer, precision
+from gradmix.ssl.train import build_trainer
 
 JPEGS = 64  # distinct files, read again and again: the page cache holds a small data set in any case
 # One loop over another in images per second, end to end, and the least that it should be.

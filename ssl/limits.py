@@ -55,11 +55,20 @@ def check_limits(config: Config, network: nn.Module, images: int, num_features: 
     on_gpu = torch.cuda.is_available() and config.trainer.get("accelerator", "auto") != "cpu"
     views = 2 * config.batch_size // (torch.cuda.device_count() if on_gpu else 1)
     views = min(views, config.speed.micro_batch or views)
-    half = "16" in str(config.trainer.get("precision", "32"))
+    half = "16" in str(precision(config))
     batch = views * activation_bytes(network, config.data.image_size) // (2 if half else 1)
     free = torch.cuda.mem_get_info()[0] if on_gpu else memory
     hint = "try a smaller batch_size, or speed.micro_batch"
     _check(f"batch_size: the activations of {views} views", batch, free, "on the device", hint)
+
+
+def precision(config: Config) -> str:
+    """What ``trainer.precision=auto`` means here: bfloat16 autocast on GPUs that have it, float32 everywhere else."""
+    asked = config.trainer.get("precision", "auto")
+    if asked != "auto":
+        return asked
+    on_gpu = torch.cuda.is_available() and config.trainer.get("accelerator", "auto") in ("auto", "gpu", "cuda")
+    return "bf16-mixed" if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
 
 
 def activation_bytes(network: nn.Module, image_size: int) -> int:

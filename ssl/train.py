@@ -22,7 +22,7 @@ from gradmix.ssl.data import OpenSetData
 from gradmix.ssl.files import write_json, write_tensors
 from gradmix.ssl.guard import ON_NONFINITE, Guard
 from gradmix.ssl.images import ImageSet
-from gradmix.ssl.limits import check_limits
+from gradmix.ssl.limits import check_limits, precision
 from gradmix.ssl.loader import check_batch_size
 from gradmix.ssl.pretrain import Pretraining, learning_rate
 from gradmix.ssl.run import claim
@@ -158,15 +158,6 @@ def build_trainer(config: Config, callbacks: list[Callback]) -> Trainer:
         "precision": precision(config),
     }
     return Trainer(**settings, callbacks=callbacks)
-
-
-def precision(config: Config) -> str:
-    """What ``trainer.precision=auto`` means here: bfloat16 autocast on GPUs that have it, float32 everywhere else."""
-    asked = config.trainer.get("precision", "auto")
-    if asked != "auto":
-        return asked
-    on_gpu = torch.cuda.is_available() and config.trainer.get("accelerator", "auto") in ("auto", "gpu", "cuda")
-    return "bf16-mixed" if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
 
 
 def quiet_lightning() -> None:

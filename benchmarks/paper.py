@@ -32,7 +32,6 @@ from gradmix.ssl.files import write_json
 
 README = Path(__file__).parent.parent / "README.md"
 MARKS = "<!-- paper.py writes this table -->", "<!-- end of the table -->"
-COMMAND = [sys.executable, "-c", "from gradmix.eval.commands import {0}; {0}()"]
 TIME_TO_STOP = 20  # seconds that a run gets to save and exit
 # What makes a row: the same setting may be run for other splits and seeds.
 SETTING = ("data", "method", "mix", "evidence", "epochs", "tag")
@@ -110,15 +109,16 @@ def matrix(options: argparse.Namespace) -> Iterable[tuple[Path, list[str]]]:
 def finish(folder: Path, overrides: list[str], options: argparse.Namespace, deadline: float) -> bool:
     """Train and evaluate one run, or as much of it as there is time for. Whether it is finished."""
     folder.mkdir(parents=True, exist_ok=True)
-    steps = {"metrics.json": ("pretrain", [*overrides, f"run_dir={folder}"])}
+    steps = {"metrics.json": ("gradmix-pretrain", [*overrides, f"run_dir={folder}"])}
     if options.corruptions:
-        steps["metrics_corruptions.json"] = ("evaluate", [f"run={folder}", f"corruptions={options.corruptions}"])
+        steps["metrics_corruptions.json"] = ("gradmix-eval", [f"run={folder}", f"corruptions={options.corruptions}"])
     for result, (command, arguments) in steps.items():
         if (folder / result).exists():
             continue
         start = time.monotonic()
         with open(folder / "log.txt", "a") as log:
-            process = subprocess.Popen([*COMMAND[:2], COMMAND[2].format(command), *arguments], stdout=log, stderr=log)
+            script = Path(sys.executable).with_name(command)  # Lightning starts further processes from its path
+            process = subprocess.Popen([script, *arguments], stdout=log, stderr=log)
             try:
                 process.wait(max(1, deadline - TIME_TO_STOP - start))
             except (subprocess.TimeoutExpired, KeyboardInterrupt):

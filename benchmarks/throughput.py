@@ -118,10 +118,12 @@ def main() -> None:
             found |= inside(case, images)
             if name == "32" and not options.quick:
                 found["switches"] = compare_switches(case, images, repeats)
+            if options.save:
+                save(f"throughput-{device.type}", result)  # after each case: what is measured is not lost
     if not options.quick:
         result["processes"] = compare_processes()
-    if options.save:
-        save(f"throughput-{device.type}", result)
+        if options.save:
+            save(f"throughput-{device.type}", result)
 
 
 def settings(case: Case, method: str = "simclr", mix: str = "none", run_dir: str = "") -> Config:
@@ -448,7 +450,8 @@ def compare_switches(case: Case, images: ImageSet, repeats: int) -> dict[str, fl
 def compare_processes() -> dict[int, float]:
     """Images per second of gradmix-pretrain on digits with one process and with two, over the same cores or GPUs."""
     found = {}
-    command = [sys.executable, "-c", "from gradmix.eval.commands import pretrain; pretrain()", "epochs=3"]
+    # Lightning starts the second process from the script's path, so it must be one.
+    command = [str(Path(sys.executable).with_name("gradmix-pretrain")), "epochs=3"]
     on_gpu = device_here().type == "cuda"
     for processes in (1, 2) if not on_gpu or torch.cuda.device_count() > 1 else (1,):
         with tempfile.TemporaryDirectory() as folder:

@@ -27,7 +27,7 @@ def test_a_matrix_goes_on_until_nothing_is_left(tmp_path):
     assert (row["data"], row["split"], row["mix"], row["epochs"], row["seed"]) == ("digits", 0, "none", 1, 0)
     assert row["minutes"] > 0 and row["commit"]
     again = paper(tmp_path)  # at once: the run is there
-    assert "pretrain" not in again and len(json.loads((tmp_path / "rows.json").read_text())) == 1
+    assert "gradmix-pretrain" not in again and len(json.loads((tmp_path / "rows.json").read_text())) == 1
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from lightly.utils.benchmarking import knn_predict
-from machine import RESULTS, hardware, save
+from machine import RESULTS, hardware, plot, save
 from sklearn.neighbors import KNeighborsClassifier
 
 from gradmix.eval.detectors import ClassKNN
@@ -203,24 +203,6 @@ def resident():
     return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else 0
 
 
-def plot(sizes, queries, path):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(6, 4))
-    banks = [size["bank"] for size in sizes]
-    for key, label in (("exact_seconds", "exact"), ("approximate_seconds", "inverted file")):
-        axes.loglog(banks, [1000 * size[key] / queries for size in sizes], "o-", label=label)
-    axes.set_xlabel("training features")
-    axes.set_ylabel("milliseconds per image")
-    axes.legend()
-    axes.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bank", type=int, default=50_000, help="training features of part 1")
@@ -251,7 +233,12 @@ def main():
     if options.save:
         save("detectors", report)
         if report["approximate"]:
-            plot(report["approximate"], options.approximate_queries, RESULTS / "detectors.png")
+            names = {"exact": "exact_seconds", "inverted file": "approximate_seconds"}
+            milliseconds = {
+                name: {size["bank"]: 1000 * size[key] / options.approximate_queries for size in report["approximate"]}
+                for name, key in names.items()
+            }
+            plot(RESULTS / "detectors.png", milliseconds, "training features", "milliseconds per image", log=True)
 
 
 if __name__ == "__main__":

@@ -7,14 +7,15 @@ pass, on projections of 128 dimensions. Memory beyond what the projections thems
 """
 
 import argparse
-import resource
+import re
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from machine import RESULTS, device_here, hardware, save, wait
+from machine import RESULTS, device_here, hardware, plot, save, wait
 
 from gradmix.ssl import losses
 
@@ -41,24 +42,8 @@ def memory(device: torch.device) -> int:
     """Peak so far, in bytes."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def plot(found: list[dict]) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(6, 4))
-    for way in ("at once", "in blocks"):
-        axes.loglog([row["rows"] for row in found], [row[way]["MiB"] for row in found], "o-", base=2, label=way)
-    axes.set_xlabel("views in the batch")
-    axes.set_ylabel("MiB")
-    axes.legend()
-    axes.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(RESULTS / f"loss_memory-{device_here().type}.png", dpi=120)
+    # not ru_maxrss, which a process inherits from the one that started it
+    return 1024 * int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1])
 
 
 def main() -> None:
@@ -84,7 +69,8 @@ def main() -> None:
         )
     if options.save:
         save(f"loss_memory-{device_here().type}", {"hardware": hardware(device_here()), "found": found})
-        plot(found)
+        mebibytes = {way: {row["rows"]: row[way]["MiB"] for row in found} for way in ("at once", "in blocks")}
+        plot(RESULTS / f"loss_memory-{device_here().type}.png", mebibytes, "views in the batch", "MiB", log=True)
 
 
 if __name__ == "__main__":

@@ -38,6 +38,27 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
+def plot(path: Path, lines: dict[str, dict[float, float]], x: str, y: str, log: bool = False) -> None:
+    """A picture of lines, each from x to y; ``x`` and ``y`` are the axes' names."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6, 4))
+    for label, points in lines.items():
+        axes.plot(sorted(points), [points[place] for place in sorted(points)], "o-", label=label)
+    if log:
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
 def save(name: str, result: dict) -> None:
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"

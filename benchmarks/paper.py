@@ -1,7 +1,7 @@
 """The paper's tables: a matrix of runs, stopped and continued at will, and what they give.
 
     python benchmarks/paper.py --experiment tinyimagenet_osr --root PATH --mix none cutmix gradmix --splits 0 \\
-        --epochs 100 --minutes 9.5                      # again and again, until it says that nothing is left
+        --epochs 100 --minutes 9.5                      # again and again, until nothing is left to run
     python benchmarks/paper.py --minutes 0 --save       # tables of all runs so far; results/paper.json and README
 
 Each run is ``gradmix-pretrain experiment=...`` in a folder of its own under ``--runs``. When the time is over the
@@ -23,7 +23,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from machine import RESULTS, save
+from machine import RESULTS, plot, save
 from safetensors.torch import load_file
 
 from gradmix.eval.detectors import DeepKNN
@@ -68,11 +68,11 @@ def main() -> None:
         print(joined(options.runs))
     if options.save:
         save("paper", rows)
-        plot(rows, RESULTS / "paper.png")
+        plot(RESULTS / "paper.png", auroc_by_epochs(rows), "epochs", "AUROC, %")
         write_readme(table(rows))
     elif options.results:
         write_json(options.results, rows)
-    print(f"\n{left} runs left" if left else "\nnothing left to run")
+    print(f"\nruns left: {left}" if left else "\nnothing left to run")
 
 
 def run_all(options: argparse.Namespace) -> int:
@@ -239,29 +239,14 @@ def joined(runs: Path) -> str:
     return "\n".join(lines)
 
 
-def plot(rows: list[dict], path: Path) -> None:
-    """AUROC against epochs, a line per data set and mix; mean over splits and seeds."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    points: dict[str, dict[int, list[float]]] = {}
+def auroc_by_epochs(rows: list[dict]) -> dict[str, dict[float, float]]:
+    """A line per data set and mix: the mean over splits and seeds in per cent, by epochs."""
+    found: dict[str, dict[int, list[float]]] = {}
     for row in rows:
         if "deep_knn" in row["detectors"]:
             line = " ".join(part for part in (row["data"], row["mix"], row["evidence"], row["tag"]) if part)
-            points.setdefault(line, {}).setdefault(row["epochs"], []).append(
-                100 * row["detectors"]["deep_knn"]["auroc"]
-            )
-    figure, axes = pyplot.subplots(figsize=(6, 4))
-    for line, found in points.items():
-        axes.plot(sorted(found), [statistics.mean(found[epochs]) for epochs in sorted(found)], "o-", label=line)
-    axes.set_xlabel("epochs")
-    axes.set_ylabel("AUROC, %")
-    axes.legend()
-    axes.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
+            found.setdefault(line, {}).setdefault(row["epochs"], []).append(100 * row["detectors"]["deep_knn"]["auroc"])
+    return {line: {e: statistics.mean(values) for e, values in points.items()} for line, points in found.items()}
 
 
 def write_readme(text: str) -> None:

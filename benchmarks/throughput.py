@@ -126,14 +126,14 @@ def main() -> None:
             save(f"throughput-{device.type}", result)
 
 
-def settings(case: Case, method: str = "simclr", mix: str = "none", run_dir: str = "") -> Config:
+def settings(case: Case, mix: str = "none", run_dir: str = "") -> Config:
     """lightly's augmentation for CIFAR-10: crop, flip, colour jitter, greyscale; no blur."""
     return Config(
         run_dir=run_dir,
         epochs=1,
         batch_size=case.batch[device_here().type],
         data=DataConfig("benchmark", image_size=case.size, workers=workers(), augment=AugmentConfig(crop=(0.08, 1.0))),
-        method=MethodConfig(method, supervised=float(method == "joint"), selfsup=1.0),
+        method=MethodConfig("simclr", selfsup=1.0),
         mix=MixConfig(mix),
         encoder=EncoderConfig(case.encoder, width=case.width),
         optimizer=OptimizerConfig("sgd"),

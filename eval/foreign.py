@@ -5,10 +5,10 @@ from pathlib import Path
 
 from gradmix.eval.config import EvalConfig
 from gradmix.ssl.backbones import backbone_metadata, check_encoder, read_backbone, stem_of
-from gradmix.ssl.config import Config, EncoderConfig, MethodConfig, MixConfig, OptimizerConfig
+from gradmix.ssl.config import Config, EncoderConfig, MethodConfig, MixConfig, OptimizerConfig, flat
 from gradmix.ssl.data import OpenSetData
 from gradmix.ssl.files import write_json, write_tensors
-from gradmix.ssl.run import claim, flat
+from gradmix.ssl.run import claim
 
 ELSEWHERE = "elsewhere"  # method.name of what was not trained here
 

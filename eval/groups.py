@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from gradmix.eval.report.folder import Run
-from gradmix.ssl.run import FREE_KEYS, flat
+from gradmix.ssl.config import flat
+from gradmix.ssl.run import FREE_KEYS
 
 UNIT = ("data.split", "data.known", "seed")  # what a pair shares
 DATA = ("data.name", "data.image_size", "data.holdout", "data.test_fraction", "data.unknown_root")

@@ -13,8 +13,7 @@ from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import MISSING, OmegaConf
 
-from gradmix.ssl.config import register_configs
-from gradmix.ssl.run import flat
+from gradmix.ssl.config import flat, register_configs
 
 FLAGS = {
     "--config-dir=DIR": "another folder with config files (DIR/data/mine.yaml makes data=mine)",

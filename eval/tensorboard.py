@@ -14,10 +14,9 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
 from gradmix.eval.report.pictures import sheet
-from gradmix.ssl.config import Config
+from gradmix.ssl.config import Config, flat
 from gradmix.ssl.data import OpenSetData
 from gradmix.ssl.files import write_atomically, write_text
-from gradmix.ssl.run import flat
 
 SUFFIX = ".evaluation"  # of the event file; the next evaluation replaces it
 FINAL = ("knn/", "knn_pixels/", "linear/", "osr/")  # numbers of metrics.json that become scalars

@@ -4,11 +4,28 @@ Three rooms: this package is the method itself (attribution and mixing, for any 
 ``gradmix.ssl`` the pretraining, ``gradmix.eval`` kNN, linear probe and open-set scoring.
 """
 
-from gradmix.attribution import layercam
-from gradmix.mixing import MIXERS, CutMix, FMix, GradMix, Mixed, Mixer, MixUp, ResizeMix
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from gradmix.attribution import layercam
+    from gradmix.mixing import MIXERS, CutMix, FMix, GradMix, Mixed, Mixer, MixUp, ResizeMix
 
 __all__ = ["MIXERS", "CutMix", "FMix", "GradMix", "MixUp", "Mixed", "Mixer", "ResizeMix", "layercam", "load"]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str):
+    # Imported when it is asked for (PEP 562): torch takes seconds, and a command's --help needs none of it.
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module("gradmix.attribution" if name == "layercam" else "gradmix.mixing"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 def load(run):

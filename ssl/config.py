@@ -138,3 +138,14 @@ def register_configs() -> None:
     """Tell Hydra the schema, and where the config files of other packages are."""
     ConfigStore.instance().store("pretrain_schema", Config)
     Plugins.instance().register(ConfigsFromOutside)
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one, with dotted keys; tuples as lists, as YAML has them."""
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            leaves |= flat(value, f"{prefix}{key}.")
+        else:
+            leaves[prefix + str(key)] = list(value) if isinstance(value, tuple) else value
+    return leaves

@@ -12,7 +12,7 @@ import torch
 from omegaconf import OmegaConf
 from safetensors import safe_open
 
-from gradmix.ssl.config import Config
+from gradmix.ssl.config import Config, flat
 from gradmix.ssl.files import write_text
 
 # Where and how fast a run computes, not what: these may differ when a run goes on.
@@ -108,14 +108,3 @@ def _revision() -> str | None:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
-
-
-def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dicts as one, with dotted keys; tuples as lists, as YAML has them."""
-    leaves: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            leaves |= flat(value, f"{prefix}{key}.")
-        else:
-            leaves[prefix + str(key)] = list(value) if isinstance(value, tuple) else value
-    return leaves

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 ROOMS = ("gradmix", "ssl", "eval", "configs")
 
@@ -50,6 +52,20 @@ def test_imports_point_one_way():
         for path in sources(room):
             wrong = re.search(pattern, path.read_text(), re.MULTILINE)
             assert wrong is None, f"{path}: {wrong.group(0)}"
+
+
+def test_the_packages_names_are_there_before_torch_is():
+    """For the interpreter's Tab and help(), for type checkers, and for `from gradmix import *`."""
+    python("-c", "import sys, gradmix; assert set(gradmix.__all__) <= set(dir(gradmix)) and 'torch' not in sys.modules")
+    python("-c", "from gradmix import *; import gradmix; [globals()[name] for name in gradmix.__all__]")
+    source = (ROOT / "gradmix" / "__init__.py").read_text()
+    lines = re.findall(r"^    from gradmix\.\w+ import (.*)$", source, re.M)
+    named = [name.strip() for line in lines for name in line.split(",")]
+    import gradmix
+
+    assert {*named, "load"} == set(gradmix.__all__)
+    with pytest.raises(AttributeError, match="module 'gradmix' has no attribute 'GradMox'"):
+        gradmix.GradMox  # noqa: B018
 
 
 def test_a_wheel_runs_from_another_folder(tmp_path):

@@ -81,6 +81,35 @@ def test_help_has_a_line_for_every_option_and_key(command):
 
 
 @pytest.mark.parametrize(
+    ("name", "typed", "code"),
+    [
+        ("commands:pretrain", "--help", 0),
+        ("commands:pretrain", "epochz=3", 2),
+        ("commands:pretrain", "--shell-completion query=bash", 0),
+        ("commands:evaluate", "--help", 0),
+        ("commands:score", "detector=1", 2),
+        ("compare_runs:main", "--help", 0),
+    ],
+)
+def test_what_needs_no_torch_does_not_wait_for_it(name, typed, code):
+    module, function = name.split(":")
+    script = f"""
+import sys
+from gradmix.eval.{module} import {function}
+try:
+    {function}()
+    code = 0
+except SystemExit as stop:
+    code = stop.code
+sys.exit(99 if "torch" in sys.modules else code)
+"""
+    environment = {**os.environ, "COMP_LINE": "gradmix-pretrain dat"}
+    command = [sys.executable, "-c", script, *typed.split()]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == code, result.stderr
+
+
+@pytest.mark.parametrize(
     ("typed", "offered"),
     [
         ("gradmix-pretrain dat", {"data=", "data."}),

@@ -48,6 +48,27 @@ def html(sets: dict[str, list[Group]], folder: Path) -> str:
     return page("Runs compared - GradMix", body)
 
 
+def text(sets: dict[str, list[Group]]) -> str:
+    """The table for a terminal."""
+    lines = []
+    for name, groups in sets.items():
+        width = max(len(group.label) for group in groups) + 2
+        lines += ["", name]
+        for key, (title, scale) in NUMBERS.items():
+            if not any(group.values(key) for group in groups):
+                continue
+            lines.append(f"  {title}")
+            for group in groups:
+                values = list(group.values(key).values())
+                what = difference(group, groups[0], key) if group is not groups[0] else None
+                line = f"    {group.label:<{width}}{mean(values, scale):>16}  n={len(values):<3} {gap(what, scale)}"
+                lines.append(line.rstrip())
+    shared = "± standard deviation over splits and seeds (n)"
+    if any(len(groups) > 1 for groups in sets.values()):
+        shared += "; differences to the first group are over the splits and seeds that both have"
+    return "\n".join([*lines, "", shared])
+
+
 def _table(groups: list[Group], numbers: dict[str, tuple[str, float]]) -> str:
     head = ["number", *(escape(group.label) for group in groups)]
     rows = []

@@ -12,7 +12,7 @@ from torch import Tensor
 from gradmix.eval import metrics
 from gradmix.eval.compare import image_hashes
 from gradmix.eval.config import EvalConfig
-from gradmix.eval.detectors import DETECTORS, Detector
+from gradmix.eval.detectors import DETECTORS, PRIMARY, Detector
 from gradmix.eval.features import Model, raw_pixels, raw_pixels_bytes
 from gradmix.eval.knn import KNNClassifier
 from gradmix.eval.linear import LinearProbe
@@ -27,7 +27,6 @@ from gradmix.ssl.run import provenance
 # ClassKNN looks at the projections, as its authors do; every other detector at the backbone's features.
 SPACES = {"class_knn": "projections"}
 ALL = 2**62  # bytes
-PRIMARY = "deep_knn"  # on backbone features: the detector that claims are made with, and the one that is saved
 
 
 def evaluate(
@@ -213,66 +212,6 @@ def parse_detector(entry: str) -> tuple[str, type[Detector], str]:
     if space not in ("", "features", "projections"):
         raise ValueError(f"detectors: {entry!r}: expected @features or @projections")
     return entry.replace("@", "_"), kind, space or SPACES.get(name, "features")
-
-
-def table(result: dict[str, Any]) -> str:
-    """What a person wants to see first, as text."""
-    lines = []
-    spread = {key.removesuffix("/std"): value for key, value in result.items() if key.endswith("/std")}
-
-    def cell(key: str) -> str:
-        if key not in result:
-            return "-"
-        text = f"{100 * result[key]:.2f}"
-        if key in spread:
-            return f"{text} ± {100 * spread[key]:.2f}"
-        if f"{key}_std" in result:
-            return f"{text} ± {100 * result[f'{key}_std']:.2f}"
-        if f"{key}_low" in result:
-            return f"{text} [{100 * result[f'{key}_low']:.1f}, {100 * result[f'{key}_high']:.1f}]"
-        return text
-
-    if "knn/top1" in result:
-        lines += ["", "known classes, accuracy %"]
-        further = {
-            key: key.removesuffix("/top1").replace("few_labels/", "linear, few: ").replace("knn/", "kNN, ")
-            for key in result
-            if key.startswith(("knn/k=", "few_labels/")) and key.endswith("/top1")
-        }
-        for label, key in (
-            ("kNN", "knn/top1"),
-            *((label, key) for key, label in further.items() if key.startswith("knn/")),
-            ("linear, cached", "linear/top1"),
-            ("linear, augmented", "linear_augmented/top1"),
-            ("fine-tuned", "finetune/top1"),
-            *((label, key) for key, label in further.items() if key.startswith("few_labels/")),
-            ("kNN on raw pixels", "knn_pixels/top1"),
-        ):
-            if key in result or key.startswith(("knn/", "linear/")):
-                lines.append(f"  {label:<20}{cell(key):>16}")
-        lines += [f"  {result[key]}" for key in result if key.startswith("protocol/")]
-    keys = [key.split("/")[1] for key in result if key.startswith("osr/") and key.endswith("/auroc")]
-    if keys:
-        columns = ("auroc", "aupr", "fpr95", "fpr95_known", "oscr", "closed_set_accuracy")
-        titles = ("AUROC", "AUPR", "FPR95", "FPR95 known", "OSCR", "closed set")
-        rows = {key: [cell(f"osr/{key}/{column}") for column in columns] for key in keys}
-        widths = [max(13, 2 + max(len(row[i]) for row in rows.values())) for i in range(len(columns))]
-
-        def line(label: str, cells) -> str:
-            return f"  {label:<20}" + "".join(f"{text:>{width}}" for text, width in zip(cells, widths, strict=True))
-
-        lines += ["", "unknown against known classes, %", line("", titles)]
-        lines += [line("deep_knn on pixels" if key == "pixels" else key, row) for key, row in rows.items()]
-        lines += [
-            "",
-            "  FPR95: known images flagged when 95 % of the unknown are caught; FPR95 known: unknown images accepted",
-            "  when 95 % of the known are. Both, lower is better.",
-        ]
-        if f"osr/{PRIMARY}/auroc_low" in result:
-            lines[-1] += " [low, high]: 95 % interval, bootstrap over the test images."
-    for what, why in result.get("skipped", {}).items():
-        lines.append(f"  not measured: {what} ({why})")
-    return "\n".join(lines)
 
 
 def device_of(config: Config) -> str:

@@ -27,7 +27,9 @@ KINDS = (
 )
 DETECTORS: Registry[type[Detector]] = Registry("gradmix.detectors", {kind.NAME: kind for kind in KINDS})
 
-__all__ = ["DETECTORS", "Detector", "load", *(kind.__name__ for kind in KINDS)]
+PRIMARY = DeepKNN.NAME  # on backbone features: the detector that claims are made with, and the one that is saved
+
+__all__ = ["DETECTORS", "PRIMARY", "Detector", "load", *(kind.__name__ for kind in KINDS)]
 
 
 def load(folder, mmap=False):

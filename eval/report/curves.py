@@ -3,8 +3,9 @@
 import numpy as np
 from sklearn.metrics import precision_recall_curve, roc_curve
 
+from gradmix.eval.detectors import PRIMARY
 from gradmix.eval.report.charts import COLOURS, INK, Line, histogram, line_chart, smooth, thin
-from gradmix.eval.report.folder import PRIMARY, Run
+from gradmix.eval.report.folder import Run
 from gradmix.eval.report.page import missing, percent, section
 
 LOSSES = {

@@ -14,14 +14,13 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from gradmix.eval import detectors
-from gradmix.eval.detectors import Detector
+from gradmix.eval.detectors import PRIMARY, Detector
 from gradmix.eval.foreign import ELSEWHERE
 from gradmix.ssl.config import Config, flat, register_configs
 from gradmix.ssl.data import OpenSetData, load_data
 from gradmix.ssl.images import ImageSet
 from gradmix.ssl.run import read_config
 
-PRIMARY = "deep_knn"
 GROUPS = ("data", "method", "mix", "encoder", "optimizer")  # config groups: the option's name is the group's .name
 
 

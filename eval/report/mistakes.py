@@ -5,7 +5,8 @@ from html import escape
 import numpy as np
 from PIL import Image
 
-from gradmix.eval.report.folder import PRIMARY, Run
+from gradmix.eval.detectors import PRIMARY
+from gradmix.eval.report.folder import Run
 from gradmix.eval.report.page import missing, section, table
 from gradmix.eval.report.pictures import SHARP, data_uri, thumbnail
 

@@ -2,7 +2,8 @@
 
 from html import escape
 
-from gradmix.eval.report.folder import PRIMARY, Run
+from gradmix.eval.detectors import PRIMARY
+from gradmix.eval.report.folder import Run
 from gradmix.eval.report.page import missing, percent, section, table
 
 KNOWN = {

@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from gradmix.eval.detectors import PRIMARY
 from gradmix.eval.report.curves import open_set, training
 from gradmix.eval.report.feature_map import POINTS, feature_map
-from gradmix.eval.report.folder import PRIMARY, Run, command, differences, read_run
+from gradmix.eval.report.folder import Run, command, differences, read_run
 from gradmix.eval.report.mistakes import confusion, mistakes
 from gradmix.eval.report.numbers import numbers
 from gradmix.eval.report.page import definitions, missing, page, percent, section, table

@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from gradmix.eval.search import Neighbours, check_features, check_k, check_labels, like
+from gradmix.eval.arrays import check_features, check_k, check_labels, like
+from gradmix.eval.search import Neighbours
 
 
 class KNNClassifier:

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 
-from gradmix.eval.search import blocks, check_features, check_labels, like
+from gradmix.eval.arrays import blocks, check_features, check_labels, like
 
 SELECTION = 0.25  # length of the training that chooses, as a share of the final one
 LEAST_STEPS = 2000  # of the final training, whatever the number of epochs; small sets need them to converge

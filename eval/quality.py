@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from gradmix.eval.search import blocks, check_features, check_labels, unit_rows
+from gradmix.eval.arrays import blocks, check_features, check_labels, unit_rows
 
 
 def alignment(first, second):

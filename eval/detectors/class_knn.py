@@ -6,8 +6,9 @@ from typing import ClassVar
 
 import numpy as np
 
+from gradmix.eval.arrays import check_k, unit_rows
 from gradmix.eval.detectors.base import Detector
-from gradmix.eval.search import check_k, inner_product, unit_rows
+from gradmix.eval.search import inner_product
 
 SMALLEST_SUM = 1e-6
 

@@ -5,8 +5,9 @@ from typing import ClassVar
 
 import numpy as np
 
+from gradmix.eval.arrays import blocks, unit_rows
 from gradmix.eval.detectors.base import Detector
-from gradmix.eval.search import blocks, inner_product, unit_rows
+from gradmix.eval.search import inner_product
 
 
 @dataclass

@@ -5,9 +5,10 @@ from typing import ClassVar
 
 import numpy as np
 
+from gradmix.eval.arrays import check_k, unit_rows
 from gradmix.eval.detectors.base import Detector
 from gradmix.eval.knn import vote
-from gradmix.eval.search import Neighbours, check_k, unit_rows
+from gradmix.eval.search import Neighbours
 
 
 @dataclass

@@ -5,10 +5,11 @@ from typing import ClassVar
 
 import numpy as np
 
+from gradmix.eval.arrays import blocks, check_k
 from gradmix.eval.detectors.base import Detector
 from gradmix.eval.detectors.head import check_head, logits, logsumexp
 from gradmix.eval.linear import LinearProbe
-from gradmix.eval.search import Neighbours, blocks, check_k
+from gradmix.eval.search import Neighbours
 
 
 @dataclass

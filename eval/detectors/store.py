@@ -19,7 +19,7 @@ import faiss
 import numpy as np
 import torch
 
-from gradmix.eval.search import blocks
+from gradmix.eval.arrays import blocks
 from gradmix.ssl.files import write_atomically, write_text
 
 FORMAT = 1

@@ -3,8 +3,9 @@ import numpy as np
 import pytest
 import torch
 
-from gradmix.eval import search
-from gradmix.eval.search import Neighbours, check_features, check_k, check_labels, nearest, unit_rows
+from gradmix.eval import arrays, search
+from gradmix.eval.arrays import check_features, check_k, check_labels, unit_rows
+from gradmix.eval.search import Neighbours, nearest
 
 
 def features(n, width=16, seed=0):
@@ -39,7 +40,7 @@ def test_nearest_equals_a_slow_loop(metric):
 def test_small_blocks_change_nothing(metric, monkeypatch):
     queries, bank = features(30), features(120, seed=1)
     values, rows = nearest(queries, bank, 7, metric)
-    monkeypatch.setattr(search, "BLOCK", 16 * 4)
+    monkeypatch.setattr(arrays, "BLOCK", 16 * 4)
     small_values, small_rows = nearest(queries, bank, 7, metric)
     np.testing.assert_array_equal(rows, small_rows)
     np.testing.assert_allclose(values, small_values, rtol=1e-5, atol=1e-6)
@@ -78,7 +79,7 @@ def test_bad_features(bad, message):
 
 
 def test_non_finite_values_are_counted_over_blocks(monkeypatch):
-    monkeypatch.setattr(search, "BLOCK", 8)
+    monkeypatch.setattr(arrays, "BLOCK", 8)
     bad = np.zeros((9, 4), np.float32)
     bad[5, 1], bad[8, 3] = np.nan, np.inf
     with pytest.raises(ValueError, match="bank: 2 non-finite values, first in row 5"):
@@ -124,7 +125,7 @@ def test_memory_mapped_bank_stays_on_disk(tmp_path, monkeypatch):
     bank.tofile(tmp_path / "bank")
     mapped = np.memmap(tmp_path / "bank", np.float32, "r", shape=bank.shape)
     assert isinstance(check_features("bank", mapped), np.memmap)
-    monkeypatch.setattr(search, "BLOCK", 16 * 8)
+    monkeypatch.setattr(arrays, "BLOCK", 16 * 8)
     neighbours = Neighbours(mapped, "Flat")
     assert neighbours.features is mapped
     values, rows = neighbours.search(features(20), 9)

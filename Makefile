@@ -17,7 +17,7 @@ demo: install
 	$(BIN)/gradmix-pretrain run_dir=runs/demo
 
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest   # tiny models: two threads would mostly wait for each other
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile   # a file's tests share what it trained
 
 lint: install
 	$(BIN)/ruff check .

@@ -1,8 +1,10 @@
+import socket
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 
@@ -14,6 +16,26 @@ def pytest_addoption(parser):
 
 def pytest_ignore_collect(collection_path, config):
     return True if collection_path.name == "stress" and not config.getoption("--stress") else None
+
+
+@pytest.fixture
+def in_processes(tmp_path):
+    """in_processes(function, n): n processes of one gloo group, each calling function(rank, tmp_path)."""
+
+    def run(function, count):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            meeting = f"tcp://127.0.0.1:{free.getsockname()[1]}"
+        torch.multiprocessing.spawn(_in_a_group, args=(count, meeting, function, tmp_path), nprocs=count)
+
+    return run
+
+
+def _in_a_group(rank, count, meeting, function, folder):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=count)
+    function(rank, folder)
+    torch.distributed.destroy_process_group()
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """DistributedDataParallel over two processes is the same step as one process on the concatenated batch."""
 
-import socket
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -43,9 +43,7 @@ def step(model: nn.Module, mixer: GradMix, views: torch.Tensor, seed: int):
     return mixed
 
 
-def one_process(rank: int, port: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+def one_process(rank: int, folder: Path) -> None:
     found = {}
     for norm in (False, True):
         model = DistributedDataParallel(build(norm))
@@ -55,15 +53,11 @@ def one_process(rank: int, port: int, folder: str) -> None:
             mixed = step(model, mixer, all_views()[rows_of(rank)], seed=10 * i + rank)
         gradients = [p.grad for p in model.parameters()]
         found[norm] = mixed.images, mixed.kept, mixed.attribution, gradients
-    torch.save(found, f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
+    torch.save(found, folder / f"{rank}.pt")
 
 
-def test_two_processes_are_one_on_the_concatenated_batch(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(one_process, args=(port, str(tmp_path)), nprocs=2)
+def test_two_processes_are_one_on_the_concatenated_batch(in_processes, tmp_path):
+    in_processes(one_process, 2)
     found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
 
     model, mixer, ntxent, views = build(norm=False), GradMix(["0.1", "0.2"]), NTXentLoss(0.1), all_views()

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-import socket
+from pathlib import Path
 
 import pytest
 import torch
@@ -207,10 +207,8 @@ LOSSES = {
 }
 
 
-def one_process(rank: int, port: int, folder: str) -> None:
+def one_process(rank: int, folder: Path) -> None:
     """Half of the images of ``case(6)`` and, as DistributedDataParallel does, the mean of loss and gradients."""
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     own = own_rows(rank)
     found = {}
     for (name, loss_of), block in itertools.product(LOSSES.items(), BLOCKS):
@@ -221,8 +219,7 @@ def one_process(rank: int, port: int, folder: str) -> None:
         loss.backward()
         p_grad = torch.zeros_like(z) if p.grad is None else p.grad
         found[name, block] = [loss.detach() / 2, z.grad / 2, p_grad / 2]
-    torch.save(found, f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
+    torch.save(found, folder / f"{rank}.pt")
 
 
 BLOCKS = (2048, 4)  # a process's six rows at once, and in two blocks
@@ -234,11 +231,8 @@ def own_rows(rank: int) -> torch.Tensor:
     return torch.cat([images, images + 6])
 
 
-def test_two_processes_are_one_on_the_concatenated_batch(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(one_process, args=(port, str(tmp_path)), nprocs=2)
+def test_two_processes_are_one_on_the_concatenated_batch(in_processes, tmp_path):
+    in_processes(one_process, 2)
     found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     for name, loss_of in LOSSES.items():
         z, p, weight, labels = case(6, seed=11)

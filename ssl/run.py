@@ -1,8 +1,12 @@
 """A run's folder: whose it is, what is in it, and what it was made with."""
 
+import errno
 import json
+import os
 import subprocess
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -10,17 +14,63 @@ from typing import Any
 
 import torch
 from omegaconf import OmegaConf
+from pytorch_lightning.utilities import rank_zero_only
 from safetensors import safe_open
 
 from gradmix.ssl.config import Config, flat
 from gradmix.ssl.files import write_text
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+PATIENCE = 10.0  # seconds: the loader workers of a killed run live on for about five
 # Where and how fast a run computes, not what: these may differ when a run goes on.
 FREE_KEYS = (
     *("run_dir", "trainer", "checkpoint_seconds", "data.workers", "data.on_bad_image", "data.root", "data.memory_gib"),
     *("on_nonfinite", "max_skipped_steps"),
     *("detectors", "detector_options", "data.unknown_root"),
 )
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Keep other processes from writing a run there meanwhile; a folder that stays empty is removed again.
+
+    The kernel holds the lock, on the folder itself: nothing of it is left when a process dies. Where the file system
+    has no such locks, or the system is Windows, nobody is kept out.
+
+    Raises:
+        ValueError: another process is at work there.
+    """
+    if rank_zero_only.rank != 0:  # the first process of a distributed run has it for all
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY) if fcntl else None
+    try:
+        if descriptor is not None:
+            _lock(descriptor, folder)
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+        with suppress(OSError):
+            folder.rmdir()
+
+
+def _lock(descriptor: int, folder: Path) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        try:
+            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                return  # no locks there, as on some network file systems
+            if time.monotonic() > deadline:
+                raise ValueError(f"{folder}: another process is writing this run; wait for it, or stop it") from error
+        time.sleep(0.1)
 
 
 def claim(run_dir: Path, config: Config) -> None:

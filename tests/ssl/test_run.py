@@ -2,12 +2,16 @@
 
 import json
 import re
+import subprocess
+import sys
+from threading import Timer
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from gradmix.ssl.run import check_classes, claim
+import gradmix.ssl.run
+from gradmix.ssl.run import alone_in, check_classes, claim
 
 
 def saved(folder, classes):
@@ -46,3 +50,37 @@ def test_a_folder_belongs_to_one_config(tmp_path, config):
     (tmp_path / "config.yaml").write_text("!!python/object/apply:os.system ['touch executed']\n")
     with pytest.raises(ValueError, match=r"config\.yaml: not a config"):
         claim(tmp_path, config(tmp_path))
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from gradmix.ssl.run import alone_in
+with alone_in(Path(sys.argv[1])):
+    (Path(sys.argv[1]) / "config.yaml").touch()
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_two_processes_do_not_write_one_run(tmp_path, monkeypatch):
+    folder = tmp_path / "runs/one"
+    with subprocess.Popen([sys.executable, "-c", HOLD, folder], stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline() == "held\n"
+        monkeypatch.setattr(gradmix.ssl.run, "PATIENCE", 0.3)
+        with pytest.raises(ValueError, match=r"runs/one: another process is writing this run"), alone_in(folder):
+            pytest.fail("both are in")
+        with alone_in(tmp_path / "runs/two"):
+            pass
+        holder.kill()
+    with alone_in(folder):  # a killed one leaves nothing behind
+        assert [path.name for path in folder.iterdir()] == ["config.yaml"]
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["one"]  # two stayed empty
+
+
+def test_who_waits_gets_the_folder(tmp_path):
+    with subprocess.Popen([sys.executable, "-c", HOLD, tmp_path], stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline() == "held\n"
+        Timer(0.5, holder.kill).start()
+        with alone_in(tmp_path):
+            assert holder.wait(10) != 0

@@ -53,36 +53,41 @@ def pretrain_one(config: Config) -> dict:
     from pytorch_lightning.utilities import rank_zero_only
 
     from gradmix.eval.evaluate import device_of, evaluate
+    from gradmix.eval.features import extract_together
     from gradmix.eval.online import watchers
     from gradmix.eval.report import write_report
     from gradmix.eval.summary import describe
     from gradmix.eval.tensorboard import write_tensorboard
     from gradmix.ssl.data import load_data
     from gradmix.ssl.files import read_json, remove_strays, replacing
-    from gradmix.ssl.run import claim
+    from gradmix.ssl.losses import world_size
+    from gradmix.ssl.run import alone_in, claim
     from gradmix.ssl.train import train
 
     run_dir = Path(config.run_dir)
-    if (run_dir / "config.yaml").exists():
-        claim(run_dir, config)  # before anything is written there
-    if rank_zero_only.rank == 0:
-        remove_strays(run_dir)
-    if (run_dir / "report.html").exists():  # the last thing to be written
-        print(f"{run_dir}: finished already; gradmix-eval run={run_dir} evaluates again")
-        return read_json(run_dir / "metrics.json")
-    data = load_data(config.data, config.seed, run_dir / "scan.json")
-    print(describe(config, data))
-    if config.knn_k > len(data.train):
-        raise ValueError(f"knn_k: {config.knn_k} is larger than the training set, {len(data.train)} images")
-    if not (run_dir / "training.json").exists():
-        train(config, data, watchers(data, config))
-    if rank_zero_only.rank != 0:  # the other processes of a distributed run have nothing left to do
-        sys.exit(0)
-    with replacing(run_dir, "metrics.json") as new:
-        result = evaluate(run_dir, config, data, device_of(config), new)
-    write_tensorboard(run_dir, config, result, data)
-    write_report(run_dir, data)
-    return result
+    with alone_in(run_dir):
+        if (run_dir / "config.yaml").exists():
+            claim(run_dir, config)  # before anything is written there
+        if rank_zero_only.rank == 0:
+            remove_strays(run_dir)
+        if (run_dir / "report.html").exists():  # the last thing to be written
+            print(f"{run_dir}: finished already; gradmix-eval run={run_dir} evaluates again")
+            return read_json(run_dir / "metrics.json")
+        data = load_data(config.data, config.seed, run_dir / "scan.json")
+        print(describe(config, data))
+        if config.knn_k > len(data.train):
+            raise ValueError(f"knn_k: {config.knn_k} is larger than the training set, {len(data.train)} images")
+        if not (run_dir / "training.json").exists():
+            train(config, data, watchers(data, config))
+            if world_size() > 1:
+                extract_together(run_dir, data.sets(), device_of(config), config.data.workers)
+        if rank_zero_only.rank != 0:  # the other processes of a distributed run have nothing left to do
+            sys.exit(0)
+        with replacing(run_dir, "metrics.json") as new:
+            result = evaluate(run_dir, config, data, device_of(config), new)
+        write_tensorboard(run_dir, config, result, data)
+        write_report(run_dir, data)
+        return result
 
 
 def run_eval(config: EvalConfig) -> None:
@@ -130,7 +135,7 @@ def eval_one(config: EvalConfig, run_dir: Path, out: Path) -> dict:
     from gradmix.eval.tensorboard import write_tensorboard
     from gradmix.ssl.data import load_data
     from gradmix.ssl.files import remove_strays, replacing
-    from gradmix.ssl.run import check_classes, read_config
+    from gradmix.ssl.run import alone_in, check_classes, read_config
 
     run = read_config(run_dir)
     run.detectors = run.detectors if config.detectors is None else config.detectors
@@ -142,20 +147,21 @@ def eval_one(config: EvalConfig, run_dir: Path, out: Path) -> dict:
     check_detectors(run)
     if not (run_dir / "training.json").exists():
         raise ValueError(f"run: {run_dir} has not finished training; gradmix-pretrain run_dir={run_dir} goes on")
-    remove_strays(out)
-    data = load_data(run.data, run.seed, out / "scan.json")
-    if config.data.name:
-        check_transfer_classes(run, data)
-    else:
-        check_classes(run_dir, data.classes)
-    if config.corruptions is not None:
-        return evaluate_corruptions(run_dir, run, data, config.corruptions, device_of(run), out)
-    with replacing(out, "metrics.json") as new:
-        result = evaluate(run_dir, run, data, device_of(run), new, config)
-    if out == run_dir:  # elsewhere lies no config.yaml to report on
-        write_tensorboard(run_dir, run, result, data)
-        write_report(run_dir, data)
-    return result
+    with alone_in(out):
+        remove_strays(out)
+        data = load_data(run.data, run.seed, out / "scan.json")
+        if config.data.name:
+            check_transfer_classes(run, data)
+        else:
+            check_classes(run_dir, data.classes)
+        if config.corruptions is not None:
+            return evaluate_corruptions(run_dir, run, data, config.corruptions, device_of(run), out)
+        with replacing(out, "metrics.json") as new:
+            result = evaluate(run_dir, run, data, device_of(run), new, config)
+        if out == run_dir:  # elsewhere lies no config.yaml to report on
+            write_tensorboard(run_dir, run, result, data)
+            write_report(run_dir, data)
+        return result
 
 
 def run_score(config: ScoreConfig) -> None:

@@ -65,14 +65,13 @@ def evaluate(
         for key in [key for key, _, space in detectors if space == "projections"]:
             result["skipped"][f"osr/{key}"] = "the checkpoint has no projection head"
         detectors = [entry for entry in detectors if entry[2] == "features"]
-    sets = {"train": data.train, "held_out": data.held_out, "test": data.test}
+    sets = data.sets()
     found: dict[str, dict[str, Any]] = {}
     limit = int(config.data.memory_gib * 2**30)
     for name, images in sets.items():
-        if len(images):
-            # the folder may be a new one inside that which it is about to replace
-            here, *there = (folder / "features" / f"{name}.safetensors" for folder in (out, out.parent, run_dir))
-            found[name] = model.features(images, here, there, config.data.workers, limit if name == "train" else ALL)
+        # the folder may be a new one inside that which it is about to replace
+        here, *there = (folder / "features" / f"{name}.safetensors" for folder in (out, out.parent, run_dir))
+        found[name] = model.features(images, here, there, config.data.workers, limit if name == "train" else ALL)
     if data.bad:
         write_json(out / "bad_images.json", data.bad)
     if data.classes:

@@ -17,7 +17,10 @@ from gradmix.ssl.backbones import Backbone, load_backbone
 from gradmix.ssl.files import write_atomically
 from gradmix.ssl.images import ImageSet
 from gradmix.ssl.limits import usable_cpus
+from gradmix.ssl.losses import gather, world_size
 from gradmix.ssl.weights import load_weights
+
+BATCH = 256  # images at a time
 
 
 class Model:
@@ -61,22 +64,47 @@ class Model:
             shapes = {"labels": ("I64", (len(images),)), "features": ("F32", (len(images), self.backbone.num_features))}
             if self.head is not None:
                 shapes["projections"] = ("F32", (len(images), self.head[-1].out_features))
-            write_arrays(path, key, shapes, partial(self._fill, images, workers))
+            write_arrays(path, key, shapes, partial(self.fill, images, workers))
             arrays = read_arrays(path, key)
         found = {name: torch.from_numpy(array) for name, array in arrays.items()}
         return found if arrays["features"].nbytes <= limit else found | {"features": arrays["features"]}
 
     @torch.inference_mode()
-    def _fill(self, images: ImageSet, workers: int, arrays: Arrays) -> None:
-        arrays["labels"][:] = images.labels.numpy()
+    def fill(self, images: ImageSet, workers: int, arrays: Arrays | None) -> None:
+        """Write what :meth:`features` returns into ``arrays``.
+
+        In a distributed run all processes must call it with the same images: they take turns, batch after batch. The
+        one with ``arrays`` writes.
+        """
+        processes = world_size()
+        if processes > 1:
+            turns = torch.arange(len(images)).split(BATCH)[torch.distributed.get_rank() :: processes]
+            mine = images.select(torch.cat([torch.empty(0, dtype=torch.long), *turns]))
+        else:
+            mine = images
+        if arrays is not None:
+            arrays["labels"][:] = images.labels.numpy()
         with frozen(self.backbone):
-            first = 0
-            for part in batches(self.backbone, images, self.device, workers):
-                rows = slice(first, first + len(part))
-                arrays["features"][rows] = part.cpu().numpy()
-                if self.head is not None:
-                    arrays["projections"][rows] = F.normalize(self.head(part), dim=1).cpu().numpy()
-                first += len(part)
+            parts = batches(self.backbone, mine, self.device, workers)
+            for first in range(0, len(images), BATCH * processes):
+                part = next(parts, torch.empty(0, self.backbone.num_features, device=self.device))
+                everyone, _ = gather(F.pad(part, (0, 0, 0, BATCH - len(part))))
+                if arrays is not None:
+                    everyone = everyone[: len(images) - first]
+                    rows = slice(first, first + len(everyone))
+                    arrays["features"][rows] = everyone.cpu().numpy()
+                    if self.head is not None:
+                        arrays["projections"][rows] = F.normalize(self.head(everyone), dim=1).cpu().numpy()
+
+
+def extract_together(run_dir: Path, sets: dict[str, ImageSet], device: str, workers: int = 0) -> None:
+    """All processes of a distributed run extract features; the first writes them to ``features/NAME.safetensors``."""
+    model = Model(run_dir, device)
+    for name, images in sets.items():
+        if torch.distributed.get_rank() == 0:
+            model.features(images, run_dir / "features" / f"{name}.safetensors", workers=workers)
+        else:
+            model.fill(images, workers, None)
 
 
 @torch.inference_mode()
@@ -93,7 +121,7 @@ def batches(backbone: nn.Module, images: ImageSet, device: torch.device, workers
         workers: decoder processes for images that are still files.
     """
     workers = min(workers, usable_cpus()) if images.images is None else 0
-    loader = DataLoader(images, batch_size=256, num_workers=workers)
+    loader = DataLoader(images, batch_size=BATCH, num_workers=workers)
     hidden = True if len(loader) < 20 else None  # None: where the output is no terminal
     for batch, _, _ in tqdm(loader, desc="features", disable=hidden, leave=False):
         yield backbone(batch.to(device)).float()

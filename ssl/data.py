@@ -40,6 +40,11 @@ class OpenSetData:
     known: list[int]
     bad: dict[str, str] = field(default_factory=dict)
 
+    def sets(self) -> dict[str, ImageSet]:
+        """``train``, ``held_out`` and ``test`` by name, as far as there are images in them."""
+        sets = {"train": self.train, "held_out": self.held_out, "test": self.test}
+        return {name: images for name, images in sets.items() if len(images)}
+
 
 @dataclass(frozen=True)
 class Source:

@@ -1,15 +1,18 @@
 """Features on disk: made once, read again, made anew when weights, images or labels change."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from gradmix.eval.cache import fingerprint, frozen, read_arrays, write_arrays
-from gradmix.eval.features import Model
+from gradmix.eval.features import Model, extract_together
 from gradmix.eval.knn import KNNClassifier
 from gradmix.eval.linear import LinearProbe
-from gradmix.ssl.backbones import ResNet, backbone_metadata
+from gradmix.ssl.backbones import Backbone, ResNet, backbone_metadata
 from gradmix.ssl.config import EncoderConfig
 from gradmix.ssl.files import write_tensors
 from gradmix.ssl.images import ImageSet, normalize
@@ -133,3 +136,29 @@ def test_frozen_notices_every_bit():
     zero = fingerprint(network)
     network[0].bias.data[0] = -0.0
     assert fingerprint(network) != zero  # equal numbers, other bits
+
+
+COUNTS = {"train": 700, "held_out": 1, "test": 512}  # uneven turns, fewer images than processes, whole batches
+
+
+def one_process(rank: int, folder: Path) -> None:
+    seen = [0]
+    torch.nn.modules.module.register_module_forward_pre_hook(
+        lambda module, inputs: seen.__setitem__(0, seen[0] + len(inputs[0]) * isinstance(module, Backbone))
+    )
+    extract_together(folder, {name: images(n) for name, n in COUNTS.items()}, "cpu")
+    torch.save(seen, folder / f"{rank}.pt")
+
+
+def test_processes_extract_a_share_each(model, in_processes, tmp_path):
+    in_processes(one_process, 3)
+    alone = Model(tmp_path)
+    for name, n in COUNTS.items():
+        expected = alone.features(images(n), tmp_path / "alone" / f"{name}.safetensors")
+        found = load_file(tmp_path / f"features/{name}.safetensors")
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[key], expected[key]) for key in found)
+        key = safe_open(tmp_path / f"features/{name}.safetensors", "pt").metadata()["key"]
+        assert read_arrays(tmp_path / "alone" / f"{name}.safetensors", key) is not None  # evaluate finds them by it
+    # batches of 256: 700 are 3, the single image 1, 512 are 2
+    assert [torch.load(tmp_path / f"{rank}.pt") for rank in range(3)] == [[256 + 1 + 256], [256 + 256], [700 - 512]]

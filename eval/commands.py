@@ -6,6 +6,7 @@ from pathlib import Path
 
 from gradmix.eval.command_line import run_command
 from gradmix.eval.config import EvalConfig, ScoreConfig
+from gradmix.ssl.checks import check_values
 from gradmix.ssl.config import Config
 
 
@@ -25,6 +26,7 @@ def score() -> None:
 
 
 def run_pretrain(config: Config) -> None:
+    check_values(config)
     # Imported here, so that --help and errors in the config answer at once.
     from gradmix.eval.evaluate import check_detectors
     from gradmix.eval.groups import find_runs
@@ -62,9 +64,10 @@ def pretrain_one(config: Config) -> dict:
     from gradmix.ssl.files import read_json, remove_strays, replacing
     from gradmix.ssl.losses import world_size
     from gradmix.ssl.run import alone_in, claim
-    from gradmix.ssl.train import train
+    from gradmix.ssl.train import check, train
 
     run_dir = Path(config.run_dir)
+    check(config)
     with alone_in(run_dir):
         if (run_dir / "config.yaml").exists():
             claim(run_dir, config)  # before anything is written there
@@ -91,6 +94,7 @@ def pretrain_one(config: Config) -> dict:
 
 
 def run_eval(config: EvalConfig) -> None:
+    check_values(config)
     from gradmix.eval.compare import compare, comparison_table
     from gradmix.eval.export import export_backbone
     from gradmix.eval.foreign import adopt
@@ -165,12 +169,10 @@ def eval_one(config: EvalConfig, run_dir: Path, out: Path) -> dict:
 
 
 def run_score(config: ScoreConfig) -> None:
+    check_values(config)
     from gradmix.eval.scoring import Scorer, find_images, write_scores
     from gradmix.eval.sheets import write_sheets
 
-    if config.batch_size < 1 or config.explain_limit < 1:
-        key = "batch_size" if config.batch_size < 1 else "explain_limit"
-        raise ValueError(f"{key}: expected at least 1, got {getattr(config, key)}")
     paths = find_images(config.images)
     scorer = Scorer(config.detector)
     out = Path(config.out).expanduser()

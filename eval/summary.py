@@ -23,6 +23,8 @@ def describe(config: Config, data: OpenSetData) -> str:
     if known:
         shown = ", ".join(data.classes[:10]) + (", ..." if known > 10 else "")
         lines.append(f"{known} known classes: {shown}; {others}")
+    if data.empty:
+        lines.append(f"without images, left out: {', '.join(data.empty)}")
     if data.bad:
         lines.append(f"{len(data.bad)} image files can't be read and are left out: bad_images.json")
     lines.append(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gradmix.registry import Registry
 from gradmix.ssl.config import DataConfig
-from gradmix.ssl.images import ImageSet, from_array, list_images
+from gradmix.ssl.images import EXTENSIONS, ImageSet, from_array, list_images
 from gradmix.ssl.scan import Scan
 from gradmix.ssl.splits import CIFAR_PLUS, SPLITS
 
@@ -29,6 +29,7 @@ class OpenSetData:
         classes: names of the K known classes; empty when the images have none.
         unknown: names of the unknown classes; of the folder, with ``data.unknown_root``.
         known: indices of the known classes among all of the data set's, in the data set's own order.
+        empty: names of classes without any image.
         bad: with ``on_bad_image="skip"``, the files that were left out, each with the reason.
     """
 
@@ -38,6 +39,7 @@ class OpenSetData:
     classes: list[str]
     unknown: list[str]
     known: list[int]
+    empty: list[str] = field(default_factory=list)
     bad: dict[str, str] = field(default_factory=dict)
 
     def sets(self) -> dict[str, ImageSet]:
@@ -78,13 +80,16 @@ def load_data(config: DataConfig, seed: int, scan_file: Path | None = None) -> O
         for key in ("known", "unknown_root"):
             if getattr(config, key) is not None:
                 raise ValueError(f"data.{key}: the images in data.root have no classes, so that none is known")
-        train, test, known, unknown = source.train, source.test, [], []
+        train, test, known, unknown, empty = source.train, source.test, [], [], []
     else:
         known = known_classes(config, source)
         unknown = range(len(source.classes)) if source.unknown is None else source.unknown
         if config.pseudo_unknown:
             known, unknown = _pseudo(known, config.pseudo_unknown)
-        unknown = [] if config.unknown_root is not None else [i for i in unknown if i not in set(known)]
+        counts = torch.cat([source.train.labels, source.test.labels]).bincount(minlength=len(source.classes))
+        empty = [name for name, count in zip(source.classes, counts, strict=True) if not count]
+        unknown = [i for i in unknown if i not in set(known) and counts[i]]
+        unknown = [] if config.unknown_root is not None else unknown
         of_class = torch.full((len(source.classes) + 1,), -1)
         of_class[known] = torch.arange(len(known))
         train_labels, test_labels = of_class[source.train.labels], of_class[source.test.labels]
@@ -108,7 +113,7 @@ def load_data(config: DataConfig, seed: int, scan_file: Path | None = None) -> O
         scan.refuse_bad()
     check_present(train, classes, config)  # now of what can be read
     kept, aside = _stratified(train.labels, config.holdout, seed)
-    return OpenSetData(train.select(kept), train.select(aside), test, classes, names, known, scan.bad)
+    return OpenSetData(train.select(kept), train.select(aside), test, classes, names, known, empty, scan.bad)
 
 
 def check_present(train: ImageSet, classes: list[str], config: DataConfig) -> None:
@@ -206,6 +211,8 @@ def imagefolder(config: DataConfig, seed: int) -> Source:
             _folder(root / "train", names, config.image_size), _folder(test_root, names, config.image_size), names
         )
     names = _class_names(root)
+    if len(names) == 1:
+        raise ValueError(f"data.root: {root} has one class folder only ({names[0]}){_other_root(root, names[0])}")
     everything = _folder(root, names, config.image_size)
     train, test = _stratified(everything.labels, config.test_fraction, seed)
     return Source(everything.select(train), everything.select(test), names)
@@ -319,6 +326,14 @@ def _folder(root: Path, names: list[str], size: int, present: list[str] | None =
     if not files:
         raise ValueError(f"data.root: no images in {root}; expected {root}/<class>/*.jpg (or .png, ...)")
     return ImageSet(torch.tensor(labels), size, files=files)
+
+
+def _other_root(root: Path, only: str) -> str:
+    """A hint for a root with one class folder: it may be one level too high, or too low."""
+    if len(_class_names(root / only)) > 1:
+        return f"; did you mean data.root={root / only}?"
+    loose = any(path.is_file() and path.suffix.lower() in EXTENSIONS for path in root.iterdir())
+    return f"; did you mean data.root={root.parent}?" if loose else "; give at least two"
 
 
 def _images(key: str, root: Path, size: int) -> ImageSet:

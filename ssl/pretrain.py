@@ -1,5 +1,6 @@
 """The training step: two views, contrastive loss, attribution on the same graph, mixed views, one backward pass."""
 
+import inspect
 import math
 from contextlib import nullcontext
 
@@ -16,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from gradmix.attribution import still
 from gradmix.mixing import MIXERS, GradMix, Mixed, Mixer
+from gradmix.registry import nearest
 from gradmix.ssl.augment import TwoViews
 from gradmix.ssl.backbones import build_backbone
 from gradmix.ssl.config import Config, MethodConfig, MixConfig
@@ -182,12 +184,14 @@ def build_mixer(config: MixConfig) -> Mixer | None:
     if config.name == "extra_view":
         return Mixer()  # never called: see Pretraining.extra_view
     mixer = MIXERS.pick("mix.name", config.name)
-    if not 0 <= config.probability <= 1:
-        raise ValueError(f"mix.probability: expected 0 to 1, got {config.probability}")
-    if config.attribution_every < 1:
-        raise ValueError(f"mix.attribution_every: expected at least 1, got {config.attribution_every}")
+    known = inspect.signature(mixer).parameters
+    for key in config.options:
+        if key not in known:
+            raise ValueError(f"mix.options.{key}: {config.name} has no such argument; {nearest(key, known)}")
     try:
         return mixer(**config.options)
+    except ValueError as error:  # it begins with the argument's name
+        raise ValueError(f"mix.options.{error}") from error
     except TypeError as error:
         raise ValueError(f"mix.options: {config.name} does not take {dict(config.options)} ({error})") from error
 

@@ -13,10 +13,12 @@ import torch
 from pytorch_lightning import Callback, Trainer, seed_everything
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.utilities import rank_zero_only
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from gradmix.registry import nearest
-from gradmix.ssl.backbones import backbone_metadata, stem_of
+from gradmix.ssl.backbones import backbone_metadata, check_encoder, stem_of
 from gradmix.ssl.callbacks import Checkpoints, Pictures, Progress, newest_checkpoint
+from gradmix.ssl.checks import check_values
 from gradmix.ssl.config import Config
 from gradmix.ssl.data import OpenSetData
 from gradmix.ssl.files import write_json, write_tensors
@@ -24,7 +26,7 @@ from gradmix.ssl.guard import ON_NONFINITE, Guard
 from gradmix.ssl.images import ImageSet
 from gradmix.ssl.limits import check_limits, precision
 from gradmix.ssl.loader import check_batch_size
-from gradmix.ssl.pretrain import Pretraining, learning_rate
+from gradmix.ssl.pretrain import Pretraining, build_mixer, check_mixing, learning_rate
 from gradmix.ssl.run import claim
 
 # What Lightning's Trainer may not be told, for the run's folder would not hold everything any more.
@@ -117,19 +119,10 @@ def where_images_lie(config: Config, images: ImageSet, device: torch.device) -> 
 def check(config: Config) -> None:
     """
     Raises:
-        ValueError: a number that makes no sense, or a trainer key that Lightning does not know.
+        ValueError: what no images are needed to see: a number that makes no sense, an encoder, mixer, method or
+            trainer argument that does not exist.
     """
-    for key, least in (
-        ("epochs", 1),
-        ("batch_size", 2),
-        ("knn_every", 0),
-        ("quality_every", 0),
-        ("pictures_every", 0),
-        ("seed", 0),
-        ("max_skipped_steps", 0),
-    ):
-        if getattr(config, key) < least:
-            raise ValueError(f"{key}: expected at least {least}, got {getattr(config, key)}")
+    check_values(config)
     if config.on_nonfinite not in ON_NONFINITE:
         raise ValueError(f"on_nonfinite: expected {' or '.join(ON_NONFINITE)}, got {config.on_nonfinite!r}")
     for key in OURS:
@@ -139,6 +132,9 @@ def check(config: Config) -> None:
     for key in config.trainer:
         if key not in known:
             raise ValueError(f"trainer.{key}: Lightning's Trainer has no such argument; {nearest(key, known)}")
+    check_encoder(config.encoder)
+    if build_mixer(config.mix) is not None:
+        check_mixing(config.method)
 
 
 def build_trainer(config: Config, callbacks: list[Callback]) -> Trainer:
@@ -157,7 +153,10 @@ def build_trainer(config: Config, callbacks: list[Callback]) -> Trainer:
         **config.trainer,
         "precision": precision(config),
     }
-    return Trainer(**settings, callbacks=callbacks)
+    try:
+        return Trainer(**settings, callbacks=callbacks)
+    except (MisconfigurationException, ValueError) as error:
+        raise ValueError(f"trainer: {error}") from error
 
 
 def quiet_lightning() -> None:

@@ -152,7 +152,7 @@ def test_a_flat_folder_without_classes(command, tmp_path):
         (["data=imagefolder"], "data.root: data=imagefolder needs the folder"),
         (["data=imagefolder", "data.root=missing"], "missing is not a folder"),
         (["data=imagefolder", "data.root=empty"], "no images in empty"),
-        (["data=imagefolder", "data.root=one"], "one known class only"),
+        (["data=imagefolder", "data.root=one"], "data.root: one has one class folder only (cat); give at least two"),
         (["data=imagefolder", "data.root=broken"], "image files can't be read"),
         (["batch_size=4096"], "batch_size: 4096 is larger than the training set of"),
         (["knn_k=100000"], "knn_k: 100000 is larger than the training set"),
@@ -164,8 +164,24 @@ def test_a_flat_folder_without_classes(command, tmp_path):
         (["data=unheard_of"], "data: no option 'unheard_of'; choose from cifar10,"),
         (["mix.name=cutmx"], "mix.name: no 'cutmx'; did you mean cutmix?"),
         (["data.name=digts"], "data.name: no 'digts'; did you mean digits?"),
-        (["mix.options.alpha=-1"], "alpha: expected a finite number above 0"),
-        (["mix.options.nonsense=1"], "mix.options: gradmix does not take"),
+        (["data=imagefolder", "data.root=above"], "one class folder only (one); did you mean data.root=above/one?"),
+        (["data=imagefolder", "data.root=loose"], "one class folder only (sub); did you mean data.root=.?"),
+        (["mix.options.alpha=-1"], "mix.options.alpha: expected a finite number above 0"),
+        (["mix.options.alhpa=1"], "mix.options.alhpa: gradmix has no such argument; did you mean alpha?"),
+        (["method=byol"], "method: no option 'byol'; choose from joint, simclr, supcon\n"),
+        (["data.known=cat"], "data.known: expected a list, data.known=[A,B]"),
+        (["data.known=[1,Käfer groß]"], "data.known: 'Käfer groß' is no class of data=digits"),
+        (["trainer=3"], "trainer: expected trainer.NAME=VALUE"),
+        (["trainer.devices=0"], "trainer: `Trainer(devices=0)` value is not a valid input"),
+        (["--epochs=3"], "--epochs: no such flag; settings are given as epochs=VALUE"),
+        (["epochs"], "epochs: can't be read; expected KEY=VALUE"),
+        (["encoder.stem=ß"], """in quotes a value is taken as it is: 'encoder.stem="ß"'"""),
+        (["data.root="], "data.root: empty; give a path"),
+        (["data.image_size=0"], "data.image_size: expected at least 1, got 0"),
+        (["method.temperature_end=0"], "method.temperature_end: expected a number above 0, got 0.0"),
+        (["data.augment.crop=[0.2,2]"], "data.augment.crop: expected [LOW,HIGH] with 0 < LOW <= HIGH <= 1"),
+        (["data.augment.flip=nan"], "data.augment.flip: expected 0 to 1, got nan"),
+        (["data.augment.hue=1"], "data.augment.hue: expected 0 to 0.5, got 1.0"),
         (["encoder.name=vgg"], "encoder.name: expected one of resnet18"),
         (["encoder.init=nothing.pt"], "nothing.pt: no such file"),
     ],
@@ -175,6 +191,10 @@ def test_bad_input_is_one_line_that_says_what_to_do(command, tmp_path, arguments
     digit_files(tmp_path / "one").rename(tmp_path / "inner")
     (tmp_path / "one").mkdir()
     (tmp_path / "inner").rename(tmp_path / "one" / "cat")
+    for name in ("a", "b"):
+        (tmp_path / "above" / "one" / name).mkdir(parents=True)
+    digit_files(tmp_path / "loose")
+    (tmp_path / "loose" / "sub").mkdir()
     for name in ("cat", "dog"):
         (tmp_path / "broken" / name).mkdir(parents=True)
         for i in range(4):

@@ -85,6 +85,7 @@ def test_help_has_a_line_for_every_option_and_key(command):
     [
         ("commands:pretrain", "--help", 0),
         ("commands:pretrain", "epochz=3", 2),
+        ("commands:pretrain", "epochs=0", 2),
         ("commands:pretrain", "--shell-completion query=bash", 0),
         ("commands:evaluate", "--help", 0),
         ("commands:score", "detector=1", 2),

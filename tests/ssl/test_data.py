@@ -94,6 +94,10 @@ def test_image_folders(tmp_path):
     assert data.classes == ["cat", "dog"] and data.unknown == ["emu"]
     assert data.test.labels.tolist() == [0] * 3 + [1] * 3 + [-1] * 3
 
+    (tmp_path / "a/none").mkdir()  # no images: neither known nor unknown
+    data = load_data(plain, 0)
+    assert (data.classes, data.unknown, data.empty) == (["cat", "dog"], [], ["none"])
+
     for i in range(8):
         picture(tmp_path / "flat" / f"{i}.png")
     data = load_data(replace(plain, root=str(tmp_path / "flat")), 0)

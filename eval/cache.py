@@ -72,7 +72,7 @@ def write_arrays(path: Path, key: str, shapes: dict[str, tuple[str, tuple[int, .
             file.write(len(text).to_bytes(8, "little") + text)
             file.flush()
             _reserve(file.fileno(), 8 + len(text) + end)
-        arrays = _map(temporary, "r+")[1]
+        arrays = map_arrays(temporary, "r+")[1]
         fill(arrays)
         for array in arrays.values():
             array.flush()
@@ -91,13 +91,18 @@ def _reserve(descriptor: int, size: int) -> None:
 def read_arrays(path: Path, key: str) -> Arrays | None:
     """The arrays of a file with this key, mapped; writing to them does not reach the file. None: there is no such."""
     try:
-        metadata, arrays = _map(path, "c")
+        metadata, arrays = map_arrays(path)
     except (OSError, ValueError, KeyError, TypeError):
         return None  # missing, damaged or of another version: it is made again
     return arrays if metadata.get("key") == key else None
 
 
-def _map(path: Path, mode: str) -> tuple[dict, Arrays]:
+def map_arrays(path: Path, mode: str = "c") -> tuple[dict, Arrays]:
+    """A file's metadata and arrays, mapped in a mode of ``np.memmap``: writing to "c" does not reach the file.
+
+    Raises:
+        OSError, ValueError, KeyError, TypeError: missing or damaged.
+    """
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if length > path.stat().st_size:

@@ -36,6 +36,7 @@ def run_pretrain(config: Config) -> None:
     from gradmix.ssl.files import write_json
 
     check_detectors(config)
+    config.run_dir = str(Path(config.run_dir).expanduser())
     if config.data.split != "all":
         print(table(pretrain_one(config)))
         print(f"\n{config.run_dir}: report.html, metrics.json, weights, detector and TensorBoard events")
@@ -54,7 +55,7 @@ def run_pretrain(config: Config) -> None:
 def pretrain_one(config: Config) -> dict:
     from pytorch_lightning.utilities import rank_zero_only
 
-    from gradmix.eval.evaluate import device_of, evaluate
+    from gradmix.eval.evaluate import check_neighbours, device_of, evaluate
     from gradmix.eval.features import extract_together
     from gradmix.eval.online import watchers
     from gradmix.eval.report import write_report
@@ -78,8 +79,7 @@ def pretrain_one(config: Config) -> dict:
             return read_json(run_dir / "metrics.json")
         data = load_data(config.data, config.seed, run_dir / "scan.json")
         print(describe(config, data))
-        if config.knn_k > len(data.train):
-            raise ValueError(f"knn_k: {config.knn_k} is larger than the training set, {len(data.train)} images")
+        check_neighbours(config, data)
         if not (run_dir / "training.json").exists():
             train(config, data, watchers(data, config))
             if world_size() > 1:
@@ -128,7 +128,10 @@ def run_eval(config: EvalConfig) -> None:
     if parts and out == run_dir:
         write_comparison(find_runs([run_dir]), run_dir / "report.html")
     print(as_text(over_splits(results) if parts else results[0]))
-    print(f"\n{out / name}: every number" + (f"; mean ± standard deviation over {len(parts)} splits" if parts else ""))
+    print(
+        f"\n{out / name}: every number"
+        + (f"; mean ± standard deviation over {len(parts)} splits" if len(parts) > 1 else "")
+    )
 
 
 def eval_one(config: EvalConfig, run_dir: Path, out: Path) -> dict:

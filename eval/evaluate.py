@@ -47,7 +47,7 @@ def evaluate(
     Features are read from ``features/`` where they are of the same weights and images.
     ``features/scores.safetensors`` holds what every detector says of every test image, for
     :func:`gradmix.eval.compare.compare`. What the data can't answer is left out and listed under ``skipped``: no
-    classes, no unknown images.
+    classes, no known or no unknown test images.
 
     Raises:
         ValueError: bad settings, such as k larger than the training set.
@@ -55,10 +55,9 @@ def evaluate(
     out = run_dir if out is None else out
     asked = EvalConfig() if asked is None else asked
     check_asked(asked, config, data)
+    check_neighbours(config, data)
     options = dict(config.detector_options)
     detectors = [(key, build_detector(kind.NAME, options), space) for key, kind, space in check_detectors(config)]
-    if any(getattr(detector, "k", 1) > len(data.train) for _, detector, _ in detectors):
-        raise ValueError(f"detectors: a k is larger than the training set, {len(data.train)} images")
     model = Model(run_dir, device)
     result: dict[str, Any] = {"skipped": {}, "data/bad_images": len(data.bad)}
     if model.head is None:
@@ -74,9 +73,10 @@ def evaluate(
         found[name] = model.features(images, here, there, config.data.workers, limit if name == "train" else ALL)
     if data.bad:
         write_json(out / "bad_images.json", data.bad)
-    if data.classes:
+    known = data.test.labels >= 0
+    measurable = bool(data.classes) and bool(known.any())
+    if measurable:
         knn, probe = classifiers(config, found["train"], model.device)
-        known = data.test.labels >= 0
         features, labels = found["test"]["features"][known], data.test.labels[known]
         result |= knn_accuracies(asked, knn, features, labels)
         result["linear/top1"] = metrics.closed_set_accuracy(probe.predict(features), labels)
@@ -90,11 +90,12 @@ def evaluate(
         else:
             result["skipped"]["raw pixels"] = "they exceed data.memory_gib"
     else:
-        result["skipped"]["knn, linear, osr"] = "the images have no classes"
+        why = "the test set has no images of known classes" if data.classes else "the images have no classes"
+        result["skipped"]["knn, linear, osr"] = why
     pair = two_views(model.backbone.encoder, data.train, config.data.augment, model.device)
     result |= quality_numbers(found["train"]["features"], data.train.labels if data.classes else None, pair)
     (out / "features" / "scores.safetensors").unlink(missing_ok=True)  # an earlier evaluation's, of other images
-    if data.classes and (data.test.labels < 0).any():
+    if measurable and not known.all():
         scores = {"labels": data.test.labels, "images": image_hashes(data.test)}
         baseline = [("pixels", build_detector(PRIMARY, options), None)] if pixels else []
         for key, detector, space in [*detectors, *baseline]:
@@ -107,7 +108,7 @@ def evaluate(
             result |= {f"osr/{key}/{name}": value for name, value in values.items()}
             scores |= {f"{key}/score": score, f"{key}/correct": correct}
         write_tensors(out / "features" / "scores.safetensors", scores)
-    elif data.classes:
+    elif measurable:
         result["skipped"]["osr"] = "the test set has no unknown classes"
     primary = build_detector(PRIMARY, options)
     primary.fit(found["train"]["features"], data.train.labels if data.classes else None)
@@ -178,6 +179,22 @@ def check_detectors(config: Config) -> list[tuple[str, type[Detector], str]]:
     for name in config.detector_options:
         build_detector(name, config.detector_options)
     return [parse_detector(entry) for entry in config.detectors]
+
+
+def check_neighbours(config: Config, data: OpenSetData) -> None:
+    """
+    Raises:
+        ValueError: a number of neighbours that the training set does not have, said before anything is computed.
+    """
+    names = [PRIMARY, *(kind.NAME for _, kind, _ in check_detectors(config) if data.classes)]
+    asked = {
+        f"detector_options.{name}.k": getattr(build_detector(name, config.detector_options), "k", 1) for name in names
+    }
+    if data.classes:
+        asked["knn_k"] = config.knn_k
+    for key, k in asked.items():
+        if not 1 <= k <= len(data.train):
+            raise ValueError(f"{key}: expected 1 to {len(data.train)}, the size of the training set, got {k}")
 
 
 def build_detector(name: str, options: dict[str, dict[str, Any]]) -> Detector:

@@ -68,7 +68,7 @@ def group_runs(runs: Sequence[Run]) -> dict[str, list[Group]]:
     """Runs by data set, and within it by everything in the config but split, seed and where a run computes."""
     sets: dict[tuple, dict[tuple, list[tuple[Run, dict]]]] = defaultdict(lambda: defaultdict(list))
     for run in runs:
-        config = {key: _frozen(value) for key, value in flat(asdict(run.config)).items()}
+        config = _config(run)
         keys = (*DATA, "data.root") if config["data.name"] == "imagefolder" else DATA
         data = tuple((key, config[key]) for key in keys)
         apart = {key: value for key, value in config.items() if not _shared(key)}
@@ -98,22 +98,32 @@ def difference(group: Group, reference: Group, key: str) -> Difference | None:
 
 def _labels(configs: list[dict[str, Any]], alone: Sequence[str]) -> list[str]:
     """What sets each config apart from the others; the keys ``alone`` where there is nothing."""
-    differing = [key for key in configs[0] if len({config.get(key) for config in configs}) > 1]
+    keys = dict.fromkeys(key for config in configs for key in config)
+    differing = [key for key in keys if len({config.get(key) for config in configs}) > 1]
     names = [key for key in differing if key.endswith(".name")]
     # method=joint says all that its weights would; unless two groups then have the same label.
     short = [key for key in differing if key in names or key.split(".")[0] + ".name" not in names]
     for keys in (short, differing):
         labels = [
-            ", ".join(f"{key.removesuffix('.name')}={config.get(key)}" for key in keys or alone) for config in configs
+            ", ".join(f"{key.removesuffix('.name')}={config.get(key, 'default')}" for key in keys or alone)
+            for config in configs
         ]
         if len(set(labels)) == len(labels):
             return labels
     return [f"{label} ({number})" for number, label in enumerate(labels)]
 
 
+def _config(run: Run) -> dict[str, Any]:
+    """A run's config, flat; what an evaluation may have been told otherwise is taken from its numbers."""
+    usual = {k: v for k, v in flat(asdict(run.config)).items() if not k.startswith("detector_options.")}
+    asked = flat({"detector_options": run.numbers.get("detector_options", {})})
+    asked["data.unknown_root"] = run.numbers.get("data/unknown_root")
+    return {key: _frozen(value) for key, value in (usual | asked).items()}
+
+
 def _shared(key: str) -> bool:
     """Whether a key says which data, which unit, or only where and how a run computes."""
-    free = (*FREE_KEYS, *UNIT, *DATA, *WATCHING)
+    free = {*FREE_KEYS, *UNIT, *DATA, *WATCHING} - {"detector_options"}  # a run may go on with others; numbers differ
     return any(key == name or key.startswith(f"{name}.") for name in free)
 
 

@@ -107,8 +107,7 @@ def bootstrap(metric, known_scores, unknown_scores, *correct, samples=1000, leve
         correct: with `oscr`, its third argument.
     """
     run = _run(known_scores, unknown_scores, correct)
-    values = [_evaluate(metric, run, *rows) for rows in _draws(run, samples, seed)]
-    return _interval(_evaluate(metric, run), values, level)
+    return _interval(lambda *rows: _evaluate(metric, run, *rows), run, samples, level, seed)
 
 
 def paired_bootstrap(metric, first, second, samples=1000, level=0.95, seed=0):
@@ -126,13 +125,13 @@ def paired_bootstrap(metric, first, second, samples=1000, level=0.95, seed=0):
     def difference(*rows):
         return _evaluate(metric, second, *rows) - _evaluate(metric, first, *rows)
 
-    return _interval(difference(), [difference(*rows) for rows in _draws(first, samples, seed)], level)
+    return _interval(difference, first, samples, level, seed)
 
 
 def threshold_for(scores, share):
     """The lowest score such that at least `share` of `scores` are at or below it."""
     # the guard: 0.55 * 100 is 55.00000000000001 in floating point
-    wanted = int(np.ceil(share * len(scores) - 1e-9))
+    wanted = max(1, int(np.ceil(share * len(scores) - 1e-9)))
     return np.partition(scores, wanted - 1)[wanted - 1]
 
 
@@ -175,16 +174,15 @@ def _evaluate(metric, run, known_rows=slice(None), unknown_rows=slice(None)):
     return metric(known[known_rows], unknown[unknown_rows], *(part[known_rows] for part in correct))
 
 
-def _draws(run, samples, seed):
+def _interval(evaluate, run, samples, level, seed):
+    """Of `evaluate(known_rows, unknown_rows)`, by default of all rows; `run` says how many there are."""
     if samples < 1:
         raise ValueError(f"samples: expected at least 1, got {samples}")
-    generator = np.random.default_rng(seed)
-    for _ in range(samples):
-        yield tuple(generator.integers(len(side), size=len(side)) for side in run[:2])
-
-
-def _interval(value, values, level):
     if not 0 < level < 1:
         raise ValueError(f"level: expected a share in (0, 1), got {level}")
+    value = evaluate()
+    generator = np.random.default_rng(seed)
+    draws = (tuple(generator.integers(len(side), size=len(side)) for side in run[:2]) for _ in range(samples))
+    values = [evaluate(*rows) for rows in draws]
     low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
     return Interval(float(value), float(low), float(high))

@@ -3,6 +3,7 @@
 import numpy as np
 
 from gradmix.eval.arrays import blocks, check_features, check_labels, unit_rows
+from gradmix.eval.detectors.class_mean import class_means
 
 
 def alignment(first, second):
@@ -55,15 +56,10 @@ def class_spread(features, labels):
     classes, positions = np.unique(labels, return_inverse=True)
     if len(classes) < 2:
         raise ValueError(f"labels: class_spread needs two classes, got only {classes[0]}")
-    counts = np.bincount(positions)
-    means = np.zeros((len(classes), rows.shape[1]))
-    for block in blocks(rows.shape):
-        np.add.at(means, positions[block], rows[block])
-    means /= counts[:, None]
-    within = np.zeros((rows.shape[1], rows.shape[1]))
-    for block in blocks(rows.shape):
-        part = rows[block] - means[positions[block]]
-        within += part.T @ part
-    centred = means - means.mean(axis=0)
-    between = centred.T @ centred / len(classes)
-    return float(np.trace(within / len(rows) @ np.linalg.pinv(between, hermitian=True)) / len(classes))
+    means = class_means(rows, positions, len(classes))
+    # the between-class covariance has rank K - 1 at most: its pseudo-inverse from the K means, no [F, F] array
+    _, spread, directions = np.linalg.svd((means - means.mean(axis=0)) / np.sqrt(len(classes)), full_matrices=False)
+    kept = spread > 1e-10 * spread[0]  # the rest is rounding, which an inverse would blow up
+    whitening = directions[kept].T / spread[kept]  # [F, K - 1]
+    total = sum(np.square((rows[block] - means[positions[block]]) @ whitening).sum() for block in blocks(rows.shape))
+    return float(total / len(rows) / len(classes))

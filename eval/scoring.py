@@ -41,7 +41,7 @@ class Score:
     Attributes:
         path: the file.
         score: higher is more unknown; None when the file could not be read.
-        prediction: class name, ``"unknown"`` above the threshold, ``""`` when there is no threshold or class.
+        prediction: ``"unknown"`` above the threshold, else the class's name (``""`` where there are no classes).
         margin: score minus threshold; above 0 is unknown.
         nearest: the nearest training image: its path, or its row when it never was a file.
         error: why the file could not be read, else empty.
@@ -191,7 +191,8 @@ def write_scores(scores: Iterator[Score], out: Path) -> tuple[int, int, int]:
     counts = [0, 0, 0]
 
     def write(temporary: Path) -> None:
-        with open(temporary, "w", newline="") as file:
+        # surrogateescape: a file name that is no UTF-8 comes out as the bytes that it is
+        with open(temporary, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
             table = None if out.suffix == ".jsonl" else csv.DictWriter(file, list(Score.__dataclass_fields__))
             if table:
                 table.writeheader()

@@ -35,7 +35,7 @@ def describe(config: Config, data: OpenSetData) -> str:
 
 
 def over_splits(results: list[dict]) -> dict:
-    """Mean and sample standard deviation of every number that all splits have."""
+    """Mean and sample standard deviation of every number that all splits have; what else is the same in all of them."""
     first = results[0]
     numbers = [
         key
@@ -46,8 +46,14 @@ def over_splits(results: list[dict]) -> dict:
     summary: dict = {"splits": len(results)}
     for key in numbers:
         values = [r[key] for r in results]
-        summary |= {key: float(np.mean(values)), f"{key}/std": float(np.std(values, ddof=1))}
-    others = {key: value for key, value in first.items() if isinstance(value, str)}
+        summary[key] = float(np.mean(values))
+        if len(values) > 1:
+            summary[f"{key}/std"] = float(np.std(values, ddof=1))
+    others = {
+        key: value
+        for key, value in first.items()
+        if not isinstance(value, float | int) and all(r.get(key) == value for r in results)
+    }
     return summary | others
 
 

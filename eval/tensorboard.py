@@ -43,7 +43,8 @@ def write_tensorboard(run_dir: Path, config: Config, numbers: dict[str, Any], da
             writer.add_scalar(key, value, numbers.get("train/steps", 0))
         for summary in hparams(hyperparameters(config), compared):
             writer.file_writer.add_summary(summary)
-    write_projector(folder, run_dir / "features/test.safetensors", data)
+    if len(data.test):
+        write_projector(folder, run_dir / "features/test.safetensors", data)
 
 
 def hyperparameters(config: Config) -> dict[str, bool | int | float | str]:

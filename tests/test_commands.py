@@ -69,9 +69,11 @@ def test_evaluating_again_gives_the_same_numbers(run, command):
     assert json.loads((run / "metrics.json").read_text()) == first
 
 
-def test_a_finished_run_says_so(run, command, finished):
-    result = command("pretrain", *QUICK, f"run_dir={run}")
-    assert result.code == 0 and "finished already" in result.out
+def test_a_finished_run_says_so(run, command, finished, monkeypatch):
+    monkeypatch.setenv("HOME", str(run.parent))
+    for folder in (run, f"~/{run.name}"):
+        result = command("pretrain", *QUICK, f"run_dir={folder}")
+        assert result.code == 0 and "finished already" in result.out
 
 
 def test_scoring_files_with_the_detectors_folder_alone(run, command, tmp_path):
@@ -155,7 +157,7 @@ def test_a_flat_folder_without_classes(command, tmp_path):
         (["data=imagefolder", "data.root=one"], "data.root: one has one class folder only (cat); give at least two"),
         (["data=imagefolder", "data.root=broken"], "image files can't be read"),
         (["batch_size=4096"], "batch_size: 4096 is larger than the training set of"),
-        (["knn_k=100000"], "knn_k: 100000 is larger than the training set"),
+        (["knn_k=100000"], "knn_k: expected 1 to 646, the size of the training set, got 100000"),
         (["detectors=[deep_kn]"], "detectors: no 'deep_kn'; did you mean deep_knn?"),
         (["detector_options.deep_kn.k=3"], "detector_options: no 'deep_kn'; did you mean deep_knn?"),
         (["detector_options.deep_knn.kk=3"], "did you mean k?"),

@@ -44,12 +44,13 @@ def training(run: Run) -> str:
 
 
 def open_set(run: Run) -> str:
+    known = run.features["test"]["labels"] >= 0 if "test" in run.features else np.zeros(0, bool)
     if not run.scores:
-        why = "no test images of unknown classes" if run.classes else "no classes"
+        side = "unknown" if known.any() else "known"
+        why = f"no test images of {side} classes" if run.classes else "no classes"
         return section(
             "curves", "Unknown against known", missing(f"There are {why}, so there is nothing to tell apart.")
         )
-    known = run.features["test"]["labels"] >= 0
     lines: dict[str, list[Line]] = {"roc": [], "oscr": [], "pr": []}
     for number, (name, (score, correct)) in enumerate(run.scores.items()):
         title = "raw pixels" if name == "pixels" else name
@@ -65,19 +66,21 @@ def open_set(run: Run) -> str:
         line_chart("OSCR", lines["oscr"], "unknown images accepted", "known images accepted and right", unit=True),
         line_chart("Precision and recall", lines["pr"], "unknown images caught", "flagged images that are", unit=True),
     ]
-    score, _ = run.scores.get(PRIMARY, next(iter(run.scores.values())))
+    name, (score, _) = next(iter(run.scores.items()))  # the primary one, where it was measured
     parts = {"known": score[known], "unknown": score[~known]}
-    limit = run.detector.threshold if run.detector is not None and PRIMARY in run.scores else None
+    limit = run.detector.threshold if run.detector is not None and name == PRIMARY else None
     marks = {} if limit is None else {"threshold": limit}
+    what = (
+        "Scores of the primary detector: distance to a near training image" if name == PRIMARY else f"Scores of {name}"
+    )
     note = "" if limit is None else " Images to the right of the threshold are called unknown."
     return section(
         "curves",
         "Unknown against known",
         grid(charts),
         '<p class="quiet">Legends: area under the curve, average precision for precision and recall, in per cent.</p>',
-        f'<div class="wide">{histogram("Scores of the test images", parts, f"{PRIMARY} score", marks)}</div>',
-        f"<p>Scores of the primary detector: distance to a near training image; the less the two overlap, the "
-        f"better.{note}</p>",
+        f'<div class="wide">{histogram("Scores of the test images", parts, f"{name} score", marks)}</div>',
+        f"<p>{what}; the less the two overlap, the better.{note}</p>",
     )
 
 

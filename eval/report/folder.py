@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from gradmix.eval import detectors
+from gradmix.eval.cache import Arrays, map_arrays
 from gradmix.eval.detectors import PRIMARY, Detector
 from gradmix.eval.foreign import ELSEWHERE
 from gradmix.ssl.config import Config, flat, register_configs
@@ -32,7 +33,7 @@ class Run:
         numbers: metrics.json.
         scalars: TensorBoard's, tag to steps ``[n]`` and values ``[n]``.
         pictures: steps and encoded images of TensorBoard's ``mixing``, in order.
-        features: ``train``, ``held_out``, ``test``, each ``features`` ``[N, F]`` and ``labels`` ``[N]``.
+        features: ``train``, ``held_out``, ``test``, each ``features`` ``[N, F]`` and ``labels`` ``[N]``, mapped.
         scores: by detector, for every test image: score ``[N]``, and whether its closest class is right ``[N]``.
         detector: the primary detector, as it was saved.
         classes: names of the known classes.
@@ -83,7 +84,7 @@ def read_run(path: Path, data: OpenSetData | None = None, images: bool = True) -
         raise ValueError(f"{path / 'metrics.json'}: damaged ({error})") from error
     scalars, pictures = read_events(path / "tensorboard", images)
     names = [name for name in ("train", "held_out", "test") if (path / f"features/{name}.safetensors").is_file()]
-    features = {name: _tensors(path / f"features/{name}.safetensors") for name in names}
+    features = {name: _features(path / f"features/{name}.safetensors") for name in names}
     detector = _detector(path / "detector")
     run = Run(
         path=path,
@@ -199,9 +200,16 @@ def _tensors(path: Path) -> dict[str, np.ndarray]:
         raise ValueError(f"{path}: damaged ({error})") from error
 
 
+def _features(path: Path) -> Arrays:
+    try:
+        return map_arrays(path)[1]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: damaged ({error})") from error
+
+
 def _detector(folder: Path) -> Detector | None:
     try:
-        return detectors.load(folder)
+        return detectors.load(folder, mmap=True)
     except (ValueError, OSError):
         return None
 

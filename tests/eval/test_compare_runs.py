@@ -83,6 +83,18 @@ def test_the_same_run_twice_counts_once_and_runs_again_are_one_unit(runs, compar
     assert sorted(len(group.runs) for group in groups) == [3, 3]
 
 
+def test_what_an_evaluation_was_told_sets_runs_apart(runs):
+    """gradmix-eval may have measured something else than config.yaml says, and says so in metrics.json."""
+    for split, told in ((1, {"detector_options": {"deep_knn": {"k": 9}}}), (2, {"data/unknown_root": "far"})):
+        path = runs / f"none/split-{split}/metrics.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | told))
+    sets = group_runs([read_run(path, images=False) for path in find_runs([runs / "none"])])
+    assert {name: [group.label for group in groups] for name, groups in sets.items()} == {
+        "data.unknown_root=None": ["detector_options.deep_knn.k=default", "detector_options.deep_knn.k=9"],
+        "data.unknown_root=far": ["method=joint, mix=none"],
+    }
+
+
 def test_one_run_alone(digits_run, compare):
     code, out, _ = compare(digits_run)
     assert code == 0

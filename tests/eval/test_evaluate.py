@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,10 +16,13 @@ from sklearn.preprocessing import normalize
 
 from gradmix.eval.compare import compare
 from gradmix.eval.detectors import ViM
-from gradmix.eval.evaluate import build_detector, parse_detector
+from gradmix.eval.evaluate import build_detector, check_neighbours, evaluate, parse_detector
 from gradmix.eval.features import raw_pixels
 from gradmix.eval.linear import LinearProbe
+from gradmix.eval.summary import over_splits, table
+from gradmix.ssl.data import load_data
 from gradmix.ssl.images import ImageSet
+from gradmix.ssl.run import read_config
 
 
 def read(run):
@@ -73,6 +77,46 @@ def test_evaluating_all_splits_again(command, tmp_path, digits_run):
     assert summary["osr/deep_knn/auroc/std"] == 0 and "osr/deep_knn/auroc_low" not in summary
     result = command("eval", "run=all", "against=again")
     assert result.code == 0 and result.out.count("deep_knn AUROC") == 2
+
+
+def test_over_splits_says_what_all_of_them_say():
+    splits = [
+        {"a": 1.0, "b_low": 0.5, "c": "x", "d": "lr 1", "e": {"k": 1}},
+        {"a": 2, "b_low": 0.5, "c": "x", "d": "lr 2"},
+    ]
+    assert over_splits(splits) == {"splits": 2, "a": 1.5, "a/std": pytest.approx(0.5**0.5), "c": "x"}
+    assert over_splits([{"knn/top1": 0.5}]) == {"splits": 1, "knn/top1": 0.5}  # of one there is no deviation
+    assert "50.00\n" in table(over_splits([{"knn/top1": 0.5}])) + "\n"
+
+
+@pytest.mark.parametrize("test_images", ["unknown ones", "none"])
+def test_without_known_test_images_the_rest_is_measured(digits_run, tmp_path, test_images):
+    config = read_config(digits_run)
+    data = load_data(config.data, config.seed)
+    rows = (data.test.labels < 0).nonzero()[:, 0] if test_images == "unknown ones" else torch.zeros(0).long()
+    result = evaluate(digits_run, config, replace(data, test=data.test.select(rows)), out=tmp_path / "out")
+    assert result["skipped"] == {"knn, linear, osr": "the test set has no images of known classes"}
+    assert "quality/effective_rank" in result and "knn/top1" not in result
+    assert (tmp_path / "out/detector/scorer.json").is_file() and not (
+        tmp_path / "out/features/scores.safetensors"
+    ).exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "k"),
+    [("knn_k", 0), ("knn_k", 647), ("detector_options.deep_knn.k", 647), ("detector_options.class_knn.k", 0)],
+)
+def test_neighbours_that_are_not_there_are_refused_before_training(digits_run, key, k):
+    config = read_config(digits_run)
+    data = load_data(config.data, config.seed)
+    check_neighbours(config, data)
+    config.detectors = ["class_knn"]  # deep_knn is saved, whatever is measured
+    if key == "knn_k":
+        config.knn_k = k
+    else:
+        config.detector_options = {key.split(".")[1]: {"k": k}}
+    with pytest.raises(ValueError, match=rf"{key}: expected 1 to 646, the size of the training set, got {k}"):
+        check_neighbours(config, data)
 
 
 def test_the_interval_is_the_bootstraps(digits_run):

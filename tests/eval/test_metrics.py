@@ -126,6 +126,7 @@ def test_threshold_accepts_the_share_and_no_lower_one_does():
             threshold = threshold_for(known, share)
             assert (known <= threshold).mean() >= share - 1e-9
             assert (known < threshold).mean() < share - 1e-9
+    assert threshold_for(np.arange(100), 1e-12) == 0  # one image at least
     assert threshold_for(np.arange(100), 0.55) == 54  # 0.55 * 100 is above 55 in floating point
 
 
@@ -215,6 +216,9 @@ def test_paired_bootstrap_sees_a_difference_that_separate_intervals_hide():
 def test_bad_bootstrap():
     with pytest.raises(ValueError, match="unknown_scores: 3 in the first run, 2 in the second"):
         paired_bootstrap(auroc, (np.ones(2), np.ones(3)), (np.ones(2), np.ones(2)))
+    for count in (2, 4):
+        with pytest.raises(ValueError, match=rf"correct: expected 3 booleans, got bool of shape \({count},\)"):
+            bootstrap(oscr, np.ones(3), np.ones(3), np.ones(count, bool))
     with pytest.raises(ValueError, match="samples: expected at least 1, got 0"):
         bootstrap(auroc, np.ones(2), np.ones(3), samples=0)
     with pytest.raises(ValueError, match=r"level: expected a share in \(0, 1\), got 95"):

@@ -51,6 +51,11 @@ def test_class_spread_is_nc1():
     middle = np.mean(list(means.values()), axis=0)
     between = sum(np.outer(m - middle, m - middle) for m in means.values()) / 3
     assert class_spread(rows, labels) == pytest.approx(np.trace(within @ np.linalg.pinv(between)) / 3)
+    wide, rank = features(60, 300) + 3 * features(3, 300, seed=1)[np.repeat([0, 1, 2], 20)], 2  # most have no spread
+    means = np.array([wide[labels == label].mean(axis=0) for label in (3, 5, 9)])
+    values, vectors = np.linalg.eigh((means - means.mean(axis=0)).T @ (means - means.mean(axis=0)) / 3)
+    deviation = (wide - np.repeat(means, 20, axis=0)) @ vectors[:, -rank:]
+    assert class_spread(wide, labels) == pytest.approx((deviation**2 / values[-rank:]).sum() / 60 / 3)
     points = np.eye(3)[np.repeat([0, 1, 2], 4)]
     assert class_spread(points, np.repeat([0, 1, 2], 4)) == pytest.approx(0, abs=1e-12)
     assert class_spread(0.5 * rows + 7, labels) == pytest.approx(class_spread(rows, labels))  # no unit, no origin

@@ -201,6 +201,16 @@ def test_a_flat_folder_without_classes(command, tmp_path):
     assert "image, flat/0.png, score" in text or "image, flat/1.png, score" in text
 
 
+def test_the_histogram_names_the_detector_it_shows(digits_run, tmp_path):
+    run = shutil.copytree(digits_run, tmp_path / "run")
+    assert "Scores of the primary detector" in write_report(run).read_text()
+    scores = load_file(run / "features/scores.safetensors")
+    save_file({k: v for k, v in scores.items() if "deep_knn" not in k}, run / "features/scores.safetensors")
+    text = write_report(run).read_text()
+    assert "class_knn score<" in text and "<p>Scores of class_knn; the less" in text
+    assert "deep_knn score<" not in text and "Scores of the primary detector" not in text
+
+
 def test_names_of_classes_and_files_are_escaped(command, tmp_path, browser):
     names = ["<script>alert(1)</script>"[:8] + " & cat", 'dog\'s "best" </script', "bird"]
     digits = load_digits()

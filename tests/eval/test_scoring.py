@@ -1,6 +1,7 @@
 """A detector's folder: every file checked, and pictures of the nearest training images."""
 
 import json
+import os
 import shutil
 
 import numpy as np
@@ -10,7 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from gradmix.eval.detectors import DeepKNN
-from gradmix.eval.scoring import Scorer, save_scorer
+from gradmix.eval.scoring import Scorer, save_scorer, write_scores
 from gradmix.eval.sheets import CAPTION, GAP, MARGIN, SIDE, write_sheets
 from gradmix.ssl.config import DataConfig
 from gradmix.ssl.data import load_data
@@ -73,6 +74,17 @@ def test_a_training_image_is_its_own_nearest(detector, train, tmp_path):
         assert scorer.training_class(near) == ["2", "4", "5", "9", "8", "3"][train.labels[row]]
         assert score.nearest.startswith("training image ")
     assert [s.score for s in scorer.score(paths)] == pytest.approx(distances[:, 4].tolist(), abs=1e-3)
+
+
+def test_names_that_are_no_utf_8_come_out_as_they_are(detector, train, tmp_path):
+    name = os.fsencode(files_of(train.images[:1], tmp_path / "photos")[0]).replace(b"000", b"caf\xe9")
+    os.rename(tmp_path / "photos/000.png", name)
+    scorer, paths = Scorer(detector), [os.fsdecode(name)]
+    assert write_scores(scorer.score(paths), tmp_path / "scores.csv") == (1, 0, 0)
+    assert (tmp_path / "scores.csv").read_bytes().splitlines()[1].startswith(name + b",")
+    assert write_scores(scorer.score(paths), tmp_path / "scores.jsonl") == (1, 0, 0)
+    assert json.loads((tmp_path / "scores.jsonl").read_text())["path"] == paths[0]
+    assert write_sheets(scorer, paths, tmp_path / "sheets") == (1, 1)
 
 
 def test_sheets_show_each_image_and_its_neighbours(detector, train, tmp_path):

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from gradmix.ssl.files import write_atomically
-from gradmix.ssl.images import MEAN, STD, ImageSet
+from gradmix.ssl.images import Constants, ImageSet
 
 DTYPES = {"F32": np.dtype("<f4"), "I64": np.dtype("<i8")}
 Arrays = dict[str, np.memmap]
@@ -40,9 +40,10 @@ def frozen(module: nn.Module) -> Iterator[None]:
         raise RuntimeError("the evaluation changed weights or BatchNorm statistics of a network that must be frozen")
 
 
-def images_key(images: ImageSet) -> str:
+def images_key(images: ImageSet, constants: Constants) -> str:
     """SHA-256 of the pixels, or where there are files of their names, sizes and times; of the labels; the transform."""
-    digest = hashlib.sha256(f"{images.size} {MEAN} {STD}".encode())
+    mean, std = constants
+    digest = hashlib.sha256(f"{images.size} {mean} {std}".encode())
     digest.update(images.labels.numpy())
     if images.files is None:
         digest.update(images.images.numpy())

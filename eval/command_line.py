@@ -110,6 +110,7 @@ def explain(error: Exception, schema: type) -> str:
     missing_option = re.search(r"Could not find '([^']+)'\s+Available options in '([^']+)':\n((?:\t.*\n)+)", text)
     if missing_option:
         asked, group, options = missing_option.groups()
+        options = options.partition("Config search path")[0]
         name = asked.split("/")[-1]
         return f"{group}: no option {name!r}; {nearest(name, options.split())}"
     lines = [line.strip() for line in text.splitlines() if line.strip()]

@@ -10,9 +10,10 @@ from gradmix.ssl.config import DataConfig
 
 @dataclass
 class EncoderName:
-    """Which network a checkpoint is of; its width is read off the weights."""
+    """Which network a checkpoint is of."""
 
     name: str = ""  # of the checkpoint's network
+    width: int | None = None  # null: read off conv1
     stem: str | None = None  # null: read off conv1; padded: solo-learn's for CIFAR, which looks like small in the file
 
 

@@ -1,4 +1,4 @@
-"""A run's backbone as files for other programs: torchvision's weights, ONNX, torch.export."""
+"""A run's backbone as files for other programs: torchvision's or timm's weights, ONNX, torch.export."""
 
 import logging
 import warnings
@@ -15,8 +15,9 @@ FORMATS = {"safetensors": "backbone.safetensors", "onnx": "backbone.onnx", "torc
 def export_backbone(run_dir: Path, formats: list[str], folder: Path) -> list[Path]:
     """Write the backbone in each of ``formats``; returns the files.
 
-    - ``safetensors``: the weights under torchvision's names (``load_state_dict(..., strict=False)``;
-      only ``fc`` is missing). The network wants images with :data:`gradmix.ssl.images.MEAN` and ``STD`` removed.
+    - ``safetensors``: the weights under torchvision's names (``load_state_dict(..., strict=False)``; only ``fc`` is
+      missing), or timm's (``create_model(..., num_classes=0, checkpoint_path=...)``; with ``img_size=S`` for a ViT).
+      The network wants images with its mean and deviation removed: ImageNet's for torchvision's, timm's own for timm's.
     - ``onnx`` and ``torch_export``: the network, from ``images`` float32 ``[N, 3, S, S]`` in [0, 1], for any N, to
       ``features`` ``[N, F]``. Normalisation is inside.
 

@@ -54,7 +54,7 @@ class Model:
             limit: ``features`` of more bytes are an ``np.memmap``, which kNN, probe and detectors read in blocks.
         """
         parts = [self.backbone, *([] if self.head is None else [self.head])]
-        key = " ".join([*map(fingerprint, parts), images_key(images)])
+        key = " ".join([*map(fingerprint, parts), images_key(images, self.backbone.encoder.constants)])
         arrays = read_arrays(path, key)
         for other in others:
             if arrays is None and read_arrays(other, key) is not None:

@@ -56,7 +56,8 @@ class ImageProbe:
             self.backbone = copy.deepcopy(backbone).requires_grad_(True) if tuned else backbone
             norm = nn.BatchNorm1d(backbone.num_features, affine=False)
             self.head = nn.Sequential(norm, nn.Linear(backbone.num_features, classes)).to(device)
-            self._train(images, TwoViews(self.augment, images.size, views=1), tuned, workers)
+            augment = TwoViews(self.augment, images.size, views=1, constants=backbone.encoder.constants)
+            self._train(images, augment, tuned, workers)
         self.backbone.eval().requires_grad_(False)
         self.head.eval()
         return self

@@ -4,7 +4,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from gradmix.eval.config import EvalConfig
-from gradmix.ssl.backbones import backbone_metadata, check_encoder, read_backbone, stem_of
+from gradmix.ssl.backbones import backbone_metadata, build_backbone
 from gradmix.ssl.config import Config, EncoderConfig, MethodConfig, MixConfig, OptimizerConfig, flat
 from gradmix.ssl.data import OpenSetData
 from gradmix.ssl.files import write_json, write_tensors
@@ -23,13 +23,12 @@ def adopt(config: EvalConfig) -> Path:
         if not value:
             raise ValueError(f"{key}: missing; checkpoint= needs it, {key}={'DIR' if key == 'out' else 'NAME'}")
     checkpoint, out = Path(config.checkpoint).expanduser(), Path(config.out).expanduser()
-    encoder = EncoderConfig(config.encoder.name, stem=config.encoder.stem, init=str(checkpoint))
-    check_encoder(encoder)
-    backbone = read_backbone(checkpoint, encoder.name, stem=encoder.stem)
-    encoder.width, encoder.stem = backbone.conv1.out_channels, stem_of(backbone)
+    encoder = EncoderConfig(config.encoder.name, config.encoder.width, config.encoder.stem, init=str(checkpoint))
+    backbone = build_backbone(encoder, config.data.image_size)
+    encoder.width, encoder.stem = (backbone.description.get(key) for key in ("width", "stem"))
     elsewhere = {"method": MethodConfig(ELSEWHERE), "mix": MixConfig("none"), "optimizer": OptimizerConfig("unknown")}
     claim(out, Config(run_dir=str(out), data=config.data, encoder=encoder, **elsewhere))
-    metadata = backbone_metadata(encoder, encoder.stem, config.data.image_size)
+    metadata = backbone_metadata(backbone, config.data.image_size)
     write_tensors(out / "backbone.safetensors", backbone.state_dict(), metadata)
     write_json(out / "training.json", {"checkpoint": str(checkpoint)})
     return out

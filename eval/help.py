@@ -13,7 +13,7 @@ from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import MISSING, OmegaConf
 
-from gradmix.ssl.config import flat, register_configs
+from gradmix.ssl.config import TimmEncoders, flat, register_configs
 
 FLAGS = {
     "--config-dir=DIR": "another folder with config files (DIR/data/mine.yaml makes data=mine)",
@@ -74,7 +74,9 @@ def options(group: str) -> dict[str, str]:
     """A group's options and the first comment of their files. Hydra has to be initialised."""
     found: dict[str, str] = {}
     for source in GlobalHydra.instance().config_loader().get_search_path().get_path():
-        if source.path.startswith("pkg://") and source.provider != "hydra":
+        if source.path.startswith(TimmEncoders.scheme()) and group == "encoder":
+            found["timm/NAME"] = TimmEncoders.__doc__
+        elif source.path.startswith("pkg://") and source.provider != "hydra":
             folder = files(source.path.removeprefix("pkg://")) / group
             for file in sorted(folder.iterdir(), key=lambda file: file.name) if folder.is_dir() else ():
                 if file.name.endswith(".yaml"):

@@ -68,7 +68,7 @@ def evaluated(module: Pretraining) -> Iterator[None]:
 
 
 def features_now(module: Pretraining, images: ImageSet) -> torch.Tensor:
-    return extract(lambda batch: module.backbone(normalize(batch)), images, module.device)
+    return extract(lambda batch: module.backbone(normalize(batch, module.backbone.constants)), images, module.device)
 
 
 def watchers(data: OpenSetData, config: Config) -> list[Callback]:

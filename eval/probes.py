@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gradmix.eval import quality
 from gradmix.eval.config import EvalConfig
@@ -13,6 +13,7 @@ from gradmix.eval.finetune import ImageProbe
 from gradmix.eval.knn import KNNClassifier
 from gradmix.eval.metrics import closed_set_accuracy
 from gradmix.ssl.augment import TwoViews
+from gradmix.ssl.backbones import Encoder
 from gradmix.ssl.config import AugmentConfig, Config
 from gradmix.ssl.data import OpenSetData
 from gradmix.ssl.images import ImageSet
@@ -89,7 +90,7 @@ def quality_numbers(features, labels: Tensor | None, pair: tuple[Tensor, Tensor]
 
 
 def two_views(
-    encoder: nn.Module, images: ImageSet, augment: AugmentConfig, device: torch.device
+    encoder: Encoder, images: ImageSet, augment: AugmentConfig, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Features of two random views of up to ``MOST_VIEWED`` evenly spaced images, always the same views.
 
@@ -97,7 +98,7 @@ def two_views(
         encoder: normalised images to features, in eval mode.
     """
     rows = torch.linspace(0, len(images) - 1, min(len(images), MOST_VIEWED)).long()
-    chosen, views = images.select(rows), TwoViews(augment, images.size, views=1)
+    chosen, views = images.select(rows), TwoViews(augment, images.size, views=1, constants=encoder.constants)
 
     def features(seed: int) -> Tensor:
         return extract(lambda batch: encoder(views(batch, seed)), chosen, device)

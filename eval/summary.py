@@ -28,7 +28,7 @@ def describe(config: Config, data: OpenSetData) -> str:
     if data.bad:
         lines.append(f"{len(data.bad)} image files can't be read and are left out: bad_images.json")
     lines.append(
-        f"{config.method.name} with mix={config.mix.name}, {config.encoder.name} width {config.encoder.width}, "
+        f"{config.method.name} with mix={config.mix.name}, {config.encoder}, "
         f"{config.epochs} epochs, batch {config.batch_size}"
     )
     return "\n".join(lines)

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+VIT = {"blocks": "norm1", "layers": "ln_1"}  # blocks, and the norm each begins with: timm's, torchvision's encoder's
 EVIDENCE = {"loss": 1.0, "agreement": -1.0}  # the sign of the gradient that counts as evidence
 
 
@@ -26,7 +27,8 @@ def layercam(loss: Tensor, activations: Sequence[Tensor], size: tuple[int, int],
     Args:
         loss: scalar that depends on every tensor in ``activations``; not yet multiplied by a gradient scaler.
         activations: one tensor per layer, ``[N, C, h, w]``, or ``[N, T, C]`` from a transformer (the tokens are
-            put back on their grid; class and register tokens in front are left out).
+            put back on their grid; class and register tokens in front are left out), or ``[N, h, w, C]``, known by
+            the image's proportions.
         size: ``(H, W)`` of the images, to which each map is resized bilinearly (``align_corners=False``).
         evidence: ``"loss"`` keeps what raises the loss, ``"agreement"`` what lowers it (the views' common ground).
 
@@ -50,7 +52,10 @@ def layercam(loss: Tensor, activations: Sequence[Tensor], size: tuple[int, int],
         for activation, gradient in zip(activations, _gradients(loss, activations), strict=True):
             activation, gradient = _at_least_float32(activation), _at_least_float32(gradient)
             relevance = activation * (EVIDENCE[evidence] * gradient).clamp(min=0)
-            cam = relevance.sum(1) if relevance.ndim == 4 else _tokens_to_grid(relevance.sum(2), size)  # [N, h, w]
+            if relevance.ndim == 3:
+                cam = _tokens_to_grid(relevance.sum(2), size)  # [N, h, w]
+            else:
+                cam = relevance.sum(3 if _channels_last(relevance, size) else 1)
             cam = F.interpolate(_min_max(cam)[:, None], size=size, mode="bilinear", align_corners=False)
             maps.append(cam[:, 0].float())
         return torch.stack(maps).mean(0)
@@ -93,6 +98,13 @@ def _min_max(cam: Tensor) -> Tensor:
     return ((cam - low) / spread.masked_fill(flat, 1)).masked_fill(flat, 0)
 
 
+def _channels_last(activation: Tensor, size: tuple[int, int]) -> bool:
+    """Whether only the second and third of its four dimensions have the image's proportions, up to rounding."""
+    (height, width), (_, a, b, c) = size, activation.shape
+    fits = [abs(h / height - w / width) <= 1 / height + 1 / width for h, w in ((b, c), (a, b))]
+    return fits == [False, True]
+
+
 def _tokens_to_grid(tokens: Tensor, size: tuple[int, int]) -> Tensor:
     """``[N, T]`` to ``[N, h, w]``; class and register tokens in front are dropped."""
     h, w = _grid(tokens.shape[1], size)
@@ -114,35 +126,45 @@ def _grid(tokens: int, size: tuple[int, int], most_extra: int = 8) -> tuple[int,
 
 
 def default_layers(module: nn.Module, count: int = 3) -> list[str]:
-    """Names of the last ``count`` stages of a ResNet, ConvNeXt or ViT, which may lie anywhere inside ``module``.
+    """Names of the last ``count`` stages of a ResNet, ConvNeXt, ViT or another network of timm's.
+
+    It may lie anywhere inside ``module``. Of a ViT's blocks it is where they read the tokens.
 
     Raises:
         ValueError: no known family inside, or it has fewer stages; the message lists the submodules to choose from.
     """
     for path, submodule in module.named_modules():
-        stages = _stages(submodule)
+        stages = find_stages(submodule)
         if len(stages) >= count:
-            return [f"{path}.{stage}" if path else stage for stage in stages[-count:]]
+            watched = [_where_it_reads(submodule, stage) for stage in stages[-count:]]
+            return [f"{path}.{name}" if path else name for name in watched]
     raise ValueError(
         f"layers: no default for the last {count} stages of {type(module).__name__}; "
         f"name some of its submodules: {_choices(module)}"
     )
 
 
-def _stages(module: nn.Module) -> list[str]:
-    """Stages of a known family, shallow to deep; empty for any other module."""
+def find_stages(module: nn.Module) -> list[str]:
+    """Names of the stages of a known family, shallow to deep; empty for any other module."""
     children = dict(module.named_children())
     if "layer1" in children and "layer4" in children:  # ResNet of torchvision and timm
         return ["layer1", "layer2", "layer3", "layer4"]
     if "stages" in children:  # ConvNeXt of timm, and its like
         return [f"stages.{name}" for name, _ in children["stages"].named_children()]
-    # In a ViT that reads its class token, nothing flows back to the patch tokens that leave the last block; so each
-    # block is watched where it reads them. `blocks`: timm; `layers`: the encoder of torchvision's.
-    for blocks, norm in (("blocks", "norm1"), ("layers", "ln_1")):
+    for blocks, norm in VIT.items():
         if blocks in children:
-            named = children[blocks].named_children()
-            return [f"{blocks}.{name}.{norm}" for name, block in named if hasattr(block, norm)]
-    return []
+            named = [f"{blocks}.{name}" for name, block in children[blocks].named_children() if hasattr(block, norm)]
+            if named:
+                return named
+    info = getattr(module, "feature_info", None)  # what timm's other networks say of themselves
+    named = [stage["module"] for stage in info] if isinstance(info, list) else []
+    return named if set(named) <= dict(module.named_modules()).keys() and len(set(named)) == len(named) else []
+
+
+def _where_it_reads(module: nn.Module, stage: str) -> str:
+    """In a ViT that reads its class token, nothing flows back to the patch tokens that leave the last block."""
+    block = module.get_submodule(stage)
+    return next((f"{stage}.{norm}" for norm in VIT.values() if hasattr(block, norm)), stage)
 
 
 def _choices(module: nn.Module) -> str:
@@ -158,7 +180,7 @@ def record(module: nn.Module, layers: Sequence[str], into: list[Tensor]) -> Iter
 
     Raises:
         ValueError: a name in ``layers`` that ``module`` does not have (the message lists those it has), or a layer
-            that gives anything but a tensor ``[N, C, h, w]`` or ``[N, T, C]``.
+            that gives anything but a tensor of three or four dimensions.
     """
     known = dict(module.named_modules())
     for name in layers:

@@ -191,10 +191,18 @@ class GradMix(Mixer):
         """
         if isinstance(module, nn.parallel.DistributedDataParallel):
             module = module.module  # so that layers are named as without it
-        layers = default_layers(module, self.layers) if isinstance(self.layers, int) else self.layers
+        layers = self.layers_in(module)
         self._activations.clear()
         self._watched = module
         return record(module, layers, self._activations)
+
+    def layers_in(self, module: nn.Module) -> list[str]:
+        """Names of the submodules that :meth:`watch` looks at.
+
+        Raises:
+            ValueError: there is no default for ``module``; the message lists the choices.
+        """
+        return default_layers(module, self.layers) if isinstance(self.layers, int) else list(self.layers)
 
     def _mix(self, images: Tensor, partner: Tensor, attribution: Tensor | None, generator: torch.Generator) -> Mixed:
         rows, _, height, width = images.shape

@@ -3,9 +3,11 @@
 import difflib
 from collections.abc import Iterator, Mapping
 from importlib.metadata import EntryPoint, entry_points
+from itertools import islice
 from typing import TypeVar
 
 T = TypeVar("T")
+MOST_NAMES = 20  # that a message lists
 
 
 class Registry(Mapping[str, T]):
@@ -59,4 +61,7 @@ class Registry(Mapping[str, T]):
 def nearest(name: str, names: Mapping | list[str]) -> str:
     """``did you mean ...?``, or what there is, for a message on a name that does not exist."""
     near = difflib.get_close_matches(name, names, 1)
-    return f"did you mean {near[0]}?" if near else f"choose from {', '.join(names) or 'none'}"
+    if near:
+        return f"did you mean {near[0]}?"
+    more = ", ..." if len(names) > MOST_NAMES else ""
+    return f"choose from {', '.join(islice(names, MOST_NAMES)) or 'none'}{more}"

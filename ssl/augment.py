@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from gradmix.ssl.config import AugmentConfig
-from gradmix.ssl.images import normalize
+from gradmix.ssl.images import IMAGENET, Constants, normalize
 
 
 class TwoViews(nn.Module):
@@ -17,9 +17,9 @@ class TwoViews(nn.Module):
     Crop, rotation, flip, colour jitter, greyscale, blur: SimCLR's (arXiv 2002.05709), as far as the config has them.
     """
 
-    def __init__(self, config: AugmentConfig, size: int, views: int = 2):
+    def __init__(self, config: AugmentConfig, size: int, views: int = 2, constants: Constants = IMAGENET):
         super().__init__()
-        self.views = views
+        self.views, self.constants = views, constants
         c = config
         # Resampling through grid_sample crops the whole batch at once; "slice" would go image by image.
         steps: list[nn.Module] = [
@@ -43,7 +43,7 @@ class TwoViews(nn.Module):
         views = images.float().div(255).repeat(self.views, 1, 1, 1)
         with forked_rng(seed, images.device):
             views = self.steps(views)
-        return normalize(views.clamp(0, 1))
+        return normalize(views.clamp(0, 1), self.constants)
 
 
 @contextmanager

@@ -1,7 +1,8 @@
-"""Encoders: torchvision's ResNets at any width, with SimCLR's stem for small images; torchvision's parameter names."""
+"""Encoders: torchvision's ResNets at any width, with SimCLR's stem for small images, and timm's networks."""
 
 import json
 from pathlib import Path
+from typing import Any, Protocol
 
 from pytorch_lightning.utilities import rank_zero_only
 from safetensors import safe_open
@@ -9,7 +10,8 @@ from torch import Tensor, nn
 from torchvision.models import resnet
 
 from gradmix.ssl.config import EncoderConfig
-from gradmix.ssl.images import decode, normalize, to_square
+from gradmix.ssl.images import IMAGENET, Constants, decode, normalize, to_square
+from gradmix.ssl.timm_encoders import PREFIX, check_timm, timm_encoder
 from gradmix.ssl.weights import find_backbone, load_found, load_weights
 
 RESNETS: dict[str, tuple[type[nn.Module], list[int]]] = {
@@ -26,14 +28,32 @@ STEMS = {  # first convolution: kernel, stride, padding; whether a max-pool foll
 SMALL_IMAGE = 64  # up to this side, the ImageNet stem would throw away most of the picture
 
 
+class Encoder(Protocol):
+    """An ``nn.Module`` from normalised images ``[N, 3, S, S]`` to features ``[N, F]``.
+
+    Attributes:
+        num_features: F.
+        constants: mean and deviation per channel that :func:`gradmix.ssl.images.normalize` removes for it.
+        description: what :func:`build_encoder` makes it again from, beside the image size.
+    """
+
+    num_features: int
+    constants: Constants
+    description: dict[str, Any]
+
+    def __call__(self, images: Tensor) -> Tensor: ...
+
+
 class ResNet(resnet.ResNet):
-    """torchvision's ResNet without its classifier: images ``[N, 3, H, W]`` to features ``[N, F]``.
+    """torchvision's ResNet without its classifier, under torchvision's parameter names; an :class:`Encoder`.
 
     Args:
         name: key of ``RESNETS``.
         width: channels of the first stage; 64 is the standard network. F = 8 * width (32 * width for bottlenecks).
         stem: key of ``STEMS``.
     """
+
+    constants = IMAGENET
 
     def __init__(self, name: str, width: int = 64, stem: str = "imagenet"):
         block, depths = RESNETS[name]
@@ -50,13 +70,21 @@ class ResNet(resnet.ResNet):
         if not pool:
             self.maxpool = nn.Identity()
         self.num_features = 8 * width * block.expansion
+        self.description = {"name": name, "width": width, "stem": stem}
         self.fc = nn.Identity()
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
 
-def build_backbone(config: EncoderConfig, image_size: int) -> ResNet:
+def build_encoder(description: dict[str, Any], image_size: int) -> Encoder:
+    """A freshly initialised encoder from its ``description``."""
+    if description["name"].startswith(PREFIX):
+        return timm_encoder(**description, image_size=image_size)
+    return ResNet(**description)
+
+
+def build_backbone(config: EncoderConfig, image_size: int) -> Encoder:
     """The encoder that a config asks for, freshly initialised, or from ``config.init``.
 
     Raises:
@@ -64,36 +92,59 @@ def build_backbone(config: EncoderConfig, image_size: int) -> ResNet:
     """
     check_encoder(config)
     if config.init is not None:
-        return read_backbone(Path(config.init).expanduser(), config.name, config.width, config.stem)
-    return ResNet(config.name, config.width, config.stem or ("small" if image_size <= SMALL_IMAGE else "imagenet"))
+        return read_backbone(Path(config.init).expanduser(), config.name, config.width, config.stem, image_size)
+    if config.name.startswith(PREFIX):
+        return build_encoder({"name": config.name}, image_size)
+    stem = config.stem or ("small" if image_size <= SMALL_IMAGE else "imagenet")
+    return build_encoder({"name": config.name, "width": config.width or 64, "stem": stem}, image_size)
 
 
 def check_encoder(config: EncoderConfig) -> None:
     """
     Raises:
-        ValueError: unknown encoder, stem or width.
+        ValueError: unknown encoder, stem or width; or timm is missing.
     """
+    if config.name.startswith(PREFIX):
+        for key in ("width", "stem"):
+            if getattr(config, key) is not None:
+                raise ValueError(f"encoder.{key}: timm's networks have none to set; encoder.{key}=null leaves it out")
+        check_timm(config.name)
+        return
     if config.name not in RESNETS:
-        raise ValueError(f"encoder.name: expected one of {', '.join(RESNETS)}, got {config.name!r}")
+        raise ValueError(f"encoder.name: expected one of {', '.join(RESNETS)}, {PREFIX}NAME, got {config.name!r}")
     if config.stem not in (*STEMS, None):
         raise ValueError(f"encoder.stem: expected {', '.join(STEMS)} or null, got {config.stem!r}")
-    if config.width < 1:
+    if config.width is not None and config.width < 1:
         raise ValueError(f"encoder.width: expected a positive number, got {config.width}")
 
 
-def read_backbone(path: Path, name: str, width: int | None = None, stem: str | None = None) -> ResNet:
-    """An encoder with weights trained anywhere; prints what was matched. None: read off the first convolution.
+def read_backbone(
+    path: Path, name: str, width: int | None = None, stem: str | None = None, image_size: int = 224
+) -> Encoder:
+    """An encoder with weights trained anywhere; prints what was matched.
+
+    Args:
+        width, stem: of a ResNet; None: read off the first convolution.
+        image_size: S, for a network of timm's.
 
     Raises:
         ValueError: unreadable weights, or too few of them match the encoder.
     """
-    found = find_backbone(load_weights(path), list(ResNet(name, 1).state_dict()))
+    weights = load_weights(path)
+    if name.startswith(PREFIX):
+        backbone = build_encoder({"name": name}, image_size)
+        found = find_backbone(weights, list(backbone.state_dict()))
+        load_found(backbone, found, path, "encoder.name and data.image_size")
+        mean, std = backbone.constants
+        rank_zero_only(print)(f"{path}: {found}; images with mean {mean} and deviation {std} removed, as timm has it")
+        return backbone
+    found = find_backbone(weights, list(ResNet(name, 1).state_dict()))
     conv1 = found.tensors.get("conv1.weight")
     if conv1 is not None and conv1.ndim == 4:
         width = width or conv1.shape[0]
         stem = stem or ("small" if conv1.shape[2] == 3 else "imagenet")
     backbone = ResNet(name, width or 64, stem or "imagenet")
-    load_found(backbone, found, path)
+    load_found(backbone, found, path, "encoder.name and encoder.width")
     rank_zero_only(print)(f"{path}: {found}")
     return backbone
 
@@ -106,7 +157,7 @@ class Backbone(nn.Module):
         num_features: F.
     """
 
-    def __init__(self, encoder: ResNet, image_size: int):
+    def __init__(self, encoder: Encoder, image_size: int):
         super().__init__()
         self.encoder = encoder.eval().requires_grad_(False)
         self.image_size = image_size
@@ -119,13 +170,12 @@ class Backbone(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """``[N, 3, H, W]`` uint8, or float in [0, 1], to features ``[N, F]``."""
-        return self.encoder(normalize(images))
+        return self.encoder(normalize(images, self.encoder.constants))
 
 
-def backbone_metadata(config: EncoderConfig, stem: str, image_size: int) -> dict[str, str]:
+def backbone_metadata(encoder: Encoder, image_size: int) -> dict[str, str]:
     """What a weights file must say of itself to be rebuilt; goes into its safetensors header."""
-    encoder = {"name": config.name, "width": config.width, "stem": stem}
-    return {"gradmix": json.dumps({"encoder": encoder, "image_size": image_size})}
+    return {"gradmix": json.dumps({"encoder": encoder.description, "image_size": image_size})}
 
 
 def load_backbone(run: str | Path) -> Backbone:
@@ -142,12 +192,6 @@ def load_backbone(run: str | Path) -> Backbone:
     if metadata is None:
         raise ValueError(f"{path}: does not say which encoder it belongs to; it was not written by gradmix-pretrain")
     described = json.loads(metadata)
-    encoder = ResNet(**described["encoder"])
+    encoder = build_encoder(described["encoder"], described["image_size"])
     encoder.load_state_dict(weights)
     return Backbone(encoder, described["image_size"])
-
-
-def stem_of(backbone: ResNet) -> str:
-    conv1 = backbone.conv1
-    shape = conv1.kernel_size[0], conv1.stride[0], conv1.padding[0]
-    return next(stem for stem, described in STEMS.items() if described[:3] == shape)

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from gradmix.mixing import Mixed
 from gradmix.ssl.files import write_atomically
 from gradmix.ssl.guard import Guard, check_finite
-from gradmix.ssl.images import denormalize
+from gradmix.ssl.images import Constants, denormalize
 from gradmix.ssl.loader import Batch
 from gradmix.ssl.pretrain import Pretraining
 
@@ -219,17 +219,18 @@ class Pictures(EpochCallback):
 
     def on_epoch(self, trainer: Trainer, module: Pretraining) -> None:
         if module.pictures is not None:
-            module.logger.experiment.add_image("mixing", mixing_picture(*module.pictures), module.steps)
+            picture = mixing_picture(*module.pictures, module.backbone.constants)
+            module.logger.experiment.add_image("mixing", picture, module.steps)
 
 
-def mixing_picture(views: torch.Tensor, mixed: Mixed, pairs: int = 8) -> torch.Tensor:
+def mixing_picture(views: torch.Tensor, mixed: Mixed, constants: Constants, pairs: int = 8) -> torch.Tensor:
     """A grid ``[3, H, W]`` with rows: the other view, the view, its attribution map (if any), partner, mix."""
     batch = len(views) // 2
     rows = slice(0, min(pairs, batch))
-    tiles = [denormalize(views[batch:][rows]), denormalize(views[rows])]
+    tiles = [denormalize(views[batch:][rows], constants), denormalize(views[rows], constants)]
     if mixed.attribution is not None:
         tiles.append(mixed.attribution[rows, None].expand(-1, 3, -1, -1))
-    tiles += [denormalize(views[mixed.partner[rows]]), denormalize(mixed.images[rows])]
+    tiles += [denormalize(views[mixed.partner[rows]], constants), denormalize(mixed.images[rows], constants)]
     picture = torch.cat([tile.float().cpu() for tile in tiles])
     picture = torch.nn.functional.interpolate(picture, scale_factor=max(1, 64 // picture.shape[-1]))
     return make_grid(picture, nrow=len(tiles[0]))

@@ -5,13 +5,16 @@ Hydra composes it, so that types are checked and an unknown key is an error.
 
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
+from importlib.util import find_spec
 from typing import Any
 
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
+from hydra.core.object_type import ObjectType
 from hydra.core.plugins import Plugins
+from hydra.plugins.config_source import ConfigResult, ConfigSource
 from hydra.plugins.search_path_plugin import SearchPathPlugin
-from omegaconf import MISSING
+from omegaconf import MISSING, OmegaConf
 
 
 @dataclass
@@ -74,11 +77,14 @@ class MixConfig:
 
 @dataclass
 class EncoderConfig:
-    name: str = MISSING  # network
-    width: int = 64  # channels of the first stage
+    name: str = MISSING  # network; timm/NAME: one of timm's, which have no width and stem to set
+    width: int | None = 64  # channels of the first stage; null: 64, or init's
     stem: str | None = None  # small: 3x3 stride 1, no max-pool; imagenet; null: by image size (small up to 64), or init
     init: str | None = None  # weights to start from, trained anywhere: safetensors, or a torch checkpoint
     head_dim: int = 128  # of the projections
+
+    def __str__(self) -> str:
+        return self.name if self.width is None else f"{self.name} width {self.width}"
 
 
 @dataclass
@@ -126,10 +132,39 @@ class Config:
     trainer: dict[str, Any] = field(default_factory=dict)  # handed to Lightning's Trainer
 
 
+class TimmEncoders(ConfigSource):
+    """Any of timm's networks by its name: ViT, ConvNeXt, EfficientNet, ... (pip install 'gradmix[timm]')"""
+
+    @staticmethod
+    def scheme() -> str:
+        return "timm"
+
+    def available(self) -> bool:
+        return True
+
+    def is_group(self, config_path: str) -> bool:
+        return config_path in ("", "encoder")
+
+    def is_config(self, config_path: str) -> bool:
+        return config_path.startswith("encoder/timm/")
+
+    def load_config(self, config_path: str) -> ConfigResult:
+        encoder = OmegaConf.create({"name": config_path.removeprefix("encoder/"), "width": None})
+        return ConfigResult(self.provider, self.full_path(), encoder, {"package": None})
+
+    def list(self, config_path: str, results_filter: ObjectType | None) -> list[str]:
+        if config_path != "encoder" or results_filter == ObjectType.GROUP or not find_spec("timm"):
+            return []
+        import timm
+
+        return [f"timm/{name}" for name in timm.list_models()]
+
+
 class ConfigsFromOutside(SearchPathPlugin):
-    """Packages with config files (``data/NAME.yaml``, ``method/NAME.yaml``, ...) that entry points name; ours win."""
+    """timm's encoders, and packages with config files (``data/NAME.yaml``, ...) that entry points name; ours win."""
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        search_path.append("timm", "timm://")
         for entry in entry_points(group="gradmix.configs"):
             search_path.append(entry.name, f"pkg://{entry.value}")
 
@@ -137,6 +172,7 @@ class ConfigsFromOutside(SearchPathPlugin):
 def register_configs() -> None:
     """Tell Hydra the schema, and where the config files of other packages are."""
     ConfigStore.instance().store("pretrain_schema", Config)
+    Plugins.instance().register(TimmEncoders)
     Plugins.instance().register(ConfigsFromOutside)
 
 

@@ -16,8 +16,10 @@ from torchvision.transforms.functional import InterpolationMode, center_crop, pi
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
 EXTENSIONS = frozenset(extension for extension, kind in Image.registered_extensions().items() if kind in FORMATS)
 MAX_PIXELS = 89_478_485  # Pillow's limit, a quarter of a GiB as RGB: more is a decompression bomb
-# The usual constants, for every data set: the first BatchNorm absorbs the rest, and ImageNet weights fit in.
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+# Mean and deviation per channel. ImageNet's, for every data set: the first BatchNorm absorbs the rest, and ImageNet
+# weights fit in. Networks of timm's have their own.
+Constants = tuple[tuple[float, float, float], tuple[float, float, float]]
+MEAN, STD = IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)
@@ -101,15 +103,17 @@ def from_array(array: np.ndarray, size: int) -> Tensor:
     return images.contiguous()
 
 
-def normalize(images: Tensor) -> Tensor:
+def normalize(images: Tensor, constants: Constants = IMAGENET) -> Tensor:
     """uint8, or floats in [0, 1], ``[..., 3, H, W]`` to the backbone's input: float, mean and deviation removed."""
+    mean, std = constants
     images = images.float() / 255 if images.dtype == torch.uint8 else images
-    return (images - _channels(MEAN, images)) / _channels(STD, images)
+    return (images - _channels(mean, images)) / _channels(std, images)
 
 
-def denormalize(images: Tensor) -> Tensor:
+def denormalize(images: Tensor, constants: Constants = IMAGENET) -> Tensor:
     """The inverse of :func:`normalize`, in [0, 1]; for pictures."""
-    return (images * _channels(STD, images) + _channels(MEAN, images)).clamp(0, 1)
+    mean, std = constants
+    return (images * _channels(std, images) + _channels(mean, images)).clamp(0, 1)
 
 
 def _channels(values: tuple[float, ...], like: Tensor) -> Tensor:

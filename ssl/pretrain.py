@@ -2,6 +2,7 @@
 
 import inspect
 import math
+from collections.abc import Sequence
 from contextlib import nullcontext
 
 import numpy as np
@@ -15,7 +16,7 @@ from pytorch_lightning import LightningModule
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from gradmix.attribution import still
+from gradmix.attribution import find_stages, still
 from gradmix.mixing import MIXERS, GradMix, Mixed, Mixer
 from gradmix.registry import nearest
 from gradmix.ssl.augment import TwoViews
@@ -54,15 +55,17 @@ class Pretraining(LightningModule):
         self.mixer = build_mixer(config.mix)
         if self.mixer is not None:
             check_mixing(method)
+        self.looks = isinstance(self.mixer, GradMix) and self.mixer.centre == "peak"  # at the gradient
         self.layout = torch.channels_last if config.speed.channels_last else torch.contiguous_format
         self.backbone = build_backbone(config.encoder, config.data.image_size).to(memory_format=self.layout)
+        watched = self.mixer.layers_in(self.backbone) if self.looks else []
         if config.speed.compile:
-            compile_stages(self.backbone)
+            compile_stages(self.backbone, watched)
         features = self.backbone.num_features
         self.head = ProjectionHead(
             [(features, features, None, nn.ReLU()), (features, config.encoder.head_dim, None, None)]
         )
-        self.augment = TwoViews(config.data.augment, config.data.image_size)
+        self.augment = TwoViews(config.data.augment, config.data.image_size, constants=self.backbone.constants)
         self.selfsup_loss = NTXentLoss(method.temperature)
         self.supervised_loss = SupConLoss(method.temperature)
         self.scalars: dict[str, Tensor] = {}
@@ -97,10 +100,11 @@ class Pretraining(LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         method, mix = self.config.method, self.config.mix
         mixing = self.mixer is not None and mixes_at(mix, self.config.seed, batch.epoch, batch.step)
-        looks = mixing and isinstance(self.mixer, GradMix) and self.mixer.centre == "peak"
+        looks = mixing and self.looks
         looking = looks and batch.step % mix.attribution_every == 0
         seed = seed_of(self.config.seed, batch.epoch, batch.step, self.global_rank)
         in_parts = self.config.speed.micro_batch is not None
+        torch.manual_seed(seed)  # what a network drops at random, too, is a function of the step
 
         views = self.augment(batch.images, seed).contiguous(memory_format=self.layout)  # [2B, 3, H, W]
         labels = batch.labels.repeat(2)  # [2B]
@@ -229,11 +233,26 @@ def learning_rate(config: Config) -> float:
     return config.optimizer.base_lr * config.batch_size / 256
 
 
-def compile_stages(backbone: nn.Module) -> None:
-    """Compile each stage by itself: through a network compiled as one, attribution could not take its gradients."""
+def compile_stages(backbone: nn.Module, watched: Sequence[str]) -> None:
+    """Compile each stage by itself: through a network compiled as one, attribution could not take its gradients.
+
+    Args:
+        watched: layers that attribution looks at; what they lie in is compiled in parts.
+
+    Raises:
+        ValueError: no known stages.
+    """
     torch._functorch.config.donated_buffer = False  # attribution walks the graph before the backward pass does
-    for stage in ("layer1", "layer2", "layer3", "layer4"):
-        getattr(backbone, stage).compile()
+    stages = find_stages(backbone)
+    if not stages:
+        raise ValueError(f"speed.compile: {type(backbone).__name__} has no stages to compile one by one")
+    while stages:
+        name = stages.pop()
+        module = backbone.get_submodule(name)
+        if any(layer.startswith(f"{name}.") for layer in watched):
+            stages += [f"{name}.{child}" for child, _ in module.named_children()]
+        else:
+            module.compile()
 
 
 def build_optimizer(config: Config, parameters) -> torch.optim.Optimizer:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +142,8 @@ def check_classes(run_dir: Path, classes: Sequence[str]) -> None:
 
 def provenance() -> dict[str, Any]:
     """Versions, revision and hardware, flat, to stand beside every result."""
-    packages = ("torchvision", "lightly", "faiss-cpu", "pytorch-lightning", "numpy", "gradmix")
+    packages = ["torchvision", "lightly", "faiss-cpu", "pytorch-lightning", "numpy", "gradmix"]
+    packages += ["timm"] * (find_spec("timm") is not None)
     cuda = torch.cuda.is_available()
     return {
         "version/torch": torch.__version__,  # with the CUDA build

@@ -16,7 +16,7 @@ from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from gradmix.registry import nearest
-from gradmix.ssl.backbones import backbone_metadata, check_encoder, stem_of
+from gradmix.ssl.backbones import backbone_metadata, check_encoder
 from gradmix.ssl.callbacks import Checkpoints, Pictures, Progress, newest_checkpoint
 from gradmix.ssl.checks import check_values
 from gradmix.ssl.config import Config
@@ -84,7 +84,7 @@ def train(config: Config, data: OpenSetData, callbacks: Sequence[Callback] = ())
     if start < config.epochs * (len(data.train) // config.batch_size):  # else stopped before the files below
         trainer.fit(module)
     if trainer.is_global_zero:
-        metadata = backbone_metadata(config.encoder, stem_of(module.backbone), config.data.image_size)
+        metadata = backbone_metadata(module.backbone, config.data.image_size)
         metadata["classes"] = json.dumps(data.classes)
         write_tensors(run_dir / "backbone.safetensors", module.backbone.state_dict(), metadata)
         write_tensors(run_dir / "head.safetensors", module.head.state_dict())

@@ -104,8 +104,11 @@ def find_backbone(weights: dict[str, Tensor], names: Sequence[str]) -> Found:
     return Found(tensors, missing, [name for name in weights if name not in matched], prefix, others)
 
 
-def load_found(module: nn.Module, found: Found, path: Path) -> None:
+def load_found(module: nn.Module, found: Found, path: Path, settings: str) -> None:
     """Load ``found`` into ``module``; only BatchNorm's step counters, which change nothing, may be missing.
+
+    Args:
+        settings: keys that decide on names and shapes, for the message.
 
     Raises:
         ValueError: too few tensors match in name and shape; says how many do, and which do not.
@@ -119,7 +122,7 @@ def load_found(module: nn.Module, found: Found, path: Path) -> None:
         fitting = len(found.tensors) - len(wrong)
         raise ValueError(
             f"{path}: only {fitting} of the encoder's {len(expected)} tensors match; {'; '.join(reasons)}; "
-            "choose the encoder.name and encoder.width it was trained with"
+            f"choose the {settings} it was trained with"
         )
     module.load_state_dict(found.tensors, strict=False)
 

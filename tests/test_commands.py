@@ -185,6 +185,9 @@ def test_a_flat_folder_without_classes(command, tmp_path):
         (["data.augment.flip=nan"], "data.augment.flip: expected 0 to 1, got nan"),
         (["data.augment.hue=1"], "data.augment.hue: expected 0 to 0.5, got 1.0"),
         (["encoder.name=vgg"], "encoder.name: expected one of resnet18"),
+        (["encoder=convnext_atto"], "encoder: no option 'convnext_atto'; did you mean timm/convnext_atto?"),
+        (["encoder=x"], "choose from resnet101, resnet18, resnet34, resnet50, timm/"),
+        (["encoder=timm/convnext_atta"], "encoder.width: timm's networks have none to set"),
         (["encoder.init=nothing.pt"], "nothing.pt: no such file"),
     ],
 )

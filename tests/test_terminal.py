@@ -12,6 +12,7 @@ import termios
 from types import SimpleNamespace
 
 import pytest
+import timm
 
 from gradmix.eval.config import ScoreConfig
 from gradmix.eval.help import settings
@@ -68,6 +69,7 @@ def test_help_has_a_line_for_every_option_and_key(command):
         "method=simclr",
         "mix=cutmix",
         "encoder=resnet50",
+        "encoder=timm/NAME",
         "optimizer=lars",
     ):
         assert re.search(rf"^  {re.escape(option)} +\S+", text, re.M), option
@@ -116,6 +118,11 @@ sys.exit(99 if "torch" in sys.modules else code)
         ("gradmix-pretrain dat", {"data=", "data."}),
         ("gradmix-pretrain data=ci", {"data=cifar10", "data=cifar100", "data=cifar_plus10", "data=cifar_plus50"}),
         ("gradmix-pretrain mix=res", {"mix=resizemix"}),
+        ("gradmix-pretrain encoder=resnet1", {"encoder=resnet18", "encoder=resnet101"}),
+        (
+            "gradmix-pretrain encoder=timm/test_v",
+            {f"encoder=timm/{name}" for name in timm.list_models("test_v*")},
+        ),
         ("gradmix-pretrain epo", {"epochs="}),
         ("gradmix-pretrain data.unk", {"data.unknown_root="}),
     ],

@@ -159,9 +159,10 @@ def defaults(config: Config) -> dict[str, Any]:
     """
     register_configs()
     with initialize_config_module("gradmix.configs", version_base="1.3"):
-        options = GlobalHydra.instance().config_loader().get_group_options
-        chosen = {group: getattr(config, group).name for group in GROUPS}
-        composed = compose("pretrain", [f"{group}={name}" for group, name in chosen.items() if name in options(group)])
+        sources = GlobalHydra.instance().config_loader().get_sources()
+        chosen = [(group, getattr(config, group).name) for group in GROUPS]
+        ours = [(group, name) for group, name in chosen if any(s.is_config(f"{group}/{name}") for s in sources)]
+        composed = compose("pretrain", [f"{group}={name}" for group, name in ours])
     return flat(asdict(OmegaConf.to_object(composed)))
 
 

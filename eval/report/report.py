@@ -75,8 +75,7 @@ def what_was_run(run: Run) -> str:
         + (f" ({unknown} of unknown classes)" if unknown else ""),
         "Known classes": _first(run.classes) or "none: the images have no classes",
         "Split, seed": f"{'-' if config.data.split is None else config.data.split}, {config.seed}",
-        "Network": f"{config.encoder.name}, width {config.encoder.width}, {config.data.image_size} x "
-        f"{config.data.image_size} pixels",
+        "Network": f"{config.encoder}, {config.data.image_size} x {config.data.image_size} pixels",
         "Training": f"{config.epochs} epochs, batch {config.batch_size}"
         + (f", {_duration(seconds)}" if seconds is not None else ""),
         "Speed": f"{found['train/images_per_s']:.0f} images/s" if "train/images_per_s" in found else "",

@@ -13,15 +13,14 @@ from gradmix.eval.features import Model, extract_together
 from gradmix.eval.knn import KNNClassifier
 from gradmix.eval.linear import LinearProbe
 from gradmix.ssl.backbones import Backbone, ResNet, backbone_metadata
-from gradmix.ssl.config import EncoderConfig
 from gradmix.ssl.files import write_tensors
 from gradmix.ssl.images import ImageSet, normalize
 
 
 @pytest.fixture
 def model(tmp_path):
-    metadata = backbone_metadata(EncoderConfig("resnet18", 4), "small", 8)
-    write_tensors(tmp_path / "backbone.safetensors", ResNet("resnet18", 4, "small").state_dict(), metadata)
+    encoder = ResNet("resnet18", 4, "small")
+    write_tensors(tmp_path / "backbone.safetensors", encoder.state_dict(), backbone_metadata(encoder, 8))
     head = {"layers.0.weight": (32, 32), "layers.0.bias": (32,), "layers.2.weight": (16, 32), "layers.2.bias": (16,)}
     save_file({name: torch.randn(shape) for name, shape in head.items()}, tmp_path / "head.safetensors")
     return Model(tmp_path)

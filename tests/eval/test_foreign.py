@@ -5,12 +5,14 @@ import shutil
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 
 from gradmix.ssl.backbones import ResNet, read_backbone
+from gradmix.ssl.images import decode
 
 
 def read(folder):
@@ -62,6 +64,37 @@ def test_a_checkpoint_from_elsewhere_on_a_folder(command, tmp_path, digit_folder
     assert result.code == 0 and "20 images" in result.out
 
 
+def test_a_checkpoint_of_timms(command, tmp_path, digit_folders):
+    """Into a run's folder that scores, exports and starts a training."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        theirs = timm.create_model("test_vit", num_classes=5, img_size=32).eval()
+    torch.save({"state_dict": {f"module.{k}": value for k, value in theirs.state_dict().items()}}, tmp_path / "a.pth")
+    images = (*FOLDER, "data.image_size=32", f"data.root={digit_folders}")
+    result = command("eval", "checkpoint=a.pth", "encoder=timm/test_vit", *images, "out=out")
+    assert result.code == 0, result.err
+    assert "missing: none; unused: state_dict.module.head.weight, state_dict.module.head.bias; images" in result.out
+    assert "mean (0.5, 0.5, 0.5) and deviation (0.5, 0.5, 0.5) removed" in result.out
+    theirs.reset_classifier(0)
+    files = sorted((digit_folders / "test").rglob("*.png"))
+    pixels = torch.stack([decode(file, 32) for file in files]) / 255
+    with torch.inference_mode():
+        expected = theirs(pixels * 2 - 1)
+    features = load_file(tmp_path / "out/features/test.safetensors")["features"]
+    torch.testing.assert_close(features, expected, atol=1e-4, rtol=1e-4)
+    page = (tmp_path / "out/report.html").read_text()
+    assert "encoder=timm/test_vit" in page and "timm/test_vit, 32 x 32 pixels" in page
+    assert command("score", "detector=out/detector", f"images={files[0]}").code == 0
+
+    quick = ("epochs=1", "batch_size=32", "knn_every=0", "trainer.accelerator=cpu", "run_dir=run")
+    start = ("encoder=timm/test_vit", "encoder.init=out/backbone.safetensors", *images, *quick)
+    result = command("pretrain", *start)
+    assert result.code == 0 and "78 tensors matched" in result.out, result.err
+    assert "version/timm" in read(tmp_path / "run")
+    assert "encoder.name=" not in (tmp_path / "run/report.html").read_text()  # the group says it all
+    assert "finished already" in command("pretrain", *start).out
+
+
 def test_transfer(command, tmp_path, digits_run, digit_folders):
     run = shutil.copytree(digits_run, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints"))
     before = read(run)
@@ -89,7 +122,13 @@ def test_bad_input(command, tmp_path, digit_folders, digits_run):
         (("checkpoint=a.pth", "encoder=resnet18", "data=digits"), "out: missing; checkpoint= needs it, out=DIR"),
         (("checkpoint=a.pth", "encoder=resnet50", *checkpoint[2:], root), "tensors match; missing: layer1.0.conv3"),
         (("checkpoint=b.pth", *checkpoint[1:], root), "b.pth: no such file"),
-        (("checkpoint=a.pth", "encoder=vgg", *checkpoint[2:], root), "encoder: no option 'vgg'; choose from"),
+        (
+            ("checkpoint=a.pth", "encoder=resnet19", *checkpoint[2:], root),
+            "encoder: no option 'resnet19'; did you mean",
+        ),
+        (("checkpoint=a.pth", "encoder=timm/vgg", *checkpoint[2:], root), "timm has no 'vgg'; did you mean vgg"),
+        (("checkpoint=a.pth", "encoder=timm/test_resnet", *checkpoint[2:], root), "tensors match; missing: "),
+        ((*checkpoint, root, "encoder.width=4"), "other shape: conv1.weight [8, 3, 7, 7] for [4, 3, 7, 7]"),
         ((f"run={digits_run}", "data.root=x"), "data.root: needs data=NAME; root=PATH"),
         (
             (*checkpoint, "data.root=other"),

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import gradmix.ssl.pretrain
-from gradmix.ssl.config import MethodConfig, SpeedConfig
+from gradmix.ssl.config import EncoderConfig, MethodConfig, SpeedConfig
+from gradmix.ssl.data import load_data
 from gradmix.ssl.loader import TrainLoader
 from gradmix.ssl.pretrain import Pretraining, build_optimizer, temperature_at
 
@@ -42,6 +43,12 @@ def built(settings, data):
     return module, next(iter(module.loader))
 
 
+def built_of_timms(name, config, **settings):
+    settings = config("unused", **settings)
+    settings.encoder, settings.data.image_size = EncoderConfig(f"timm/{name}", width=None), 32
+    return built(settings, load_data(settings.data, 0))
+
+
 @pytest.mark.parametrize("method", ["simclr", "supcon", "joint"])
 @pytest.mark.parametrize("mix", ["none", "cutmix", "gradmix"])
 def test_micro_batches_have_the_gradient_of_the_whole_batch(method, mix, without_batch_statistics, config, data):
@@ -53,6 +60,17 @@ def test_micro_batches_have_the_gradient_of_the_whole_batch(method, mix, without
         assert torch.equal(mixed.boxes, mixed_in_parts.boxes)
     for name, expected in whole.items():
         assert (parts[name] - expected).norm() <= 1e-5 * expected.norm(), name
+
+
+@pytest.mark.parametrize("name", ["test_vit", "test_convnext"])
+def test_micro_batches_of_timms_networks(name, config):
+    module, batch = built_of_timms(name, config)
+    whole, mixed = step_gradients(module, batch)
+    module.config.speed.micro_batch = 48
+    parts, mixed_in_parts = step_gradients(module, batch)
+    torch.testing.assert_close(mixed.attribution, mixed_in_parts.attribution, atol=1e-3, rtol=1e-3)
+    for name, expected in whole.items():
+        assert (parts[name] - expected).norm() <= 1e-4 * expected.norm() + 1e-7, name
 
 
 def test_micro_batches_count_once_in_batch_statistics(config, data):
@@ -81,6 +99,30 @@ def test_a_switch_changes_the_speed_and_not_the_gradient(switch, monkeypatch, co
         found.append(step_gradients(*built(settings, data))[0])
     for name, gradient in found[0].items():
         assert (gradient - found[1][name]).norm() <= 1e-3 * gradient.norm(), name
+
+
+@pytest.mark.parametrize("name", ["test_vit", "test_efficientnet"])
+def test_timms_networks_compile(name, monkeypatch, config):
+    compile_module, compiled = torch.nn.Module.compile, []
+
+    def quickly(module):
+        compiled.append(module)
+        compile_module(module, backend="aot_eager")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", quickly)
+    expected = step_gradients(*built_of_timms(name, config))
+    found = step_gradients(*built_of_timms(name, config, speed=SpeedConfig(compile=True)))
+    assert len(compiled) >= 4
+    torch.testing.assert_close(found[1].attribution, expected[1].attribution, atol=1e-3, rtol=1e-3)
+    for name, gradient in expected[0].items():
+        assert (gradient - found[0][name]).norm() <= 1e-3 * gradient.norm() + 1e-7, name
+
+
+def test_a_network_that_gradmix_does_not_know_is_refused_before_training(config):
+    with pytest.raises(ValueError, match=r"layers: no default for the last 3 stages of CoaT; name some"):
+        built_of_timms("coat_tiny", config)
+    with pytest.raises(ValueError, match=r"speed\.compile: CoaT has no stages to compile"):
+        built_of_timms("coat_tiny", config, mix="none", speed=SpeedConfig(compile=True))
 
 
 @pytest.mark.parametrize("name", ["adam", "adamw", "sgd"])

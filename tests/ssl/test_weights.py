@@ -17,7 +17,7 @@ from pytorch_lightning import LightningModule, Trainer
 from safetensors.torch import save_file
 from torch import nn
 
-from gradmix.ssl.backbones import ResNet, build_backbone, read_backbone, stem_of
+from gradmix.ssl.backbones import ResNet, build_backbone, read_backbone
 from gradmix.ssl.config import EncoderConfig
 from gradmix.ssl.weights import load_weights
 
@@ -147,9 +147,10 @@ def test_width_and_stem_are_read_off_the_first_convolution(tmp_path):
         theirs = build_backbone(EncoderConfig("resnet18", width, stem), 32)
         torch.save(theirs.state_dict(), tmp_path / "a.pt")
         ours = read_backbone(tmp_path / "a.pt", "resnet18")
-        assert (ours.conv1.out_channels, stem_of(ours)) == (width, stem)
-    padded = read_backbone(tmp_path / "a.pt", "resnet18", stem="imagenet")
-    assert stem_of(padded) == "imagenet"
+        assert ours.description == {"name": "resnet18", "width": width, "stem": stem}
+        assert repr(ours) == repr(theirs)
+    with pytest.raises(ValueError, match=r"other shape: conv1\.weight \[8, 3, 7, 7\] for \[8, 3, 3, 3\]"):
+        read_backbone(tmp_path / "a.pt", "resnet18", stem="padded")
 
 
 def test_solo_learns_stem_for_cifar():
@@ -159,7 +160,7 @@ def test_solo_learns_stem_for_cifar():
     ours = build_backbone(EncoderConfig("resnet18", 8, stem="padded"), 32).eval()
     ours.load_state_dict(theirs.state_dict())
     images = torch.randn(2, 3, 32, 32)
-    assert torch.equal(ours(images), theirs(images)) and stem_of(ours) == "padded"
+    assert torch.equal(ours(images), theirs(images)) and ours.description["stem"] == "padded"
 
 
 def test_too_few_matches_are_refused_with_the_numbers(network, tmp_path):

@@ -49,8 +49,10 @@ def small(words: list[str]) -> list[str]:
     words = ["data.split=0" if word == "data.split=all" else word for word in words if not word.startswith(SEVERAL)]
     words = [word for word in words if word != "data.root=tiny-imagenet-200"]
     other = ["data=digits"] if any(word.startswith("experiment=") for word in words) else []
-    folder = ["data.image_size=16"] if "data=imagefolder" in words else []
-    return sorted([*words, *other, *folder, *SMALL], key=lambda word: word.startswith("--"))  # flags come last
+    timm = any(word.startswith("encoder=timm/") for word in words)  # which have no width, and halve images five times
+    folder = [f"data.image_size={32 if timm else 16}"] if "data=imagefolder" in words else []
+    usual = [word for word in SMALL if not (timm and word.startswith("encoder.width="))]
+    return sorted([*words, *other, *folder, *usual], key=lambda word: word.startswith("--"))  # flags come last
 
 
 def save_digits(folder: Path, digit: int, rows: range) -> None:

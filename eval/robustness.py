@@ -48,15 +48,18 @@ def evaluate_corruptions(
         out: folder to write to, ``run_dir`` unless given.
 
     Raises:
-        ValueError: no corrupted images of known classes there, or the run's images have no classes.
+        ValueError: no corrupted images of known classes there, or no test images of known classes.
     """
     if not data.classes:
         raise ValueError("corruptions: the run's images have no classes, so there is no accuracy to measure")
     test = data.test.select((data.test.labels >= 0).nonzero()[:, 0])
+    if not len(test):
+        raise ValueError("corruptions: the run's test set has no images of known classes")
     batches = find_batches(where, data, test)  # bad input is said before anything is computed
     model = Model(run_dir, device)
     path = (run_dir if out is None else out) / "features/train.safetensors"
-    train = model.features(data.train, path, [run_dir / "features/train.safetensors"], config.data.workers)
+    limit = int(config.data.memory_gib * 2**30)
+    train = model.features(data.train, path, [run_dir / "features/train.safetensors"], config.data.workers, limit)
     knn, probe = classifiers(config, train, model.device)
     on_pixels = KNNClassifier(config.knn_k, config.knn_temperature).fit(raw_pixels(data.train), data.train.labels)
 

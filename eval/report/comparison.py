@@ -91,7 +91,7 @@ def _rest(groups: list[Group]) -> str:
     runs = [run for group in groups for unit in group.runs.values() for run in unit]
     keys = [
         key
-        for key, value in runs[0].numbers.items()
+        for key, value in {key: value for run in runs for key, value in run.numbers.items()}.items()
         if isinstance(value, int | float) and key not in NUMBERS and not key.endswith(("_low", "_high"))
     ]
     everything = _table(groups, {key: (key, 1) for key in keys})
@@ -170,15 +170,22 @@ def _link(run: Run, folder: Path) -> str:
 def mean(values: list[float], scale: float) -> str:
     if not values:
         return "–"
-    spread = f" ± {scale * np.std(values, ddof=1):.2f}" if len(values) > 1 else ""
-    return f"{scale * np.mean(values):.2f}{spread}"
+    digits = _digits(np.mean(values), scale)
+    spread = f" ± {scale * np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
+    return f"{scale * np.mean(values):.{digits}f}{spread}"
 
 
 def gap(what: Difference | None, scale: float) -> str:
     if what is None:
         return ""
-    spread = "" if what.deviation is None else f" ± {scale * what.deviation:.2f}"
-    return f"{scale * what.mean:+.2f}{spread}, higher in {what.higher} of {what.pairs}"
+    digits = _digits(what.mean, scale)
+    spread = "" if what.deviation is None else f" ± {scale * what.deviation:.{digits}f}"
+    return f"{scale * what.mean:+.{digits}f}{spread}, higher in {what.higher} of {what.pairs}"
+
+
+def _digits(value: float, scale: float) -> int:
+    """Decimals: shares that are not shown in per cent need more."""
+    return 2 if scale == 100 or abs(value) >= 10 else 4
 
 
 def _unit(unit: tuple) -> str:

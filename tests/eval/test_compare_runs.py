@@ -1,6 +1,7 @@
 """gradmix-compare: means and paired differences, checked by hand on made-up runs."""
 
 import json
+import re
 import shutil
 import sys
 
@@ -93,6 +94,14 @@ def test_what_an_evaluation_was_told_sets_runs_apart(runs):
         "data.unknown_root=None": ["detector_options.deep_knn.k=default", "detector_options.deep_knn.k=9"],
         "data.unknown_root=far": ["method=joint, mix=none"],
     }
+
+
+def test_every_number_is_there_also_of_later_runs(runs, compare, tmp_path):
+    path = runs / "gradmix/split-2/metrics.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"osr/vim/auroc": 0.98765}))
+    assert compare(runs)[0] == 0
+    page = (tmp_path / "compare.html").read_text()
+    assert re.findall(r'data-key="osr/vim/auroc" data-value="0.98765">([\d.]+)<', page) == ["0.9877"]
 
 
 def test_one_run_alone(digits_run, compare):

@@ -98,7 +98,7 @@ def test_a_tie_goes_to_the_smallest_label():
 
 
 def test_zero_features_are_finite():
-    (train, labels), _ = data(30, 0), None
+    train, labels = data(30, 0)
     train[3] = 0
     probabilities = KNNClassifier(5).fit(train, labels).predict_proba(np.zeros((2, 16)))
     assert np.isfinite(probabilities).all()

@@ -187,8 +187,13 @@ def write_scores(scores: Iterator[Score], out: Path) -> tuple[int, int, int]:
 
     Returns:
         Numbers of rows, of images called unknown, and of files that could not be read.
+
+    Raises:
+        ValueError: ``out`` is a folder, or can't be written.
     """
     counts = [0, 0, 0]
+    if out.is_dir():
+        raise ValueError(f"out: {out} is a folder; give a file, such as {out / 'scores.csv'}")
 
     def write(temporary: Path) -> None:
         # surrogateescape: a file name that is no UTF-8 comes out as the bytes that it is

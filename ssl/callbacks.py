@@ -1,5 +1,6 @@
 """What happens beside training: checkpoints, the progress bar, curves and pictures."""
 
+import signal
 import sys
 import time
 import warnings
@@ -111,12 +112,18 @@ class Checkpoints(Callback):
         if self.guard.stop or time.monotonic() - self.last_saved >= self.every_seconds:
             self.save(trainer, module)
         if self.guard.stop:
-            sys.exit(128 + self.guard.stop)
+            self.leave(trainer, module, self.guard.stop)
 
     def on_train_end(self, trainer: Trainer, module: Pretraining) -> None:
         self.save(trainer, module)
         if self.guard.received:  # behind the last step
-            sys.exit(128 + self.guard.received)
+            self.leave(trainer, module, self.guard.received)
+
+    def leave(self, trainer: Trainer, module: Pretraining, number: int) -> None:
+        if trainer.is_global_zero:
+            name = signal.Signals(number).name
+            print(f"stopped by {name}, saved after step {module.steps}; the same command goes on", file=sys.stderr)
+        sys.exit(128 + number)
 
     def save(self, trainer: Trainer, module: Pretraining) -> None:
         self.guard.settle()

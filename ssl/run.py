@@ -43,12 +43,15 @@ def alone_in(folder: Path) -> Iterator[None]:
     has no such locks, or the system is Windows, nobody is kept out.
 
     Raises:
-        ValueError: another process is at work there.
+        ValueError: another process is at work there, or the folder can't be made.
     """
     if rank_zero_only.rank != 0:  # the first process of a distributed run has it for all
         yield
         return
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"run_dir: {folder}: can't be made ({error.strerror})") from error
     descriptor = os.open(folder, os.O_RDONLY) if fcntl else None
     try:
         if descriptor is not None:

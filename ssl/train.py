@@ -81,6 +81,8 @@ def train(config: Config, data: OpenSetData, callbacks: Sequence[Callback] = ())
     trainer = build_trainer(config, [*callbacks, progress, guard, checkpoints])
     if trainer.is_global_zero:
         print(where_images_lie(config, data.train, trainer.strategy.root_device))
+        if start:
+            print(f"goes on after step {start}")
     if start < config.epochs * (len(data.train) // config.batch_size):  # else stopped before the files below
         trainer.fit(module)
     if trainer.is_global_zero:

@@ -115,6 +115,12 @@ def test_unreadable_files_get_a_row_and_the_exit_code_says_so(run, command, tmp_
     assert sum(bool(row["score"]) for row in rows.values()) == 2
 
 
+def test_scores_do_not_go_into_a_folder(run, command, tmp_path):
+    images = digit_files(tmp_path / "photos", 2)
+    result = command("score", f"detector={run / 'detector'}", f"images={images}", f"out={images}")
+    assert result.code == 2 and f"out: {images} is a folder; give a file, such as {images}/scores.csv" in result.err
+
+
 def test_load_gives_the_backbone(run):
     model = gradmix.load(run)
     saved = torch.from_numpy(np.asarray(load_digits().images[:1] * (255 / 16))).round().byte()

@@ -72,7 +72,8 @@ def what_was_run(run: Run) -> str:
     facts = {
         "Run": str(run.path),
         "Data": f"{config.data.name}{f', {config.data.root}' if config.data.root else ''}: {', '.join(sizes)} images"
-        + (f" ({unknown} of unknown classes)" if unknown else ""),
+        + (f" ({unknown} of unknown classes)" if unknown else "")
+        + (f"; {found['data/bad_images']} unreadable files left out" if found.get("data/bad_images") else ""),
         "Known classes": _first(run.classes) or "none: the images have no classes",
         "Split, seed": f"{'-' if config.data.split is None else config.data.split}, {config.seed}",
         "Network": f"{config.encoder}, {config.data.image_size} x {config.data.image_size} pixels",
@@ -99,13 +100,14 @@ def what_was_run(run: Run) -> str:
         for key, usual, value in changed
         if key != "run_dir"
     ]
+    head = ["key", '<th class="value">default</th>', '<th class="value">here</th>']
     return section(
         "run",
         "What was run",
         definitions(facts),
         *(f"<h3>{what}</h3><pre>{escape(text)}</pre>" for what, text in commands.items() if text),
         "<h3>Settings that are not the default</h3>",
-        table(["key", "default", "here"], rows) if rows else missing("None beside the groups in the command."),
+        table(head, rows) if rows else missing("None beside the groups in the command."),
     )
 
 

@@ -78,6 +78,15 @@ def test_two_processes_do_not_write_one_run(tmp_path, monkeypatch):
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["one"]  # two stayed empty
 
 
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(ValueError, match=r"run_dir: .*file: can't be made \(File exists\)"),
+        alone_in(tmp_path / "file"),
+    ):
+        pass
+
+
 def test_who_waits_gets_the_folder(tmp_path):
     with subprocess.Popen([sys.executable, "-c", HOLD, tmp_path], stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout.readline() == "held\n"

@@ -90,14 +90,16 @@ def test_a_run_that_died_goes_on_to_the_same_weights(tmp_path, whole, step, conf
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-def test_a_signal_saves_and_exits_and_the_run_goes_on(tmp_path, whole, number, config, data):
+def test_a_signal_saves_and_exits_and_the_run_goes_on(tmp_path, whole, number, config, data, capsys):
     settings = config(tmp_path, epochs=3)
     before = signal.getsignal(number)
     with pytest.raises(SystemExit) as stop:
         train(settings, data, [Stop(7, number)])
     assert stop.value.code == 128 + number
     assert signal.getsignal(number) is before
+    assert f"stopped by {signal.Signals(number).name}, saved after step 7;" in capsys.readouterr().err
     train(settings, data)
+    assert "goes on after step 7\n" in capsys.readouterr().out
     assert same(whole, weights(tmp_path))
     assert json.loads((tmp_path / "training.json").read_text())["train/resumed_from_step"] == 7
 

@@ -101,4 +101,4 @@ def check_batch_size(batch_size: int, images: int, world_size: int = 1) -> None:
 
 def seed_of(*place: int) -> int:
     """A 63-bit seed for a place such as (seed, epoch, step, rank): neighbours are as unrelated as any two."""
-    return int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0] >> 1)
+    return int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0]) >> 1

@@ -8,7 +8,6 @@ scorer.json                           class names, names of the training images,
 
 import csv
 import glob
-import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Sequence
@@ -25,7 +24,7 @@ from tqdm.auto import tqdm
 from gradmix.eval import detectors
 from gradmix.eval.detectors import DeepKNN
 from gradmix.ssl.backbones import load_backbone
-from gradmix.ssl.files import write_atomically, write_json, write_tensors
+from gradmix.ssl.files import hash_file, hash_json, write_atomically, write_json, write_tensors
 from gradmix.ssl.images import ImageSet, decode, list_images
 from gradmix.ssl.limits import usable_cpus
 
@@ -75,9 +74,9 @@ def save_scorer(folder: Path, detector: DeepKNN, backbone: Path, classes: Sequen
     about = {
         "classes": list(classes),
         "train_files": None if train.files is None else list(train.files),
-        "files": {name: _hash(folder / name) for name in names},
+        "files": {name: hash_file(folder / name) for name in names},
     }
-    write_json(folder / "scorer.json", about | {"sha256": _hash_json(about)})
+    write_json(folder / "scorer.json", about | {"sha256": hash_json(about)})
 
 
 class Scorer:
@@ -94,7 +93,9 @@ class Scorer:
             raise ValueError(f"detector: {folder} is not a detector's folder, scorer.json is missing{hint}")
         about = _read_about(folder / "scorer.json")
         for name, expected in about["files"].items():
-            if _hash(folder / name) != expected:
+            if not (folder / name).is_file():
+                raise ValueError(f"{folder / name}: missing")
+            if hash_file(folder / name) != expected:
                 raise ValueError(f"{folder / name}: damaged, it does not match scorer.json's hash")
         self.classes, self.train_files = about["classes"], about["train_files"]
         self.detector = detectors.load(folder)
@@ -226,20 +227,6 @@ def _read_about(path: Path) -> dict:
         raise ValueError(
             f"{path}: damaged, or of another version; gradmix-eval run=... writes the folder anew ({error!r})"
         ) from error
-    if expected != _hash_json(about):
+    if expected != hash_json(about):
         raise ValueError(f"{path}: damaged, its content does not match its hash")
     return about
-
-
-def _hash(path: Path) -> str:
-    if not path.is_file():
-        raise ValueError(f"{path}: missing")
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(2**20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def _hash_json(value: dict) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

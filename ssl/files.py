@@ -1,5 +1,6 @@
 """Writing files so that a crash leaves the old content or the new, never half of it."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -92,6 +93,20 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: missing or damaged ({error})") from error
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of the content."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def hash_json(value: dict[str, Any]) -> str:
+    """SHA-256, whatever the order of the keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -10,7 +10,6 @@ used.
 The hashes find damage, not malice: who can write the folder can write the hashes too.
 """
 
-import hashlib
 import json
 import platform
 from pathlib import Path
@@ -20,7 +19,7 @@ import numpy as np
 import torch
 
 from gradmix.eval.arrays import blocks
-from gradmix.ssl.files import write_atomically, write_text
+from gradmix.ssl.files import hash_file, hash_json, write_atomically, write_text
 
 FORMAT = 1
 MANIFEST, TENSORS, INDEX = "detector.json", "detector.safetensors", "detector.faiss"
@@ -50,10 +49,10 @@ def write(folder, manifest, arrays, index=None):
             "faiss": faiss.__version__,
         },
         "files": {
-            name: {"bytes": (folder / name).stat().st_size, "sha256": _hash_file(folder / name)} for name in files
+            name: {"bytes": (folder / name).stat().st_size, "sha256": hash_file(folder / name)} for name in files
         },
     }
-    manifest["sha256"] = _hash_manifest(manifest)
+    manifest["sha256"] = hash_json(manifest)
     text = json.dumps(manifest, indent=1, allow_nan=False) + "\n"
     write_text(folder / MANIFEST, text)
 
@@ -73,7 +72,7 @@ def read_manifest(folder):
         stated = manifest.pop("sha256")
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise ValueError(f"{path}: damaged, not a detector's manifest ({error})") from error
-    if stated != _hash_manifest(manifest):
+    if stated != hash_json(manifest):
         raise ValueError(f"{path}: damaged, its content doesn't match its hash")
     if manifest["format"] != FORMAT:
         raise ValueError(f"{path}: format {manifest['format']}, this version reads {FORMAT}")
@@ -95,7 +94,7 @@ def read(folder, mmap=False):
         path = folder / name
         if not path.is_file():
             raise ValueError(f"{path}: missing, the manifest lists it")
-        if path.stat().st_size != stated["bytes"] or _hash_file(path) != stated["sha256"]:
+        if path.stat().st_size != stated["bytes"] or hash_file(path) != stated["sha256"]:
             raise ValueError(f"{path}: damaged, its content doesn't match the manifest's hash")
     index = faiss.read_index(str(folder / INDEX)) if INDEX in manifest["files"] else None
     return manifest, _read_tensors(folder / TENSORS, mmap), index
@@ -135,15 +134,3 @@ def _read_tensors(path, mmap):
         first, last = entry["data_offsets"]
         arrays[name] = data[start + first : start + last].view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
     return arrays
-
-
-def _hash_file(path):
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(2**20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def _hash_manifest(manifest):
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()

@@ -14,6 +14,7 @@ from sklearn.datasets import make_blobs
 
 from gradmix.eval import arrays
 from gradmix.eval.detectors import DETECTORS, ClassKNN, DeepKNN, MeanShift, NNGuide, load, store
+from gradmix.ssl.files import hash_json
 
 
 def blobs(train, test):
@@ -100,7 +101,7 @@ def rewrite(folder, **changes):
     manifest = json.loads((folder / "detector.json").read_text())
     manifest.update(changes)
     del manifest["sha256"]
-    manifest["sha256"] = store._hash_manifest(manifest)
+    manifest["sha256"] = hash_json(manifest)
     (folder / "detector.json").write_text(json.dumps(manifest))
 
 

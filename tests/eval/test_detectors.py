@@ -325,6 +325,20 @@ class TestEveryDetector:
         ours = DETECTORS[name]().fit(TRAIN.astype(np.float64), TRAIN_LABELS.astype(np.int32))
         np.testing.assert_array_equal(ours.score(QUERIES.astype(np.float64)), self.fitted(name).score(QUERIES))
 
+    def test_any_layout_and_precision(self, name):
+        """Values that float16 holds exactly, in arrays whose rows are not contiguous."""
+        train, queries = TRAIN.astype(np.float16), QUERIES.astype(np.float16)
+        expected = DETECTORS[name]().fit(train.astype(np.float32), TRAIN_LABELS).score(queries.astype(np.float32))
+        sparse = np.zeros((len(train), 24), np.float32)
+        sparse[:, ::2] = train
+        for fit, asked in (
+            (train, queries),
+            (sparse[:, ::2], np.asfortranarray(queries.astype(np.float64))),
+            (torch.from_numpy(train.T.copy()).T, torch.from_numpy(queries.T.copy()).T),
+        ):
+            ours = DETECTORS[name]().fit(fit, TRAIN_LABELS).score(asked)
+            np.testing.assert_allclose(np.asarray(ours), expected, rtol=1e-5, atol=1e-5)
+
     def test_small_blocks_change_nothing(self, name, monkeypatch):
         scores = self.fitted(name).score(QUERIES)
         monkeypatch.setattr(arrays, "BLOCK", 12 * 7)

@@ -290,6 +290,47 @@ def test_other_encoders(family):
     torch.testing.assert_close(mixed.attribution, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("size", [(64, 64), (64, 96)])
+def test_channels_last_networks(size):
+    """timm's MambaOut hands ``[N, h, w, C]`` from stage to stage: the maps are those of the same values transposed."""
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    encoder, views, activations = timm.create_model("test_mambaout", num_classes=0), torch.rand(6, 3, *size), []
+    with GradMix().watch(encoder), record(encoder, ["stages.1", "stages.2", "stages.3"], activations):
+        loss = NTXentLoss(0.1)(F.normalize(encoder(views), dim=1))
+    maps = layercam(loss, activations, size)
+    expected = torch.zeros(6, *size)
+    for activation, gradient in zip(activations, torch.autograd.grad(loss, activations), strict=True):
+        height, width = activation.shape[1:3]
+        assert height * size[1] == width * size[0] and activation.shape[3] > width
+        grid = (activation.detach() * gradient.clamp(min=0)).sum(3)
+        low, high = grid.amin((1, 2), True), grid.amax((1, 2), True)
+        expected += F.interpolate(((grid - low) / (high - low))[:, None], size, mode="bilinear")[:, 0] / 3
+    torch.testing.assert_close(maps, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("shape", "size"), [((2, 8, 8, 8), (32, 32)), ((2, 4, 4, 6), (33, 47)), ((2, 8, 8, 4), (32, 16))]
+)
+def test_channels_first_wherever_the_shape_allows_it(shape, size):
+    """Also when the channels are as many as the rows, and when the stride has rounded the sides."""
+    activation = torch.rand(shape, requires_grad=True)
+    (gradient,) = torch.autograd.grad(activation.pow(2).sum(), activation)
+    grid = (activation.detach() * gradient).sum(1)
+    low, high = grid.amin((1, 2), True), grid.amax((1, 2), True)
+    expected = F.interpolate(((grid - low) / (high - low))[:, None], size, mode="bilinear")[:, 0]
+    torch.testing.assert_close(layercam(activation.pow(2).sum(), [activation], size), expected)
+
+
+def test_default_layers_are_what_timm_says_of_other_networks():
+    timm = pytest.importorskip("timm")
+    for name in ("test_efficientnet", "regnetx_002", "densenet121"):
+        with torch.device("meta"):
+            network = timm.create_model(name)
+        stages = [stage["module"] for stage in network.feature_info]
+        assert default_layers(network) == stages[-3:] and default_layers(network, 2) == stages[-2:]
+
+
 def test_wrong_layers_of_a_vit_name_the_right_ones():
     with pytest.raises(ValueError, match=r"did you mean 'blocks\.3'\? It has: .*blocks, blocks\.0, blocks\.1"):
         GradMix(["block.3"]).watch(vit()).__enter__()

@@ -44,6 +44,8 @@ def layercam(loss: Tensor, activations: Sequence[Tensor], size: tuple[int, int],
         raise ValueError("activations: got none; run the forward pass inside `with mixer.watch(encoder):`")
     if evidence not in EVIDENCE:
         raise ValueError(f"evidence: expected one of {', '.join(EVIDENCE)}, got {evidence!r}")
+    if not isinstance(loss, Tensor):
+        raise ValueError(f"loss: expected the loss's tensor, whose graph is asked, got {type(loss).__name__}")
     if loss.numel() != 1:
         raise ValueError(f"loss: expected a scalar, got shape {tuple(loss.shape)}")
     # Autocast off: gradients then keep the precision of the forward pass, wherever the caller stands.
@@ -81,7 +83,8 @@ def _gradients(loss: Tensor, activations: tuple[Tensor, ...]) -> tuple[Tensor, .
         if "used in the graph" in reason or "does not require grad" in reason:
             raise ValueError(
                 "loss: it does not depend on the watched activations; compute it from the same forward pass, with "
-                "gradients, and watch layers that lie before it (torch.compile: compile stage by stage)"
+                "gradients (a frozen network has none), and watch layers that lie before it (torch.compile: compile "
+                "stage by stage)"
             ) from error
         raise
 
@@ -151,6 +154,9 @@ def find_stages(module: nn.Module) -> list[str]:
         return ["layer1", "layer2", "layer3", "layer4"]
     if "stages" in children:  # ConvNeXt of timm, and its like
         return [f"stages.{name}" for name, _ in children["stages"].named_children()]
+    parts = list(children["features"].children()) if "features" in children else []
+    if len(parts) == 8 and all(hasattr(block, "layer_scale") for part in parts[1::2] for block in part.children()):
+        return [f"features.{index}" for index in (1, 3, 5, 7)]  # ConvNeXt of torchvision; the others lead to them
     for blocks, norm in VIT.items():
         if blocks in children:
             named = [f"{blocks}.{name}" for name, block in children[blocks].named_children() if hasattr(block, norm)]

@@ -147,8 +147,8 @@ class GradMix(Mixer):
         (loss + ntxent(z, positives=p, weight=mixed.kept)).backward()
 
     Args:
-        layers: names of the submodules whose outputs are attributed, or how many of the last stages of a known
-            family (ResNet, ConvNeXt, ViT).
+        layers: names of the submodules whose outputs are attributed, ``[N, C, h, w]`` or tokens ``[N, T, C]``, or
+            how many of the last stages of a known family (ResNet, ConvNeXt, ViT).
         alpha: the keep-ratio is Beta(alpha, alpha), drawn per image and mapped to ``keep``.
         keep: smallest and largest share of pixels kept, before rounding to whole pixels.
         paste: what fills the box: the partner ``"resize"``d into it whole, the partner ``"cut"`` at the same
@@ -361,6 +361,6 @@ def _positive(name: str, value: float) -> float:
 
 
 def _range(name: str, value: Sequence[float]) -> tuple[float, float]:
-    if len(value) != 2 or not 0 <= value[0] <= value[1] <= 1:
-        raise ValueError(f"{name}: expected 0 <= low <= high <= 1, got {tuple(value)}")
+    if not isinstance(value, Sequence) or len(value) != 2 or not 0 <= value[0] <= value[1] <= 1:
+        raise ValueError(f"{name}: expected (low, high) with 0 <= low <= high <= 1, got {value!r}")
     return float(value[0]), float(value[1])

@@ -31,7 +31,8 @@ class NTXentLoss(nn.Module):
     def forward(self, z: Tensor, positives: Tensor | None = None, weight: Tensor | None = None) -> Tensor:
         """
         Args:
-            z: ``[2B, D]``, L2-normalised, view-major: rows r and (r + B) mod 2B are views of one image.
+            z: ``[2B, D]``, L2-normalised, view-major: rows r and (r + B) mod 2B are views of one image. From two
+                tensors, as other libraries' losses take them: ``torch.cat([z0, z1])``.
             positives: ``[2B, D]``, projections of the mixed images; row r belongs to row r of ``z``. With them
                 the mixed term alone is returned: anchor r is drawn to the *other* view's mixed row; the
                 denominator stays that of the clean rows.
@@ -96,6 +97,8 @@ class SupConLoss(nn.Module):
         _check(z, positives, weight)
         if labels.shape != z.shape[:1]:
             raise ValueError(f"labels: expected one per row of z, [{len(z)}], got {tuple(labels.shape)}")
+        if labels.is_floating_point():
+            raise ValueError(f"labels: expected integers, got {labels.dtype}")
         with torch.autocast(z.device.type, enabled=False):
             z, positives, weight = _full_precision(z, positives, weight)
             everyone, first = gather(z)

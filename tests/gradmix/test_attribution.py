@@ -285,6 +285,10 @@ def test_misuse_of_the_mixer_says_what_is_missing():
         mixer(views)
     with pytest.raises(ValueError, match="images: 4 rows, but the watched forward pass had 8; both views"):
         mixer(views[:4], loss)
+    with mixer.watch(encoder):
+        loss = NTXentLoss(0.1)(project(encoder, views))
+    with pytest.raises(ValueError, match="loss: expected the loss's tensor, whose graph is asked, got float"):
+        mixer(views, loss.item())
     with torch.no_grad(), mixer.watch(encoder):
         loss = NTXentLoss(0.1)(project(encoder, views))
     with pytest.raises(ValueError, match="loss: it does not depend on the watched activations"):

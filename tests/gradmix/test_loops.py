@@ -251,6 +251,15 @@ def torchvision_vit() -> nn.Module:
     return encoder
 
 
+def torchvision_convnext() -> nn.Module:
+    from torchvision.models.convnext import CNBlockConfig, ConvNeXt
+
+    sizes = [(8, 16, 1), (16, 24, 1), (24, 32, 2), (32, None, 1)]
+    encoder = ConvNeXt([CNBlockConfig(*size) for size in sizes])
+    encoder.classifier = nn.Flatten()
+    return encoder
+
+
 BLOCKS = ["blocks.1.norm1", "blocks.2.norm1", "blocks.3.norm1"]
 FAMILIES = {
     "convnext": (convnext, (64, 64), ["stages.1", "stages.2", "stages.3"]),
@@ -258,6 +267,7 @@ FAMILIES = {
     "vit, mean of the patches": (lambda: vit(class_token=False, global_pool="avg"), (64, 64), BLOCKS),
     "vit, 4 registers": (lambda: vit(reg_tokens=4), (64, 64), BLOCKS),
     "vit, wide": (lambda: vit(img_size=(64, 96)), (64, 96), BLOCKS),
+    "torchvision's convnext": (torchvision_convnext, (64, 64), ["features.3", "features.5", "features.7"]),
     "torchvision's vit": (torchvision_vit, (64, 64), [f"encoder.layers.encoder_layer_{i}.ln_1" for i in (1, 2, 3)]),
 }
 

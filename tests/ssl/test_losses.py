@@ -189,6 +189,7 @@ def test_half_precision_is_computed_in_full(dtype, autocast):
         (lambda z: NTXentLoss(0.1)(z, z[:2]), r"positives: expected the shape of z, \(4, 16\), got \(2, 16\)"),
         (lambda z: NTXentLoss(0.1)(z, weight=z[:, 0]), "weight: belongs to positives"),
         (lambda z: NTXentLoss(0.1)(z, z, z), r"weight: expected one per row, \[4\], got \(4, 16\)"),
+        (lambda z: SupConLoss(0.1)(z, torch.rand(4)), "labels: expected integers, got torch.float32"),
         (lambda z: SupConLoss(0.1)(z, torch.arange(3)), r"labels: expected one per row of z, \[4\], got \(3,\)"),
         (lambda z: NTXentLoss(0.0), "temperature: expected a number above 0, got 0.0"),
         (lambda z: SupConLoss(-1), "temperature: expected a number above 0, got -1"),

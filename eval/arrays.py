@@ -55,9 +55,11 @@ def check_labels(name, labels, count):
 
 
 def check_k(k, count):
-    """Raises ValueError unless 1 <= k <= count."""
+    """Raises ValueError unless k is a whole number, 1 <= k <= count."""
     if k < 1:
         raise ValueError(f"k={k} is smaller than 1")
+    if k != int(k):
+        raise ValueError(f"k={k} is no whole number")
     if k > count:
         raise ValueError(f"k={k} is larger than the number of reference features, {count}")
 

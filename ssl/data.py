@@ -305,7 +305,8 @@ def _root_of(config: DataConfig) -> Path:
 def _existing_root(root: str, key: str) -> Path:
     path = Path(root).expanduser()
     if not path.is_dir():
-        raise ValueError(f"{key}: {path} is not a folder")
+        where = "" if path.is_absolute() else f" here, in {Path.cwd()}"
+        raise ValueError(f"{key}: {path} is not a folder{where}")
     return path
 
 

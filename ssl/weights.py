@@ -73,7 +73,9 @@ def load_weights(path: Path) -> dict[str, Tensor]:
         reason = next((line.strip() for line in str(error).splitlines() if "nsupported" in line), None)
         reason = reason or (str(error).splitlines() or [type(error).__name__])[0]
         hint = "only plain weights are read: save the state_dict alone, or as .safetensors"
-        raise ValueError(f"{path}: not a readable weights file ({reason[:300]}); {hint}") from error
+        raise ValueError(
+            f"{path}: not a readable weights file ({reason.split('. Please')[0][:300]}); {hint}"
+        ) from error
     if not weights:
         raise ValueError(f"{path}: holds no weights")
     return weights

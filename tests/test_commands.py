@@ -158,7 +158,7 @@ def test_a_flat_folder_without_classes(command, tmp_path):
         (["epochs=0"], "epochs: expected at least 1"),
         (["data.split=9"], "data.split: 9 does not exist"),
         (["data=imagefolder"], "data.root: data=imagefolder needs the folder"),
-        (["data=imagefolder", "data.root=missing"], "missing is not a folder"),
+        (["data=imagefolder", "data.root=missing"], "missing is not a folder here, in /"),
         (["data=imagefolder", "data.root=empty"], "no images in empty"),
         (["data=imagefolder", "data.root=one"], "data.root: one has one class folder only (cat); give at least two"),
         (["data=imagefolder", "data.root=broken"], "image files can't be read"),

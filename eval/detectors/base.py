@@ -90,6 +90,7 @@ class Detector:
 
     def save(self, folder):
         """Write parameters, fitted arrays and threshold to a folder, see `gradmix.eval.detectors.store`."""
+        self._check_fitted()
         manifest = {
             "detector": self.NAME,
             "parameters": dataclasses.asdict(self),
@@ -130,9 +131,12 @@ class Detector:
         """Scores `[N]` and positions in `classes_` `[N]` (or None) of a block of float32 features."""
         raise NotImplementedError
 
-    def _assess_all(self, features):
+    def _check_fitted(self):
         if not hasattr(self, "width_"):
             raise ValueError(f"{type(self).__name__} is not fitted yet: call fit(features, labels) first")
+
+    def _assess_all(self, features):
+        self._check_fitted()
         features = check_features("features", features, width=self.width_)
         parts = [self._assess(np.asarray(features[rows], np.float32)) for rows in blocks(features.shape)]
         score = np.concatenate([score for score, _ in parts]).astype(np.float32)

@@ -377,6 +377,8 @@ class TestEveryDetector:
     def test_bad_input(self, name):
         with pytest.raises(ValueError, match="is not fitted yet"):
             DETECTORS[name]().score(TEST)
+        with pytest.raises(ValueError, match="is not fitted yet"):
+            DETECTORS[name]().save("nowhere")
         detector = self.fitted(name)
         with pytest.raises(ValueError, match=r"features: expected \[N, 12\], got shape \(60, 11\)"):
             detector.score(TEST[:, :11])
@@ -467,3 +469,5 @@ def test_k_larger_than_the_training_set():
             kind(k=11).fit(TRAIN[:10], TRAIN_LABELS[:10])
         with pytest.raises(ValueError, match="k=0 is smaller than 1"):
             kind(k=0).fit(TRAIN, TRAIN_LABELS)
+        with pytest.raises(ValueError, match=r"k=2.5 is no whole number"):
+            kind(k=2.5).fit(TRAIN, TRAIN_LABELS)

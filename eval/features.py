@@ -102,7 +102,9 @@ def extract_together(run_dir: Path, sets: dict[str, ImageSet], device: str, work
     model = Model(run_dir, device)
     for name, images in sets.items():
         if torch.distributed.get_rank() == 0:
-            model.features(images, run_dir / "features" / f"{name}.safetensors", workers=workers)
+            path = run_dir / "features" / f"{name}.safetensors"
+            path.unlink(missing_ok=True)  # else there might be nothing to do for it, and the others would wait
+            model.features(images, path, workers=workers)
         else:
             model.fill(images, workers, None)
 

@@ -8,8 +8,10 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from pytorch_lightning import Callback, Trainer
+from torch.utils._pytree import tree_map
 from torchvision.utils import make_grid
 from tqdm.auto import tqdm
 
@@ -138,6 +140,8 @@ class Checkpoints(Callback):
             "schedule": trainer.lr_scheduler_configs[0].scheduler.state_dict(),
             "precision": trainer.precision_plugin.state_dict(),
         }
+        # lightly's schedule makes the learning rate a NumPy number, which not every release of torch reads back
+        state = tree_map(lambda leaf: leaf.item() if isinstance(leaf, np.generic) else leaf, state)
         check_finite(state["module"], state["optimizer"], module.steps)
         if not trainer.is_global_zero:
             return

@@ -10,6 +10,7 @@ from gradmix.ssl.backbones import Backbone, load_backbone
 from gradmix.ssl.files import write_atomically, write_tensors
 
 FORMATS = {"safetensors": "backbone.safetensors", "onnx": "backbone.onnx", "torch_export": "backbone.pt2"}
+ONNX_TORCH = "2.11"  # the exporter of 2.6 fails on BatchNorm, or fixes the batch size; none in between was tried
 
 
 def export_backbone(run_dir: Path, formats: list[str], folder: Path) -> list[Path]:
@@ -43,6 +44,8 @@ def _onnx(backbone: Backbone, path: Path) -> None:
         import onnxscript  # noqa: F401  what torch.onnx writes with
     except ImportError as error:
         raise ValueError("export: onnx needs two more packages, pip install 'gradmix[export]'") from error
+    if torch.__version__ < ONNX_TORCH:
+        raise ValueError(f"export: onnx needs torch {ONNX_TORCH} or newer, this is {torch.__version__}")
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     names = {"input_names": ["images"], "output_names": ["features"]}
     with warnings.catch_warnings():

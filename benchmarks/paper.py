@@ -68,7 +68,8 @@ def main() -> None:
         print(joined(options.runs))
     if options.save:
         save("paper", rows)
-        plot(RESULTS / "paper.png", auroc_by_epochs(rows), "epochs", "AUROC, %")
+        if lines := auroc_by_epochs(rows):
+            plot(RESULTS / "paper.png", lines, "epochs", "AUROC, %")
         write_readme(table(rows))
     elif options.results:
         write_json(options.results, rows)
@@ -240,13 +241,17 @@ def joined(runs: Path) -> str:
 
 
 def auroc_by_epochs(rows: list[dict]) -> dict[str, dict[float, float]]:
-    """A line per data set and mix: the mean over splits and seeds in per cent, by epochs."""
+    """A line per data set and mix that has several lengths: the mean over splits and seeds in per cent, by epochs."""
     found: dict[str, dict[int, list[float]]] = {}
     for row in rows:
         if "deep_knn" in row["detectors"]:
             line = " ".join(part for part in (row["data"], row["mix"], row["evidence"], row["tag"]) if part)
             found.setdefault(line, {}).setdefault(row["epochs"], []).append(100 * row["detectors"]["deep_knn"]["auroc"])
-    return {line: {e: statistics.mean(values) for e, values in points.items()} for line, points in found.items()}
+    return {
+        line: {epochs: statistics.mean(values) for epochs, values in points.items()}
+        for line, points in found.items()
+        if len(points) > 1
+    }
 
 
 def write_readme(text: str) -> None:

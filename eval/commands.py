@@ -154,7 +154,7 @@ def eval_one(config: EvalConfig, run_dir: Path, out: Path) -> dict:
     check_detectors(run)
     if not (run_dir / "training.json").exists():
         raise ValueError(f"run: {run_dir} has not finished training; gradmix-pretrain run_dir={run_dir} goes on")
-    with alone_in(out):
+    with alone_in(out, "run" if config.out is None else "out"):
         remove_strays(out)
         data = load_data(run.data, run.seed, out / "scan.json")
         if config.data.name:

@@ -36,11 +36,14 @@ FREE_KEYS = (
 
 
 @contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
+def alone_in(folder: Path, key: str = "run_dir") -> Iterator[None]:
     """Keep other processes from writing a run there meanwhile; a folder that stays empty is removed again.
 
     The kernel holds the lock, on the folder itself: nothing of it is left when a process dies. Where the file system
     has no such locks, or the system is Windows, nobody is kept out.
+
+    Args:
+        key: the setting that names the folder, for messages.
 
     Raises:
         ValueError: another process is at work there, or the folder can't be made.
@@ -51,7 +54,7 @@ def alone_in(folder: Path) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"run_dir: {folder}: can't be made ({error.strerror})") from error
+        raise ValueError(f"{key}: {folder}: can't be made ({error.strerror})") from error
     descriptor = os.open(folder, os.O_RDONLY) if fcntl else None
     try:
         if descriptor is not None:

@@ -74,9 +74,7 @@ def load_weights(path: Path) -> dict[str, Tensor]:
         reason = reason or (str(error).splitlines() or [type(error).__name__])[0]
         reason = reason.split(". Please use")[0]  # to trust the file, which is the one thing not to do
         hint = "only plain weights are read: save the state_dict alone, or as .safetensors"
-        raise ValueError(
-            f"{path}: not a readable weights file ({reason.split('. Please')[0][:300]}); {hint}"
-        ) from error
+        raise ValueError(f"{path}: not a readable weights file ({reason[:300]}); {hint}") from error
     if not weights:
         raise ValueError(f"{path}: holds no weights")
     return weights

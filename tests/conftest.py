@@ -1,3 +1,4 @@
+import shutil
 import socket
 import sys
 from pathlib import Path
@@ -36,6 +37,23 @@ def _in_a_group(rank, count, meeting, function, folder):
     torch.distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=count)
     function(rank, folder)
     torch.distributed.destroy_process_group()
+
+
+@pytest.fixture
+def damage():
+    """damage(saved, damaged, generator): a copy of a folder with one file cut short, or one of its bits flipped."""
+
+    def copy(saved, damaged, generator):
+        shutil.copytree(saved, damaged, dirs_exist_ok=True)
+        path = generator.choice(sorted(damaged.iterdir()))
+        content = bytearray(path.read_bytes())
+        if generator.random() < 0.5:
+            content = content[: generator.integers(len(content))]
+        else:
+            content[generator.integers(len(content))] ^= 1 << generator.integers(8)
+        path.write_bytes(content)
+
+    return copy
 
 
 @pytest.fixture

@@ -13,12 +13,12 @@ AT_LEAST_0 = (
     *("seed", "knn_every", "quality_every", "pictures_every", "checkpoint_seconds", "max_skipped_steps"),
     *("data.memory_gib", "data.workers", "data.pseudo_unknown"),
     *("data.augment.rotate", "data.augment.brightness", "data.augment.contrast", "data.augment.saturation"),
-    *("method.supervised", "method.selfsup", "mix.weight", "mix.start_epoch", "mix.end_epoch"),
+    *("method.supervised", "method.selfsup", "method.targets", "mix.weight", "mix.start_epoch", "mix.end_epoch"),
     *("optimizer.base_lr", "optimizer.weight_decay", "optimizer.warmup_epochs", "optimizer.final_lr"),
 )
 ABOVE_0 = ("knn_temperature", "method.temperature", "method.temperature_end")
 SHARES = (
-    *("mix.probability", "data.holdout", "data.test_fraction"),
+    *("mix.probability", "method.smoothing", "data.holdout", "data.test_fraction"),
     *("data.augment.flip", "data.augment.jitter", "data.augment.greyscale", "data.augment.blur"),
 )
 PAIRS = {"data.augment.crop": 1.0, "data.augment.ratio": float("inf")}  # low and high, above 0 and at most this

@@ -53,15 +53,17 @@ class DataConfig:
 
 @dataclass
 class MethodConfig:
-    """loss = supervised * SupCon + selfsup * NT-Xent (+ the mixed term, weighted like the loss that it belongs to)."""
+    """loss = supervised * SupCon + selfsup * NT-Xent + targets * cross-entropy (+ the mixed term of one of them)."""
 
     name: str = MISSING  # method
     supervised: float = 0.0  # weight of SupCon
     selfsup: float = 0.0  # weight of NT-Xent
-    temperature: float = 0.1  # of both losses
+    targets: float = 0.0  # weight of cross-entropy to orthogonal class targets, after SpHOR (arXiv 2503.08049)
+    smoothing: float = 0.0  # of the targets' labels
+    temperature: float = 0.1  # of all losses
     temperature_end: float | None = None  # half a cosine over the training leads there (after arXiv 2505.18137)
-    mixed_loss: str = "selfsup"  # which loss the mixed images enter: selfsup | supervised
-    attribution: str = "selfsup"  # whose gradient guides GradMix: selfsup | supervised | joint
+    mixed_loss: str = "selfsup"  # which loss the mixed images enter, at its weight: selfsup | supervised | targets
+    attribution: str = "selfsup"  # whose gradient guides GradMix: selfsup | supervised | targets | joint
 
 
 @dataclass

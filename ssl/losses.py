@@ -26,7 +26,7 @@ class NTXentLoss(nn.Module):
 
     def __init__(self, temperature: float = 0.05):
         super().__init__()
-        self.temperature = _positive_temperature(temperature)
+        self.temperature = positive_temperature(temperature)
 
     def forward(self, z: Tensor, positives: Tensor | None = None, weight: Tensor | None = None) -> Tensor:
         """
@@ -74,7 +74,7 @@ class SupConLoss(nn.Module):
 
     def __init__(self, temperature: float = 0.05):
         super().__init__()
-        self.temperature = _positive_temperature(temperature)
+        self.temperature = positive_temperature(temperature)
 
     def forward(
         self, z: Tensor, labels: Tensor, positives: Tensor | None = None, weight: Tensor | None = None
@@ -186,7 +186,7 @@ def _check(z: Tensor, positives: Tensor | None, weight: Tensor | None) -> None:
         raise ValueError(f"weight: expected one per row, [{len(z)}], got {tuple(weight.shape)}")
 
 
-def _positive_temperature(temperature: float) -> float:
+def positive_temperature(temperature: float) -> float:
     if not temperature > 0:
         raise ValueError(f"temperature: expected a number above 0, got {temperature!r}")
     return float(temperature)

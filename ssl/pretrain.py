@@ -25,16 +25,17 @@ from gradmix.ssl.config import Config, MethodConfig, MixConfig
 from gradmix.ssl.images import ImageSet
 from gradmix.ssl.loader import Batch, TrainLoader, seed_of
 from gradmix.ssl.losses import NTXentLoss, SupConLoss
+from gradmix.ssl.targets import OrthogonalTargetLoss
 
 OPTIMIZERS = ("adam", "adamw", "sgd", "lars")
 
 
 class Pretraining(LightningModule):
-    """SimCLR, SupCon or both on ``train``, with or without mixing.
+    """SimCLR, SupCon, class targets or several of them on ``train``, with or without mixing.
 
     Args:
         config: the whole run's configuration.
-        train: training images; labels are used by ``supervised`` losses only.
+        train: training images; labels are used by ``supervised`` and ``targets`` only.
 
     Attributes:
         start: steps that were done already when this session began.
@@ -46,9 +47,9 @@ class Pretraining(LightningModule):
     def __init__(self, config: Config, train: ImageSet):
         super().__init__()
         method = config.method
-        if method.supervised <= 0 and method.selfsup <= 0:
-            raise ValueError("method: supervised and selfsup are both 0, nothing would be learned")
-        if method.supervised > 0 and (train.labels < 0).any():
+        if not any(weights_of(method).values()):
+            raise ValueError("method: supervised, selfsup and targets are all 0, nothing would be learned")
+        if (method.supervised or method.targets) and (train.labels < 0).any():
             raise ValueError(f"method: {method.name} needs classes, but data.root has none; use method=simclr")
         self.config, self.train_set = config, train
         self.start = self.steps = 0
@@ -68,6 +69,7 @@ class Pretraining(LightningModule):
         self.augment = TwoViews(config.data.augment, config.data.image_size, constants=self.backbone.constants)
         self.selfsup_loss = NTXentLoss(method.temperature)
         self.supervised_loss = SupConLoss(method.temperature)
+        self.target_loss = build_target_loss(config, train) if method.targets else None
         self.scalars: dict[str, Tensor] = {}
         self.pictures: tuple[Tensor, Mixed] | None = None
 
@@ -113,14 +115,20 @@ class Pretraining(LightningModule):
 
         done = (batch.epoch + batch.step / self.loader.steps_per_epoch) / self.config.epochs
         self.selfsup_loss.temperature = self.supervised_loss.temperature = temperature_at(method, done)
-        zero = z.new_zeros(())
-        supervised = self.supervised_loss(z, labels) if method.supervised else zero
-        selfsup = self.selfsup_loss(z) if self.needs_selfsup else zero
-        loss = method.supervised * supervised + method.selfsup * selfsup
-        scalars = {"supervised": supervised, "selfsup": selfsup}
+        losses = {}
+        if method.supervised:
+            losses["supervised"] = self.supervised_loss(z, labels)
+        if self.needs_selfsup:
+            losses["selfsup"] = self.selfsup_loss(z)
+        if method.targets:
+            self.target_loss.temperature = self.selfsup_loss.temperature
+            losses["targets"] = self.target_loss(z, labels)
+        weights = weights_of(method)
+        loss = sum(weights[name] * value for name, value in losses.items())
+        scalars = dict(losses)
 
         if mixing:
-            guide = {"selfsup": selfsup, "supervised": supervised, "joint": loss}[method.attribution]
+            guide = loss if method.attribution == "joint" else losses[method.attribution]
             generator = torch.Generator(views.device).manual_seed(seed)
             maps = None
             if looking and in_parts:
@@ -132,12 +140,14 @@ class Pretraining(LightningModule):
             else:
                 mixed = self.mixer(views, guide, generator, projections=z, attribution=maps)
             p = self.project(mixed.images)
-            if method.mixed_loss == "selfsup":
-                mixed_loss = self.selfsup_loss(z, p, mixed.kept)
-                loss = loss + mix.weight * method.selfsup * mixed_loss
-            else:
-                mixed_loss = self.supervised_loss(z, labels, p, mixed.kept)
-                loss = loss + mix.weight * method.supervised * mixed_loss
+            match method.mixed_loss:
+                case "selfsup":
+                    mixed_loss = self.selfsup_loss(z, p, mixed.kept)
+                case "supervised":
+                    mixed_loss = self.supervised_loss(z, labels, p, mixed.kept)
+                case "targets":
+                    mixed_loss = self.target_loss(p, labels, labels[mixed.partner], mixed.kept)
+            loss = loss + mix.weight * weights[method.mixed_loss] * mixed_loss
             scalars |= {"mixed": mixed_loss, "kept": mixed.kept.mean()}
             self.pictures = views, mixed
         self.scalars = {f"train/{name}": value.detach() for name, value in {"loss": loss, **scalars}.items()}
@@ -200,16 +210,32 @@ def build_mixer(config: MixConfig) -> Mixer | None:
         raise ValueError(f"mix.options: {config.name} does not take {dict(config.options)} ({error})") from error
 
 
+def build_target_loss(config: Config, train: ImageSet) -> OrthogonalTargetLoss:
+    """
+    Raises:
+        ValueError: more classes than the projections have dimensions.
+    """
+    classes, dim = int(train.labels.max()) + 1, config.encoder.head_dim
+    if classes > dim:
+        raise ValueError(f"encoder.head_dim: {classes} class targets at right angles need {classes} or more, got {dim}")
+    return OrthogonalTargetLoss(classes, dim, config.method.temperature, config.method.smoothing)
+
+
+def weights_of(method: MethodConfig) -> dict[str, float]:
+    """The losses by name, each with its weight."""
+    return {"selfsup": method.selfsup, "supervised": method.supervised, "targets": method.targets}
+
+
 def check_mixing(method: MethodConfig) -> None:
     """
     Raises:
         ValueError: the mixed images enter a loss, or attribution follows one, that the method does not have.
     """
-    weights = {"selfsup": method.selfsup, "supervised": method.supervised}
-    if not weights.get(method.mixed_loss):
-        options = " or ".join(name for name, weight in weights.items() if weight)
-        raise ValueError(f"method.mixed_loss: {method.name} has only {options}, got {method.mixed_loss!r}")
-    guides = ["selfsup", *(["supervised", "joint"] if method.supervised else [])]
+    has = [name for name, weight in weights_of(method).items() if weight]
+    if method.mixed_loss not in has:
+        raise ValueError(f"method.mixed_loss: {method.name} has only {' or '.join(has)}, got {method.mixed_loss!r}")
+    guides = ["selfsup", *(name for name in has if name != "selfsup")]  # NT-Xent needs no labels: any method can ask it
+    guides += ["joint"] if len(guides) > 1 else []
     if method.attribution not in guides:
         raise ValueError(f"method.attribution: {method.name} has {', '.join(guides)}, got {method.attribution!r}")
 

@@ -48,6 +48,7 @@ def small(words: list[str]) -> list[str]:
     """A gradmix-pretrain command's arguments with tiny settings, and digits for data sets that would be downloaded."""
     words = ["data.split=0" if word == "data.split=all" else word for word in words if not word.startswith(SEVERAL)]
     words = [word for word in words if word != "data.root=tiny-imagenet-200"]
+    words = ["data.pseudo_unknown=2" if word.startswith("data.pseudo_unknown=") else word for word in words]
     other = ["data=digits"] if any(word.startswith("experiment=") for word in words) else []
     timm = any(word.startswith("encoder=timm/") for word in words)  # which have no width, and halve images five times
     folder = [f"data.image_size={32 if timm else 16}"] if "data=imagefolder" in words else []

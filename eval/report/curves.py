@@ -12,6 +12,7 @@ LOSSES = {
     "train/loss": "total",
     "train/supervised": "supervised",
     "train/selfsup": "self-supervised",
+    "train/targets": "class targets",
     "train/mixed": "mixed",
 }
 

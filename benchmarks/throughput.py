@@ -13,8 +13,8 @@ End to end, data included, in the same run and by turns:
   a loop over images that pastes. Data, augmentation, layout and precision are ours.
 
 Images up to 64 x 64 are arrays in memory for all; at 224 all read JPEG files.
-Then: each part's share of a GradMix step, each switch of ``speed`` turned over, and the step's FLOP/s over those of a
-large matrix product on the same device; and one process against two.
+Then: each part's share of a GradMix step, and the step's FLOP/s over those of a large matrix product on the same
+device; and one process against two. What each switch of ``speed`` is worth: switches.py.
 """
 
 import argparse
@@ -99,7 +99,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="*", default=list(CASES), choices=list(CASES))
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--quick", action="store_true", help="one repeat, two steps, no switches")
+    parser.add_argument("--quick", action="store_true", help="one repeat, two steps")
     parser.add_argument("--save", action="store_true")
     options = parser.parse_args()
     device = device_here()
@@ -116,8 +116,6 @@ def main() -> None:
             print(f"\n{name}: {case.encoder}, batch {found['batch']}, {found['precision']}", flush=True)
             found["images_per_s"], found["claims"] = compare_loops(name, case, images, repeats, folder)
             found |= inside(case, images)
-            if name == "32" and not options.quick:
-                found["switches"] = compare_switches(case, images, repeats)
             if options.save:
                 save(f"throughput-{device.type}", result)  # after each case: what is measured is not lost
     if not options.quick:
@@ -146,8 +144,8 @@ def workers() -> int:
     return min(8, os.cpu_count())  # lightly's documentation: 8
 
 
-def make_images(case: Case, count: int, folder: Path) -> ImageSet:
-    """``count`` random images: uint8 arrays, or JPEG files at 224."""
+def make_images(case: Case, count: int, folder: Path | None = None) -> ImageSet:
+    """``count`` random images: uint8 arrays, or JPEG files at 224, in ``folder``."""
     generator = np.random.default_rng(0)
     labels = torch.from_numpy(generator.integers(0, 10, count))
     if case.size < 224:
@@ -411,42 +409,6 @@ def peak_flops(device: torch.device, precision: str) -> float:
     return best
 
 
-def compare_switches(case: Case, images: ImageSet, repeats: int) -> dict[str, float]:
-    """Time of a GradMix step with one setting changed, over the step as it is; median of pairs."""
-    batch = case.batch[device_here().type]
-    variants: dict[str, Callable[[Config], None]] = {
-        "as it is": lambda config: None,
-        "speed.channels_last=false": lambda config: setattr(config.speed, "channels_last", False),
-        "speed.fused=false": lambda config: setattr(config.speed, "fused", False),
-        "speed.compile=true": lambda config: setattr(config.speed, "compile", True),
-        f"speed.micro_batch={batch}": lambda config: setattr(config.speed, "micro_batch", batch),  # 2 * batch views
-        "mix.attribution_every=2": lambda config: setattr(config.mix, "attribution_every", 2),
-    }
-    if precision(settings(case)) == "bf16-mixed":
-        variants["trainer.precision=32-true"] = lambda config: config.trainer.update(precision="32-true")
-    steps = {}
-    for name, change in variants.items():
-        config = settings(case, mix="gradmix")
-        config.epochs = 10**6
-        change(config)
-        steps[name] = stepper(config, images)
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for repeat in range(-1, repeats):  # one to warm up
-        for name, step in steps.items():
-            wait(device_here())
-            start = time.perf_counter()
-            for _ in range(2):  # a whole turn of attribution_every
-                step()
-            wait(device_here())
-            if repeat >= 0:
-                seconds[name].append(time.perf_counter() - start)
-    ratios = {}
-    for name, found in seconds.items():
-        ratios[name] = round(statistics.median(a / b for a, b in zip(found, seconds["as it is"], strict=True)), 3)
-        print(f"  {name:<30} {ratios[name]:6.3f} of the step's time", flush=True)
-    return ratios
-
-
 def compare_processes() -> dict[int, float]:
     """Images per second of gradmix-pretrain on digits with one process and with two, over the same cores or GPUs."""
     found = {}
@@ -464,21 +426,6 @@ def compare_processes() -> dict[int, float]:
         found[processes] = training["train/images_per_s"]
         print(f"  {processes} process{'es' if processes > 1 else ''}: {found[processes]:,.0f} images/s", flush=True)
     return found
-
-
-def stepper(config: Config, images: ImageSet) -> Callable[[], None]:
-    module, loader, optimizer, autocast = manual(config, images)
-    iterator = iter(loader)
-
-    def step() -> None:
-        batch = next(iterator)
-        with autocast():
-            loss = module.training_step(batch, 0)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-
-    return step
 
 
 if __name__ == "__main__":

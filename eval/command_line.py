@@ -61,7 +61,7 @@ def run_command(name: str, summary: str, schema: type, run: Callable) -> None:
                 raise ValueError(f"{missing[0]}: missing; give it as {missing[0]}=VALUE")
             run(OmegaConf.to_object(config))
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        print("interrupted; the same command goes on", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
         if debug or not isinstance(

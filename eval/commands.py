@@ -173,13 +173,14 @@ def eval_one(config: EvalConfig, run_dir: Path, out: Path) -> dict:
 
 def run_score(config: ScoreConfig) -> None:
     check_values(config)
-    from gradmix.eval.scoring import Scorer, find_images, write_scores
+    from gradmix.eval.score_file import write_scores
+    from gradmix.eval.scoring import Scorer, find_images
     from gradmix.eval.sheets import write_sheets
 
     paths = find_images(config.images)
     scorer = Scorer(config.detector)
     out = Path(config.out).expanduser()
-    rows, unknown, unreadable = write_scores(scorer.score(paths, config.batch_size, progress=True), out)
+    rows, unknown, unreadable = write_scores(scorer, paths, out, config.batch_size, progress=True)
     print(f"{out}: {rows} images, {unknown} unknown, {unreadable} unreadable")
     if scorer.detector.threshold is None:
         print("no threshold was calibrated (data.holdout=0), so nothing is called unknown")

@@ -6,13 +6,12 @@ thumbnails.safetensors                training images that never were files, at 
 scorer.json                           class names, names of the training images, SHA-256 of all of these and of itself
 """
 
-import csv
 import glob
 import json
 import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -82,6 +81,9 @@ def save_scorer(folder: Path, detector: DeepKNN, backbone: Path, classes: Sequen
 class Scorer:
     """A saved detector, ready for image files.
 
+    Attributes:
+        sha256: of every file and name in the folder; other detectors have another.
+
     Raises:
         ValueError: the folder is no detector's, or a file in it is damaged.
     """
@@ -102,6 +104,7 @@ class Scorer:
         self.backbone = load_backbone(folder).to(device)
         self.device = device
         self.folder = folder
+        self.sha256 = hash_json(about)
 
     def score(self, paths: Sequence[str], batch_size: int = 256, progress: bool = False) -> Iterator[Score]:
         """Score image files one batch at a time, in order. Unreadable files get a row with the error."""
@@ -181,36 +184,6 @@ def find_images(where: str) -> list[str]:
     if not found:
         raise ValueError(f"images: {where} names no image file (a file, a folder or a pattern such as 'photos/*.jpg')")
     return found
-
-
-def write_scores(scores: Iterator[Score], out: Path) -> tuple[int, int, int]:
-    """Write rows as CSV, or as JSON lines when ``out`` ends in ``.jsonl``.
-
-    Returns:
-        Numbers of rows, of images called unknown, and of files that could not be read.
-
-    Raises:
-        ValueError: ``out`` is a folder, or can't be written.
-    """
-    counts = [0, 0, 0]
-    if out.is_dir():
-        raise ValueError(f"out: {out} is a folder; give a file, such as {out / 'scores.csv'}")
-
-    def write(temporary: Path) -> None:
-        # surrogateescape: a file name that is no UTF-8 comes out as the bytes that it is
-        with open(temporary, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-            table = None if out.suffix == ".jsonl" else csv.DictWriter(file, list(Score.__dataclass_fields__))
-            if table:
-                table.writeheader()
-            for score in scores:
-                row = asdict(score)
-                table.writerow(row) if table else file.write(json.dumps(row) + "\n")
-                counts[0] += 1
-                counts[1] += score.prediction == UNKNOWN
-                counts[2] += bool(score.error)
-
-    write_atomically(out, write)
-    return counts[0], counts[1], counts[2]
 
 
 def _shrink(images: Tensor) -> Tensor:

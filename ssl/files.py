@@ -33,15 +33,20 @@ def write_atomically(path: str | Path, write: Callable[[Path], Any]) -> None:
         umask = os.umask(0)
         os.umask(umask)
         os.chmod(temporary, 0o666 & ~umask)  # safetensors would leave it to its owner alone
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _sync(path.parent)  # the rename itself must reach the disk too
+        put_in_place(temporary, path)
     except OSError as error:
         raise OSError(f"{path}: can't be written ({error.strerror or error})") from error
     finally:
         with suppress(OSError):  # nothing there, as after success, or no folder to have been in
             temporary.unlink()
+
+
+def put_in_place(temporary: Path, path: Path) -> None:
+    """Force a finished file to disk and rename it to ``path``, in the same folder."""
+    with open(temporary, "rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    _sync(path.parent)  # the rename itself must reach the disk too
 
 
 @contextmanager

@@ -58,7 +58,7 @@ def alone_in(folder: Path, key: str = "run_dir") -> Iterator[None]:
     descriptor = os.open(folder, os.O_RDONLY) if fcntl else None
     try:
         if descriptor is not None:
-            _lock(descriptor, folder)
+            lock(descriptor, folder)
         yield
     finally:
         if descriptor is not None:
@@ -67,16 +67,21 @@ def alone_in(folder: Path, key: str = "run_dir") -> Iterator[None]:
             folder.rmdir()
 
 
-def _lock(descriptor: int, folder: Path) -> None:
+def lock(descriptor: int, path: Path) -> None:
+    """Keep other processes from locking the open file or folder ``path`` until it is closed; see :func:`alone_in`.
+
+    Raises:
+        ValueError: another process has it.
+    """
     deadline = time.monotonic() + PATIENCE
-    while True:
+    while fcntl:
         try:
             return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
                 return  # no locks there, as on some network file systems
             if time.monotonic() > deadline:
-                raise ValueError(f"{folder}: another process is writing this run; wait for it, or stop it") from error
+                raise ValueError(f"{path}: another process is writing there; wait for it, or stop it") from error
         time.sleep(0.1)
 
 

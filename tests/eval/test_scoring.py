@@ -11,7 +11,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from gradmix.eval.detectors import DeepKNN
-from gradmix.eval.scoring import Scorer, save_scorer, write_scores
+from gradmix.eval.score_file import write_scores
+from gradmix.eval.scoring import Scorer, save_scorer
 from gradmix.eval.sheets import CAPTION, GAP, MARGIN, SIDE, write_sheets
 from gradmix.ssl.config import DataConfig
 from gradmix.ssl.data import load_data
@@ -80,9 +81,9 @@ def test_names_that_are_no_utf_8_come_out_as_they_are(detector, train, tmp_path)
     name = os.fsencode(files_of(train.images[:1], tmp_path / "photos")[0]).replace(b"000", b"caf\xe9")
     os.rename(tmp_path / "photos/000.png", name)
     scorer, paths = Scorer(detector), [os.fsdecode(name)]
-    assert write_scores(scorer.score(paths), tmp_path / "scores.csv") == (1, 0, 0)
+    assert write_scores(scorer, paths, tmp_path / "scores.csv") == (1, 0, 0)
     assert (tmp_path / "scores.csv").read_bytes().splitlines()[1].startswith(name + b",")
-    assert write_scores(scorer.score(paths), tmp_path / "scores.jsonl") == (1, 0, 0)
+    assert write_scores(scorer, paths, tmp_path / "scores.jsonl") == (1, 0, 0)
     assert json.loads((tmp_path / "scores.jsonl").read_text())["path"] == paths[0]
     assert write_sheets(scorer, paths, tmp_path / "sheets") == (1, 1)
 

@@ -68,7 +68,7 @@ def test_two_processes_do_not_write_one_run(tmp_path, monkeypatch):
     with subprocess.Popen([sys.executable, "-c", HOLD, folder], stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout.readline() == "held\n"
         monkeypatch.setattr(gradmix.ssl.run, "PATIENCE", 0.3)
-        with pytest.raises(ValueError, match=r"runs/one: another process is writing this run"), alone_in(folder):
+        with pytest.raises(ValueError, match=r"runs/one: another process is writing there"), alone_in(folder):
             pytest.fail("both are in")
         with alone_in(tmp_path / "runs/two"):
             pass

@@ -11,8 +11,9 @@ from sklearn.datasets import load_digits
 from torchvision import datasets
 
 from gradmix.ssl.config import DataConfig
-from gradmix.ssl.data import SOURCES, load_data
+from gradmix.ssl.data import load_data
 from gradmix.ssl.images import decode
+from gradmix.ssl.sources import SOURCES
 from gradmix.ssl.splits import CIFAR_PLUS, SPLITS
 
 DIGITS = DataConfig(name="digits", image_size=8, split=0)

@@ -1,6 +1,5 @@
 """The three commands: gradmix-pretrain, gradmix-eval, gradmix-score."""
 
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -38,13 +37,18 @@ def run_pretrain(config: Config) -> None:
     check_detectors(config)
     config.run_dir = str(Path(config.run_dir).expanduser())
     if config.data.split != "all":
-        print(table(pretrain_one(config)))
+        result = pretrain_one(config)
+        if result is None:
+            return
+        print(table(result))
         print(f"\n{config.run_dir}: report.html, metrics.json, weights, detector and TensorBoard events")
         return
     results = []
     for split in range(len(splits_of(config.data))):
         one = replace(config, data=replace(config.data, split=split), run_dir=f"{config.run_dir}/split-{split}")
         results.append(pretrain_one(one))
+    if None in results:
+        return
     summary, folder = over_splits(results), Path(config.run_dir)
     write_json(folder / "metrics.json", summary)
     write_comparison(find_runs([folder]), folder / "report.html")
@@ -52,7 +56,8 @@ def run_pretrain(config: Config) -> None:
     print(f"\nmean ± standard deviation over {len(results)} splits; {folder}: report.html, and the runs in split-*")
 
 
-def pretrain_one(config: Config) -> dict:
+def pretrain_one(config: Config) -> dict | None:
+    """The run's numbers; None on all but the first process, which go on to the next run while it evaluates."""
     from pytorch_lightning.utilities import rank_zero_only
 
     from gradmix.eval.evaluate import check_neighbours, device_of, evaluate
@@ -67,25 +72,28 @@ def pretrain_one(config: Config) -> dict:
     from gradmix.ssl.run import alone_in, claim
     from gradmix.ssl.train import check, train
 
-    run_dir = Path(config.run_dir)
+    run_dir, first = Path(config.run_dir), rank_zero_only.rank == 0
     check(config)
     with alone_in(run_dir):
         if (run_dir / "config.yaml").exists():
             claim(run_dir, config)  # before anything is written there
-        if rank_zero_only.rank == 0:
+        if first:
             remove_strays(run_dir)
         if (run_dir / "report.html").exists():  # the last thing to be written
+            if not first:
+                return None
             print(f"{run_dir}: finished already; gradmix-eval run={run_dir} evaluates again")
             return read_json(run_dir / "metrics.json")
         data = load_data(config.data, config.seed, run_dir / "scan.json")
-        print(describe(config, data))
+        if first:
+            print(describe(config, data))
         check_neighbours(config, data)
         if not (run_dir / "training.json").exists():
             train(config, data, watchers(data, config))
             if world_size() > 1:
                 extract_together(run_dir, data.sets(), device_of(config), config.data.workers)
-        if rank_zero_only.rank != 0:  # the other processes of a distributed run have nothing left to do
-            sys.exit(0)
+        if not first:
+            return None
         with replacing(run_dir, "metrics.json") as new:
             result = evaluate(run_dir, config, data, device_of(config), new)
         write_tensorboard(run_dir, config, result, data)

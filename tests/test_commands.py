@@ -2,7 +2,11 @@
 
 import csv
 import json
+import os
 import shutil
+import socket
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -19,9 +23,6 @@ QUICK = ("epochs=2", "encoder.width=4", "knn_every=1", "pictures_every=1", "trai
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """One small digits run, shared; tests that change it take a copy."""
-    import subprocess
-    import sys
-
     folder = tmp_path_factory.mktemp("finished")
     code = "from gradmix.eval.commands import pretrain; pretrain()"
     subprocess.run([sys.executable, "-c", code, *QUICK, "run_dir=run"], cwd=folder, check=True, capture_output=True)
@@ -74,6 +75,29 @@ def test_a_finished_run_says_so(run, command, finished, monkeypatch):
     for folder in (run, f"~/{run.name}"):
         result = command("pretrain", *QUICK, f"run_dir={folder}")
         assert result.code == 0 and "finished already" in result.out
+
+
+def test_two_processes_train_every_split(tmp_path):
+    code = "from gradmix.ssl.splits import SPLITS; from gradmix.eval.commands import pretrain; "
+    code += "del SPLITS['digits'][2:]; pretrain()"
+    words = ["epochs=1", "batch_size=128", "encoder.width=4", "data.image_size=8", "data.split=all", "run_dir=run"]
+    words += ["knn_every=0", "detectors=[deep_knn]"]
+    words += ["trainer.accelerator=cpu", "trainer.devices=1", "trainer.num_nodes=2"]
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        meeting = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    processes = []
+    for rank in ("0", "1"):
+        place = meeting | {"RANK": rank, "NODE_RANK": rank, "LOCAL_RANK": "0", "OMP_NUM_THREADS": "1"}
+        options = {"cwd": tmp_path, "env": os.environ | place, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        processes.append(subprocess.Popen([sys.executable, "-c", code, *words], text=True, **options))
+    told = [process.communicate(timeout=300)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], told
+    assert "mean ± standard deviation over 2 splits" in told[0]
+    assert told[0].count("6 known classes") == 2 and "classes" not in told[1]  # the first one speaks
+    parts = [json.loads((tmp_path / f"run/split-{i}/metrics.json").read_text()) for i in range(2)]
+    mean = json.loads((tmp_path / "run/metrics.json").read_text())["knn/top1"]
+    assert mean == pytest.approx(sum(part["knn/top1"] for part in parts) / 2)
 
 
 def test_scoring_files_with_the_detectors_folder_alone(run, command, tmp_path):

@@ -134,9 +134,24 @@ def raw_pixels_bytes(images: ImageSet) -> int:
     return len(images) * 3 * min(images.size, 32) ** 2 * 4
 
 
-def raw_pixels(images: ImageSet) -> Tensor:
-    """The baseline that needs no learning: pixels ``[N, P]`` in [0, 1], images above 32 x 32 averaged down to that."""
-    parts = []
+def raw_pixels(images: ImageSet, path: Path | None = None, limit: int = 2**62) -> Tensor | np.memmap:
+    """The baseline that needs no learning: pixels ``[N, P]`` in [0, 1], images above 32 x 32 averaged down to that.
+
+    Args:
+        path: where to write more than ``limit`` bytes, which are then mapped from there, as features are.
+    """
+    shape = len(images), 3 * min(images.size, 32) ** 2
+    if path is None or raw_pixels_bytes(images) <= limit:
+        pixels = torch.empty(shape)
+        fill_pixels(images, pixels.numpy())
+        return pixels
+    key = "raw pixels " + images_key(images, ((0, 0, 0), (1, 1, 1)))
+    if read_arrays(path, key) is None:
+        write_arrays(path, key, {"pixels": ("F32", shape)}, lambda arrays: fill_pixels(images, arrays["pixels"]))
+    return read_arrays(path, key)["pixels"]
+
+
+def fill_pixels(images: ImageSet, pixels: np.ndarray) -> None:
     for first in range(0, len(images), 1024):
         last = min(first + 1024, len(images))
         if images.images is not None:
@@ -145,5 +160,4 @@ def raw_pixels(images: ImageSet) -> Tensor:
             batch = torch.stack([images[i][0] for i in range(first, last)]).float() / 255
         if batch.shape[-1] > 32:
             batch = F.interpolate(batch, size=(32, 32), mode="area")
-        parts.append(batch.flatten(1))
-    return torch.cat(parts)
+        pixels[first:last] = batch.flatten(1)

@@ -57,11 +57,12 @@ def evaluate_corruptions(
         raise ValueError("corruptions: the run's test set has no images of known classes")
     batches = find_batches(where, data, test)  # bad input is said before anything is computed
     model = Model(run_dir, device)
-    path = (run_dir if out is None else out) / "features/train.safetensors"
-    limit = int(config.data.memory_gib * 2**30)
-    train = model.features(data.train, path, [run_dir / "features/train.safetensors"], config.data.workers, limit)
+    folder, limit = (run_dir if out is None else out) / "features", int(config.data.memory_gib * 2**30)
+    others = [run_dir / "features/train.safetensors"]
+    train = model.features(data.train, folder / "train.safetensors", others, config.data.workers, limit)
     knn, probe = classifiers(config, train, model.device)
-    on_pixels = KNNClassifier(config.knn_k, config.knn_temperature).fit(raw_pixels(data.train), data.train.labels)
+    pixels = raw_pixels(data.train, folder / "train_pixels.safetensors", limit)
+    on_pixels = KNNClassifier(config.knn_k, config.knn_temperature).fit(pixels, data.train.labels)
 
     def correct(images: Tensor, labels: Tensor) -> np.ndarray:
         """Numbers of right answers: in the order of METHODS, then the number of images."""

@@ -3,6 +3,7 @@
 import colorsys
 import io
 import json
+import shutil
 from itertools import pairwise
 
 import numpy as np
@@ -212,6 +213,14 @@ def test_cifar10_c_layout(digits_run, command, tmp_path, everything):
         mean = np.mean([got[f"corruptions/fog/{s}/{method}"] for s in SEVERITIES])
         assert got[f"corruptions/fog/{method}"] == pytest.approx(mean)
     assert "corruptions/speckle_noise/knn" not in got
+
+    run = shutil.copytree(digits_run, tmp_path / "run")
+    config = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(config.replace("memory_gib: 4.0", "memory_gib: 0"))
+    assert config != (run / "config.yaml").read_text()
+    assert command("eval", f"run={run}", f"corruptions={folder}", "out=small").code == 0
+    assert (tmp_path / "small/features/train_pixels.safetensors").is_file()  # not in memory, and the same numbers
+    assert scores(tmp_path / "small") == got
 
     np.save(folder / "fog.npy", arrays)
     result = command("eval", f"run={digits_run}", f"corruptions={folder}", "out=out")

@@ -9,7 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from gradmix.eval.cache import fingerprint, frozen, read_arrays, write_arrays
-from gradmix.eval.features import Model, extract_together
+from gradmix.eval.features import Model, extract_together, raw_pixels, raw_pixels_bytes
 from gradmix.eval.knn import KNNClassifier
 from gradmix.eval.linear import LinearProbe
 from gradmix.ssl.backbones import Backbone, ResNet, backbone_metadata
@@ -161,3 +161,18 @@ def test_processes_extract_a_share_each(model, in_processes, tmp_path):
         assert read_arrays(tmp_path / "alone" / f"{name}.safetensors", key) is not None  # evaluate finds them by it
     # batches of 256: 700 are 3, the single image 1, 512 are 2
     assert [torch.load(tmp_path / f"{rank}.pt") for rank in range(3)] == [[256 + 1 + 256], [256 + 256], [700 - 512]]
+
+
+@pytest.mark.parametrize("size", [8, 64])
+def test_raw_pixels_are_mapped_where_they_exceed_the_limit(size, tmp_path):
+    pixels = torch.randint(0, 256, (1100, 3, size, size), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    some, path = ImageSet(torch.zeros(1100).long(), size, pixels), tmp_path / "pixels.safetensors"
+    expected, size = raw_pixels(some), raw_pixels_bytes(some)
+    assert expected.nbytes == size
+    assert torch.equal(raw_pixels(some, path, size), expected) and not path.exists()
+    mapped = raw_pixels(some, path, size - 1)
+    assert isinstance(mapped, np.memmap) and np.array_equal(mapped, expected)
+    made = path.stat().st_mtime_ns
+    assert np.array_equal(raw_pixels(some, path, size - 1), expected) and path.stat().st_mtime_ns == made
+    other = ImageSet(some.labels, some.size, some.images.flip(0))
+    assert np.array_equal(raw_pixels(other, path, 0), expected.flip(0))

@@ -117,7 +117,7 @@ def denormalize(images: Tensor, constants: Constants = IMAGENET) -> Tensor:
 
 
 def _channels(values: tuple[float, ...], like: Tensor) -> Tensor:
-    return torch.tensor(values, dtype=like.dtype, device=like.device)[:, None, None]
+    return torch.cat([like.new_full((1, 1, 1), value) for value in values])  # torch.tensor's copy makes a GPU wait
 
 
 def list_images(folder: Path) -> list[str]:

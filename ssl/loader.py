@@ -70,7 +70,7 @@ class TrainLoader:
             yield from DataLoader(self.data, batch_sampler=self._indices(), num_workers=workers, pin_memory=pin)
             return
         for index in self._indices():
-            index = torch.from_numpy(index).to(self.images.device)
+            index = torch.from_numpy(index).to(self.images.device, non_blocking=True)
             yield self.images[index], self.labels[index], index
 
     def _indices(self) -> Iterator[np.ndarray]:

@@ -7,7 +7,7 @@ from gradmix.ssl.config import flat
 
 AT_LEAST_1 = (
     *("epochs", "batch_size", "knn_k", "data.image_size", "encoder.width", "encoder.head_dim"),
-    *("mix.attribution_every", "speed.micro_batch", "explain_limit"),
+    *("mix.attribution_every", "speed.micro_batch", "explain_limit", "trainer.accumulate_grad_batches"),
 )
 AT_LEAST_0 = (
     *("seed", "knn_every", "quality_every", "pictures_every", "checkpoint_seconds", "max_skipped_steps"),
@@ -15,6 +15,7 @@ AT_LEAST_0 = (
     *("data.augment.rotate", "data.augment.brightness", "data.augment.contrast", "data.augment.saturation"),
     *("method.supervised", "method.selfsup", "method.targets", "mix.weight", "mix.start_epoch", "mix.end_epoch"),
     *("optimizer.base_lr", "optimizer.weight_decay", "optimizer.warmup_epochs", "optimizer.final_lr"),
+    *("trainer.gradient_clip_val",),
 )
 ABOVE_0 = ("knn_temperature", "method.temperature", "method.temperature_end")
 SHARES = (

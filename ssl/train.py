@@ -32,8 +32,14 @@ from gradmix.ssl.run import claim
 # What Lightning's Trainer may not be told, for the run's folder would not hold everything any more.
 OURS = {
     **dict.fromkeys(("max_epochs", "min_epochs", "max_steps", "min_steps"), "epochs= says how long to train"),
+    **dict.fromkeys(("max_time", "limit_train_batches", "overfit_batches", "fast_dev_run"), "a run is all its epochs"),
     **dict.fromkeys(("logger", "default_root_dir", "enable_checkpointing"), "run_dir= says where everything is kept"),
     **dict.fromkeys(("callbacks", "plugins"), "in Python, gradmix.ssl.train.train takes callbacks"),
+}
+# What of the Trainer's a training step works with: float32 weights, all of them in every process.
+CHOICES = {
+    "precision": ("auto", "32-true", "bf16-mixed", "16-mixed", "32", "bf16", "16"),
+    "strategy": ("auto", "ddp", "ddp_find_unused_parameters_true", "ddp_find_unused_parameters_false"),
 }
 
 
@@ -134,6 +140,9 @@ def check(config: Config) -> None:
     for key in config.trainer:
         if key not in known:
             raise ValueError(f"trainer.{key}: Lightning's Trainer has no such argument; {nearest(key, known)}")
+    for key, choices in CHOICES.items():
+        if str(config.trainer.get(key, "auto")) not in choices:
+            raise ValueError(f"trainer.{key}: expected one of {', '.join(choices)}, got {config.trainer[key]!r}")
     check_encoder(config.encoder)
     if build_mixer(config.mix) is not None:
         check_mixing(config.method)

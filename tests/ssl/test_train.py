@@ -163,6 +163,35 @@ def test_when_to_mix():
     assert {epoch for epoch, step in places if mixes_at(window, 0, epoch, step)} == {3, 4}
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"max_time": "00:12:00:00"}, r"trainer\.max_time: not to be set here; a run is all its epochs"),
+        ({"limit_train_batches": 2}, r"trainer\.limit_train_batches: not to be set"),
+        ({"fast_dev_run": True}, r"trainer\.fast_dev_run: not to be set"),
+        ({"precision": "bf16-true"}, r"trainer\.precision: expected one of auto, .*got 'bf16-true'"),
+        ({"precision": 64}, r"trainer\.precision: .*got 64"),
+        ({"strategy": "fsdp"}, r"trainer\.strategy: expected one of auto, ddp, .*got 'fsdp'"),
+        ({"accumulate_grad_batches": 0}, r"trainer\.accumulate_grad_batches: expected at least 1, got 0"),
+        ({"gradient_clip_val": -1.0}, r"trainer\.gradient_clip_val: expected at least 0, got -1"),
+    ],
+)
+def test_what_training_could_not_honour_is_refused_before_it(tmp_path, arguments, message, config, data):
+    settings = config(tmp_path / "run")
+    settings.trainer |= arguments
+    with pytest.raises(ValueError, match=message):
+        train(settings, data)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("precision", [32, "32-true", "bf16-mixed"])
+def test_precisions_that_work(tmp_path, precision, config, data):
+    settings = config(tmp_path, epochs=1)
+    settings.trainer["precision"] = precision
+    train(settings, data)
+    assert json.loads((tmp_path / "training.json").read_text())["train/precision"] == precision
+
+
 def test_a_loss_that_the_method_does_not_have_is_an_error(tmp_path, config, data):
     settings = config(tmp_path, "supcon")
     settings.method.mixed_loss = "selfsup"

@@ -47,7 +47,7 @@ def evaluate(
     Features are read from ``features/`` where they are of the same weights and images.
     ``features/scores.safetensors`` holds what every detector says of every test image, for
     :func:`gradmix.eval.compare.compare`. What the data can't answer is left out and listed under ``skipped``: no
-    classes, no known or no unknown test images.
+    classes, no known or no unknown test images; so is a class spread that is infinite.
 
     Raises:
         ValueError: bad settings, such as k larger than the training set.
@@ -94,6 +94,8 @@ def evaluate(
         result["skipped"]["knn, linear, osr"] = why
     pair = two_views(model.backbone.encoder, data.train, config.data.augment, model.device)
     result |= quality_numbers(found["train"]["features"], data.train.labels if data.classes else None, pair)
+    if data.classes and "quality/class_spread" not in result:
+        result["skipped"]["quality/class_spread"] = "the class means coincide, which makes it infinite"
     (out / "features" / "scores.safetensors").unlink(missing_ok=True)  # an earlier evaluation's, of other images
     if measurable and not known.all():
         scores = {"labels": data.test.labels, "images": image_hashes(data.test)}

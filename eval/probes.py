@@ -1,5 +1,6 @@
 """Closed-set accuracy as asked for: kNN with many settings, probes by protocol, few labels; and feature quality."""
 
+import math
 from typing import Any
 
 import torch
@@ -77,13 +78,16 @@ def further_probes(
 
 
 def quality_numbers(features, labels: Tensor | None, pair: tuple[Tensor, Tensor] | None = None) -> dict[str, float]:
-    """``quality/...`` of features ``[N, F]``; with labels of known classes, of two views, where they are given."""
+    """``quality/...`` of features ``[N, F]``; with labels of known classes, of two views, where they are given.
+
+    Without ``quality/class_spread`` where it is infinite, which JSON can't say.
+    """
     result = {
         "quality/uniformity": quality.uniformity(features),
         "quality/effective_rank": quality.effective_rank(features),
     }
-    if labels is not None:
-        result["quality/class_spread"] = quality.class_spread(features, labels)
+    if labels is not None and math.isfinite(spread := quality.class_spread(features, labels)):
+        result["quality/class_spread"] = spread
     if pair is not None:
         result["quality/alignment"] = quality.alignment(*pair)
     return result

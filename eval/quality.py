@@ -50,6 +50,8 @@ def class_spread(features, labels):
     """trace(within-class covariance times pseudo-inverse of the between-class one) / K; 0 when classes are points.
 
     NC1 of neural collapse, Papyan et al., arXiv 2008.08186. Features `[N, F]`, integer labels `[N]` of K classes.
+    Infinite when all class means are one point in float32: there the pseudo-inverse of 0 is 0, and so would be the best
+    of all values for features that tell no class from another.
     """
     rows = check_features("features", features)
     labels = check_labels("labels", labels, len(rows))
@@ -59,6 +61,9 @@ def class_spread(features, labels):
     means = class_means(rows, positions, len(classes))
     # the between-class covariance has rank K - 1 at most: its pseudo-inverse from the K means, no [F, F] array
     _, spread, directions = np.linalg.svd((means - means.mean(axis=0)) / np.sqrt(len(classes)), full_matrices=False)
+    scale = np.sqrt(sum(np.square(rows[block], dtype=np.float64).sum() for block in blocks(rows.shape)) / len(rows))
+    if spread[0] <= np.finfo(np.float32).eps * scale:
+        return np.inf
     kept = spread > 1e-10 * spread[0]  # the rest is rounding, which an inverse would blow up
     whitening = directions[kept].T / spread[kept]  # [F, K - 1]
     total = sum(np.square((rows[block] - means[positions[block]]) @ whitening).sum() for block in blocks(rows.shape))

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from sklearn.metrics import roc_auc_score
 from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
 from sklearn.preprocessing import normalize
@@ -100,6 +101,25 @@ def test_without_known_test_images_the_rest_is_measured(digits_run, tmp_path, te
     assert (tmp_path / "out/detector/scorer.json").is_file() and not (
         tmp_path / "out/features/scores.safetensors"
     ).exists()
+
+
+def test_a_collapsed_network_has_no_class_spread(command, digits_run, tmp_path):
+    run = shutil.copytree(digits_run, tmp_path / "run")
+    with safe_open(run / "backbone.safetensors", "pt") as file:
+        metadata = file.metadata()
+    weights = load_file(run / "backbone.safetensors")
+    for name in ("layer4.1.bn2.weight", "layer4.1.bn2.bias", "layer4.1.conv2.weight"):
+        weights[name].zero_()
+    weights["layer4.0.bn2.weight"].zero_()
+    weights["layer4.0.downsample.1.weight"].zero_()  # what is left of every image is layer4.0's bias
+    save_file(weights, run / "backbone.safetensors", metadata)
+    result = command("eval", f"run={run}", "detectors=[deep_knn]")
+    assert result.code == 0, result.err
+    why = "the class means coincide, which makes it infinite"
+    assert f"not measured: quality/class_spread ({why})" in result.out
+    numbers = json.loads((run / "metrics.json").read_text(), parse_constant=pytest.fail)  # no Infinity, no NaN
+    assert numbers["skipped"] == {"quality/class_spread": why} and "quality/class_spread" not in numbers
+    assert f"Not measured: quality/class_spread, for {why}." in (run / "report.html").read_text()
 
 
 @pytest.mark.parametrize(

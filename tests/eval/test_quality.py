@@ -61,3 +61,18 @@ def test_class_spread_is_nc1():
     assert class_spread(0.5 * rows + 7, labels) == pytest.approx(class_spread(rows, labels))  # no unit, no origin
     with pytest.raises(ValueError, match="class_spread needs two classes, got only 3"):
         class_spread(rows[:20], labels[:20])
+
+
+def test_class_spread_of_a_collapsed_network_is_not_zero():
+    labels = np.repeat([0, 1, 2], 20)
+    cloud = features(20, 4)
+    assert class_spread(np.tile(cloud, (3, 1)), labels) == np.inf  # the means coincide, the classes are spread
+    assert (
+        class_spread(np.tile(cloud - cloud.mean(axis=0), (3, 1)), labels) == np.inf
+    )  # at the origin, where they are 0
+    assert class_spread(np.full((60, 4), 0.1, np.float32), labels) == np.inf  # one point
+    assert class_spread(np.zeros((60, 4)), labels) == np.inf
+    # nearly: two classes d apart around the mean, spread s along the same line, have NC1 (s / (d / 2))^2 / 2
+    near = np.zeros((40, 3))
+    near[:, 0] = np.tile([-1.0, 1.0], 20) + np.repeat([0, 2e-4], 20) + 5
+    assert class_spread(near, np.repeat([4, 7], 20)) == pytest.approx(1e8 / 2)

@@ -155,12 +155,12 @@ def provenance() -> dict[str, Any]:
     """Versions, revision and hardware, flat, to stand beside every result."""
     packages = ["torchvision", "lightly", "faiss-cpu", "pytorch-lightning", "numpy", "gradmix"]
     packages += ["timm"] * (find_spec("timm") is not None)
-    cuda = torch.cuda.is_available()
+    cuda, threads = torch.cuda.is_available(), torch.get_num_threads()
     return {
         "version/torch": torch.__version__,  # with the CUDA build
         **{f"version/{name}": version(name) for name in packages},
         "git/revision": _revision(),
-        "hardware": torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads",
+        "hardware": torch.cuda.get_device_name() if cuda else f"CPU, {threads} thread{'s' * (threads > 1)}",
     }
 
 

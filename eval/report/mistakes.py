@@ -80,7 +80,8 @@ def _matrix(run: Run, matrix: np.ndarray, rows: range) -> str:
             wrong = ' class="wrong"' if i != j and share > 0.1 else ""
             row.append(f'<td style="{shade}"{wrong} title="{100 * share:.1f} %">{matrix[i, j] or "·"}</td>')
         cells.append(row)
-    return table(["", *(f"<th>{name}</th>" for name in names)], cells, "confusion")
+    outlined = '<p class="quiet">Outlined: mistakes with more than 10 % of their row.</p>'
+    return table(["", *(f"<th>{name}</th>" for name in names)], cells, "confusion") + outlined
 
 
 def _picture_of(run: Run, matrix: np.ndarray, rows: range) -> str:

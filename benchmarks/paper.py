@@ -34,7 +34,7 @@ README = Path(__file__).parent.parent / "README.md"
 MARKS = "<!-- paper.py writes this table -->", "<!-- end of the table -->"
 TIME_TO_STOP = 20  # seconds that a run gets to save and exit
 # What makes a row: the same setting may be run for other splits and seeds.
-SETTING = ("data", "method", "mix", "evidence", "epochs", "tag")
+SETTING = ("data", "pseudo_unknown", "method", "mix", "evidence", "epochs", "tag")
 IDENTITY = (*SETTING, "split", "seed")
 
 
@@ -152,6 +152,7 @@ def row_of(folder: Path) -> dict:
     return {
         "data": config.data.name,
         "split": config.data.split,
+        "pseudo_unknown": config.data.pseudo_unknown,
         "method": config.method.name,
         "mix": config.mix.name,
         "evidence": config.mix.options.get("evidence", ""),
@@ -193,16 +194,18 @@ def table(rows: list[dict]) -> str:
     titles = ["data", "epochs", "mix", "runs", "AUROC over none", *columns]
     lines = ["| " + " | ".join(titles) + " |", "|" + " --- |" * len(titles)]
     for setting, its_rows in sorted(settings.items(), key=lambda item: tuple(map(str, item[0]))):
-        data, method, mix, evidence, epochs, tag = setting
+        data, pseudo, method, mix, evidence, epochs, tag = setting
         baseline = {
-            (row["split"], row["seed"]): row for row in settings.get((data, method, "none", "", epochs, tag), [])
+            (row["split"], row["seed"]): row
+            for row in settings.get((data, pseudo, method, "none", "", epochs, tag), [])
         }
         pairs = [(row, baseline[place]) for row in its_rows if (place := (row["split"], row["seed"])) in baseline]
         auroc_of = columns["AUROC"]
         differences = [
             auroc_of(a) - auroc_of(b) for a, b in pairs if auroc_of(a) is not None and auroc_of(b) is not None
         ]
-        cells = [f"{data}, {method}", str(epochs), " ".join(part for part in (mix, evidence, tag) if part)]
+        what = f"{data}, {method}" + (f", {pseudo} held back" if pseudo else "")
+        cells = [what, str(epochs), " ".join(part for part in (mix, evidence, tag) if part)]
         cells += [str(len(its_rows)), "" if mix == "none" else spread(differences, "+.2f")]
         cells += [spread([value for row in its_rows if (value := of(row)) is not None]) for of in columns.values()]
         lines.append("| " + " | ".join(cells) + " |")
@@ -245,7 +248,8 @@ def auroc_by_epochs(rows: list[dict]) -> dict[str, dict[float, float]]:
     found: dict[str, dict[int, list[float]]] = {}
     for row in rows:
         if "deep_knn" in row["detectors"]:
-            line = " ".join(part for part in (row["data"], row["mix"], row["evidence"], row["tag"]) if part)
+            held_back = f"({row['pseudo_unknown']} held back)" if row["pseudo_unknown"] else ""
+            line = " ".join(part for part in (row["data"], held_back, row["mix"], row["evidence"], row["tag"]) if part)
             found.setdefault(line, {}).setdefault(row["epochs"], []).append(100 * row["detectors"]["deep_knn"]["auroc"])
     return {
         line: {epochs: statistics.mean(values) for epochs, values in points.items()}

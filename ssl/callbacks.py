@@ -111,10 +111,13 @@ class Checkpoints(Callback):
     def on_train_batch_end(self, trainer: Trainer, module: Pretraining, outputs, batch: Batch, batch_idx: int) -> None:
         if module.steps % trainer.accumulate_grad_batches:
             return  # gradients are half collected
-        if self.guard.stop or time.monotonic() - self.last_saved >= self.every_seconds:
+        # Clocks differ between processes. What a save reads early, the others read at the next step: until then the
+        # process that saved neither leaves nor raises, or they would wait for it.
+        stop, due = self.guard.stop, time.monotonic() - self.last_saved >= self.every_seconds
+        if stop or (due and self.guard.is_finite()):
             self.save(trainer, module)
-        if self.guard.stop:
-            self.leave(trainer, module, self.guard.stop)
+        if stop:
+            self.leave(trainer, module, stop)
 
     def on_train_end(self, trainer: Trainer, module: Pretraining) -> None:
         self.save(trainer, module)

@@ -36,6 +36,12 @@ class Verdict:
     flags: Tensor
     copied: torch.cuda.Event | None
 
+    def read(self) -> list[int]:
+        """``flags``, waiting for them if need be."""
+        if self.copied is not None:
+            self.copied.synchronize()
+        return [int(flag) for flag in self.flags]
+
 
 class Guard(Callback):
     """Stops before a step whose loss or gradient is not finite, or leaves it out; hears signals. All processes alike.
@@ -114,14 +120,16 @@ class Guard(Callback):
             for buffer, before in zip(module.buffers(), self.buffers, strict=True):
                 buffer.copy_(before)
 
+    def is_finite(self) -> bool:
+        """Whether the verdict that is still pending, if any, finds nothing wrong. It stays pending."""
+        return self.pending is None or not any(self.pending.read()[:2])
+
     def settle(self) -> bool:
         """Read the verdict that is still pending, if any; whether it says to skip."""
         verdict, self.pending = self.pending, None
         if verdict is None:
             return False
-        if verdict.copied is not None:
-            verdict.copied.synchronize()
-        bad_loss, bad_gradient, self.agreed = map(int, verdict.flags.tolist())
+        bad_loss, bad_gradient, self.agreed = verdict.read()
         if not bad_loss and not bad_gradient:
             return False
         if self.skips and self.skipped < self.limit:

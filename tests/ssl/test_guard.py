@@ -10,7 +10,7 @@ import torch
 from pytorch_lightning import Callback
 
 from gradmix.ssl.callbacks import newest_checkpoint
-from gradmix.ssl.guard import check_finite
+from gradmix.ssl.guard import Guard, check_finite
 from gradmix.ssl.train import train
 
 
@@ -109,10 +109,14 @@ def one_process(rank, port, folder, runs, data):
             (folder / f"{name}-{rank}").write_text(f"{type(stop).__name__} {stop}")
 
 
-def test_processes_decide_alike(tmp_path, config, data):
+@pytest.fixture
+def port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+        return probe.getsockname()[1]
+
+
+def test_processes_decide_alike(tmp_path, port, config, data):
     runs = {
         "signal": (config(tmp_path / "a"), Ask()),
         "gradient": (config(tmp_path / "b"), Break("activation", 5, rank=1)),
@@ -128,3 +132,49 @@ def test_processes_decide_alike(tmp_path, config, data):
     assert all(text.startswith("FloatingPointError the loss is not finite at step 5") for text in stopped)
     rows = [set(json.loads(text[text.index("[") : text.index("]") + 1])) for text in stopped]
     assert len(rows[0]) == len(rows[1]) == 64 and not rows[0] & rows[1]
+
+
+class Overflow(Callback):
+    """A gradient that is not finite, in one process only."""
+
+    def on_after_backward(self, trainer, module):
+        if module.steps == 5 and module.global_rank == 1:
+            next(module.parameters()).grad[0] = float("inf")
+
+
+class Arrived:
+    def record(self):
+        pass
+
+    def synchronize(self):
+        pass
+
+
+def one_process_with_late_verdicts(rank, port, folder, runs, data):
+    """As on GPUs; the first process saves after every step, the other one never."""
+    decide, torch.cuda.Event = Guard.on_before_optimizer_step, Arrived
+
+    def decide_late(*arguments):
+        torch.Tensor.is_cuda = True
+        try:
+            decide(*arguments)
+        finally:
+            del torch.Tensor.is_cuda
+
+    Guard.on_before_optimizer_step = decide_late
+    for settings, _ in runs.values():
+        settings.checkpoint_seconds = (0, 1e9)[rank]
+    one_process(rank, port, folder, runs, data)
+
+
+def test_processes_that_save_at_different_times_leave_at_the_same_step(tmp_path, port, config, data):
+    runs = {"signal": (config(tmp_path / "a"), Ask()), "gradient": (config(tmp_path / "b"), Overflow())}
+    for settings, _ in runs.values():
+        settings.trainer = {"accelerator": "cpu", "devices": 1, "num_nodes": 2, "strategy": "ddp"}
+    torch.multiprocessing.spawn(one_process_with_late_verdicts, (port, tmp_path, runs, data), nprocs=2)
+
+    assert [(tmp_path / f"signal-{rank}").read_text() for rank in range(2)] == ["SystemExit 143"] * 2
+    assert newest_checkpoint(tmp_path / "a/checkpoints")["step"] == 6  # sent after 4, agreed on at 5, read at 6
+    stopped = [(tmp_path / f"gradient-{rank}").read_text() for rank in range(2)]
+    assert all(text.startswith("FloatingPointError the gradient is not finite at step 5") for text in stopped)
+    assert newest_checkpoint(tmp_path / "b/checkpoints")["step"] == 4

@@ -23,6 +23,7 @@ from gradmix.ssl.augment import TwoViews
 from gradmix.ssl.backbones import build_backbone
 from gradmix.ssl.config import Config, MethodConfig, MixConfig
 from gradmix.ssl.images import ImageSet
+from gradmix.ssl.limits import precision
 from gradmix.ssl.loader import Batch, TrainLoader, seed_of
 from gradmix.ssl.losses import NTXentLoss, SupConLoss
 from gradmix.ssl.targets import OrthogonalTargetLoss
@@ -283,8 +284,9 @@ def compile_stages(backbone: nn.Module, watched: Sequence[str]) -> None:
 
 def build_optimizer(config: Config, parameters) -> torch.optim.Optimizer:
     lr, weight_decay = learning_rate(config), config.optimizer.weight_decay
-    # A fused step unscales by itself, and Lightning cannot clip what it has not unscaled.
-    fused = config.speed.fused and not config.trainer.get("gradient_clip_val")
+    # A fused step unscales float16's gradients by itself; before it they can't be clipped, or taken away to skip it.
+    skips_scaled = config.on_nonfinite == "skip" and str(precision(config)) in ("16-mixed", "16")
+    fused = config.speed.fused and not config.trainer.get("gradient_clip_val") and not skips_scaled
     match config.optimizer.name:
         case "adam":
             return torch.optim.Adam(parameters, lr, weight_decay=weight_decay, fused=fused)

@@ -4,11 +4,14 @@ import json
 import os
 import signal
 import socket
+from functools import wraps
 
 import pytest
 import torch
-from pytorch_lightning import Callback
+from pytorch_lightning import Callback, Trainer
+from pytorch_lightning.plugins import MixedPrecision
 
+import gradmix.ssl.train
 from gradmix.ssl.callbacks import newest_checkpoint
 from gradmix.ssl.guard import Guard, check_finite
 from gradmix.ssl.train import train
@@ -79,6 +82,18 @@ def test_skipped_steps_change_nothing_are_counted_and_bounded(tmp_path, config, 
         train(settings, data, [Break("gradient", 2, 3, 5)])
     with pytest.raises(FloatingPointError, match="at step 6"):  # the count outlives the process
         train(settings, data, [Break("gradient", 6)])
+
+
+def test_skipped_steps_beside_a_gradient_scaler(tmp_path, monkeypatch, config, data):
+    @wraps(Trainer)
+    def scaled(*, precision, **settings):  # by itself, Lightning has no float16 on CPUs
+        return Trainer(plugins=[MixedPrecision(precision, "cpu", torch.amp.GradScaler("cpu"))], **settings)
+
+    monkeypatch.setattr(gradmix.ssl.train, "Trainer", scaled)
+    settings = config(tmp_path, on_nonfinite="skip")
+    settings.trainer["precision"] = "16-mixed"
+    train(settings, data, [Break("activation", 3)])
+    assert json.loads((tmp_path / "training.json").read_text())["train/skipped_steps"] == 1
 
 
 def test_weights_that_are_not_finite_are_never_saved(tmp_path, config, data):

@@ -118,6 +118,22 @@ def test_timms_networks_compile(name, monkeypatch, config):
         assert (gradient - found[0][name]).norm() <= 1e-3 * gradient.norm() + 1e-7, name
 
 
+def test_evaluation_between_steps_leaves_no_stage_uncompiled(monkeypatch, config, data):
+    """To torch all stages are one function, which it compiles eight times by default, then no more."""
+    compile_module = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compile_module(module, backend="eager"))
+    settings = config("unused", mixing={"start_epoch": 1}, speed=SpeedConfig(compile=True))
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(fail_on_cache_limit_hit=True, cache_size_limit=8):
+        module, batch = built(settings, data)
+        module.training_step(batch, 0)
+        module.backbone.eval()
+        with torch.inference_mode():
+            module.backbone(torch.rand(7, 3, 8, 8))
+        module.backbone.train()
+        module.training_step(batch._replace(epoch=1), 0)  # the first that attribution watches
+
+
 def test_a_network_that_gradmix_does_not_know_is_refused_before_training(config):
     with pytest.raises(ValueError, match=r"layers: no default for the last 3 stages of CoaT; name some"):
         built_of_timms("coat_tiny", config)

@@ -106,7 +106,7 @@ class SpeedConfig:
     fused: bool = True  # the optimizer updates all parameters in a few kernels (adam, adamw, sgd)
     tf32: bool = True  # what stays fp32 is multiplied in TensorFloat-32, on GPUs that have it
     compile: bool = False  # torch.compile of the encoder, stage by stage
-    micro_batch: int | None = None  # views per forward pass: large batches on small GPUs, for a step 1.5 times as long
+    micro_batch: int | None = None  # views per forward pass: large batches on small GPUs, for a step 1.4 times as long
 
 
 @dataclass

@@ -7,7 +7,8 @@ from gradmix.ssl.config import flat
 
 AT_LEAST_1 = (
     *("epochs", "batch_size", "knn_k", "data.image_size", "encoder.width", "encoder.head_dim"),
-    *("mix.attribution_every", "speed.micro_batch", "explain_limit", "trainer.accumulate_grad_batches"),
+    *("mix.attribution_every", "speed.micro_batch", "explain_limit"),
+    *("trainer.accumulate_grad_batches", "trainer.num_nodes"),
 )
 AT_LEAST_0 = (
     *("seed", "knn_every", "quality_every", "pictures_every", "checkpoint_seconds", "max_skipped_steps"),

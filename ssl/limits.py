@@ -53,13 +53,21 @@ def check_limits(config: Config, network: nn.Module, images: int, num_features: 
     _check(f"data: the features of {images} images", features, memory, "in memory", hint)
 
     on_gpu = torch.cuda.is_available() and config.trainer.get("accelerator", "auto") != "cpu"
-    views = 2 * config.batch_size // (torch.cuda.device_count() if on_gpu else 1)
+    places = config.trainer.get("num_nodes", 1) * (torch.cuda.device_count() if on_gpu else 1)
+    views = 2 * config.batch_size // places
     views = min(views, config.speed.micro_batch or views)
     half = "16" in str(precision(config))
     batch = views * activation_bytes(network, config.data.image_size) // (2 if half else 1)
-    free = torch.cuda.mem_get_info()[0] if on_gpu else memory
+    free = torch.cuda.mem_get_info(own_gpu(config))[0] if on_gpu else memory
     hint = "try a smaller batch_size, or speed.micro_batch"
     _check(f"batch_size: the activations of {views} views", batch, free, "on the device", hint)
+
+
+def own_gpu(config: Config) -> int:
+    """The GPU that Lightning will give this process. Asked of another one, CUDA would keep memory there for good."""
+    place = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))
+    devices = config.trainer.get("devices")
+    return devices[place] if isinstance(devices, list) and place < len(devices) else place % torch.cuda.device_count()
 
 
 def precision(config: Config) -> str:

@@ -57,6 +57,36 @@ def test_what_is_too_large_is_named(tmp_path, config, monkeypatch, free_disk, fr
         check_limits(settings, network, 100, 32)
 
 
+def test_a_batch_is_shared_between_hosts(tmp_path, config, monkeypatch):
+    settings, network = config(tmp_path / "run"), ResNet("resnet18", width=4, stem="small")
+    settings.batch_size = 1000
+    whole = 2 * settings.batch_size * activation_bytes(network, 8)
+    monkeypatch.setattr(limits, "free_memory", lambda: whole // 2)
+    with pytest.raises(ValueError, match="batch_size: the activations of 2000 views"):
+        check_limits(settings, network, 100, 32)
+    settings.trainer["num_nodes"] = 2
+    check_limits(settings, network, 100, 32)
+
+
+@pytest.mark.parametrize(
+    ("environment", "devices", "asked"),
+    [({}, "auto", 0), ({"LOCAL_RANK": "3"}, 8, 3), ({}, [5], 5), ({"LOCAL_RANK": "1"}, [5, 6], 6)],
+)
+def test_only_the_process_s_own_gpu_is_asked(tmp_path, config, monkeypatch, environment, devices, asked):
+    def memory_of(device):
+        raise MemoryError(f"asked {device}")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=0: memory_of(device))
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    settings = config(tmp_path / "run")
+    settings.trainer = {"devices": devices, "precision": "32-true"}
+    with pytest.raises(MemoryError, match=f"asked {asked}$"):
+        check_limits(settings, ResNet("resnet18", width=4, stem="small"), 100, 32)
+
+
 def test_training_refuses_before_it_writes_anything(tmp_path, config, data, monkeypatch):
     monkeypatch.setattr(limits, "free_memory", lambda: 10_000)
     with pytest.raises(ValueError, match="are free in memory"):

@@ -173,6 +173,7 @@ def test_when_to_mix():
         ({"precision": 64}, r"trainer\.precision: .*got 64"),
         ({"strategy": "fsdp"}, r"trainer\.strategy: expected one of auto, ddp, .*got 'fsdp'"),
         ({"accumulate_grad_batches": 0}, r"trainer\.accumulate_grad_batches: expected at least 1, got 0"),
+        ({"num_nodes": 0}, r"trainer\.num_nodes: expected at least 1, got 0"),
         ({"gradient_clip_val": -1.0}, r"trainer\.gradient_clip_val: expected at least 0, got -1"),
     ],
 )

@@ -46,6 +46,10 @@ def _expected(key: str, value: Any) -> str | None:
         return f"[LOW,HIGH] with 0 < LOW <= HIGH <= {PAIRS[key]:g}"
     if not isinstance(value, int | float):  # null, or a list where another command has a number
         return None
+    if key in (*AT_LEAST_1, *AT_LEAST_0, *ABOVE_0) and value == float("inf"):
+        return "a finite number"
+    if key == "seed" and value >= 2**32:
+        return "less than 2 ** 32"
     if key in AT_LEAST_1 and not value >= 1:
         return "at least 1"
     if key in AT_LEAST_0 and not value >= 0:

@@ -300,4 +300,3 @@ def build_optimizer(config: Config, parameters) -> torch.optim.Optimizer:
             return torch.optim.SGD(parameters, lr, momentum=0.9, weight_decay=weight_decay, fused=fused)
         case "lars":
             return LARS(parameters, lr, momentum=0.9, weight_decay=weight_decay)
-    raise ValueError(f"optimizer.name: expected one of {', '.join(OPTIMIZERS)}, got {config.optimizer.name!r}")

@@ -26,7 +26,7 @@ from gradmix.ssl.guard import ON_NONFINITE, Guard
 from gradmix.ssl.images import ImageSet
 from gradmix.ssl.limits import check_limits, precision
 from gradmix.ssl.loader import check_batch_size
-from gradmix.ssl.pretrain import Pretraining, build_mixer, check_mixing, learning_rate
+from gradmix.ssl.pretrain import OPTIMIZERS, Pretraining, build_mixer, check_mixing, learning_rate
 from gradmix.ssl.run import claim
 
 # What Lightning's Trainer may not be told, for the run's folder would not hold everything any more.
@@ -144,6 +144,17 @@ def check(config: Config) -> None:
         if str(config.trainer.get(key, "auto")) not in choices:
             raise ValueError(f"trainer.{key}: expected one of {', '.join(choices)}, got {config.trainer[key]!r}")
     check_encoder(config.encoder)
+    if config.optimizer.name not in OPTIMIZERS:
+        raise ValueError(f"optimizer.name: expected one of {', '.join(OPTIMIZERS)}, got {config.optimizer.name!r}")
+    if config.optimizer.warmup_epochs > config.epochs:
+        raise ValueError(
+            f"optimizer.warmup_epochs: {config.optimizer.warmup_epochs} are more than epochs={config.epochs}"
+        )
+    if config.mix.end_epoch is not None and config.mix.end_epoch <= config.mix.start_epoch:
+        raise ValueError(
+            f"mix.end_epoch: {config.mix.end_epoch} is not behind mix.start_epoch={config.mix.start_epoch}, nothing "
+            "would be mixed; mix=none says so"
+        )
     if build_mixer(config.mix) is not None:
         check_mixing(config.method)
 

@@ -185,6 +185,27 @@ def test_what_training_could_not_honour_is_refused_before_it(tmp_path, arguments
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("seed", 2**32, r"seed: expected less than 2 \*\* 32"),
+        ("optimizer.name", "adan", r"optimizer\.name: expected one of adam, adamw, sgd, lars, got 'adan'"),
+        ("optimizer.base_lr", float("inf"), r"optimizer\.base_lr: expected a finite number, got inf"),
+        ("optimizer.warmup_epochs", 2.5, r"optimizer\.warmup_epochs: 2\.5 are more than epochs=2"),
+        ("method.temperature", float("inf"), r"method\.temperature: expected a finite number"),
+        ("mix.end_epoch", 0, r"mix\.end_epoch: 0 is not behind mix\.start_epoch=0, nothing would be mixed"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused_before_training(tmp_path, key, value, message, config, data):
+    """Later, the folder would belong to them already, and refuse the settings that make sense."""
+    settings = config(tmp_path / "run")
+    *groups, name = key.split(".")
+    setattr(getattr(settings, groups[0]) if groups else settings, name, value)
+    with pytest.raises(ValueError, match=message):
+        train(settings, data)
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("precision", [32, "32-true", "bf16-mixed"])
 def test_precisions_that_work(tmp_path, precision, config, data):
     settings = config(tmp_path, epochs=1)

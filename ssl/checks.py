@@ -7,7 +7,7 @@ from gradmix.ssl.config import flat
 
 AT_LEAST_1 = (
     *("epochs", "batch_size", "knn_k", "data.image_size", "encoder.width", "encoder.head_dim"),
-    *("mix.attribution_every", "speed.micro_batch", "explain_limit"),
+    *("mix.attribution_every", "explain_limit"),
     *("trainer.accumulate_grad_batches", "trainer.num_nodes"),
 )
 AT_LEAST_0 = (
@@ -50,6 +50,8 @@ def _expected(key: str, value: Any) -> str | None:
         return "a finite number"
     if key == "seed" and value >= 2**32:
         return "less than 2 ** 32"
+    if key == "speed.micro_batch" and not value >= 2:
+        return "at least 2, for BatchNorm has nothing to compare one with"
     if key in AT_LEAST_1 and not value >= 1:
         return "at least 1"
     if key in AT_LEAST_0 and not value >= 0:

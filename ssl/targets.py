@@ -63,7 +63,8 @@ class OrthogonalTargetLoss(nn.Module):
         with torch.autocast(z.device.type, enabled=False):
             z = z.float() if z.dtype in (torch.float16, torch.bfloat16) else z
             logits = z @ self.targets.T.to(z.dtype) / self.temperature  # [N, K]
-            share = F.one_hot(labels, len(self.targets)).to(z.dtype)
+            kept = z.new_ones(len(z)) if kept is None else kept.to(z.dtype)
+            share = torch.zeros_like(logits).scatter_(1, labels[:, None], kept[:, None])
             if other is not None:
-                share = torch.lerp(F.one_hot(other, len(self.targets)).to(z.dtype), share, kept[:, None].to(z.dtype))
+                share.scatter_add_(1, other[:, None], 1 - kept[:, None])
             return F.cross_entropy(logits, share, label_smoothing=self.smoothing)

@@ -210,6 +210,7 @@ def test_a_flat_folder_without_classes(command, tmp_path):
         (["encoder.stem=ß"], """in quotes a value is taken as it is: 'encoder.stem="ß"'"""),
         (["data.root="], "data.root: empty; give a path"),
         (["data.image_size=0"], "data.image_size: expected at least 1, got 0"),
+        (["speed.micro_batch=1"], "speed.micro_batch: expected at least 2, for BatchNorm has nothing to compare"),
         (["method.temperature_end=0"], "method.temperature_end: expected a number above 0, got 0.0"),
         (["data.augment.crop=[0.2,2]"], "data.augment.crop: expected [LOW,HIGH] with 0 < LOW <= HIGH <= 1"),
         (["data.augment.flip=nan"], "data.augment.flip: expected 0 to 1, got nan"),

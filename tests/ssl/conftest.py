@@ -25,8 +25,8 @@ def data():
 
 
 def tiny(run_dir, method="joint", mix="gradmix", **changes):
-    weights = {"simclr": (0.0, 1.0), "supcon": (1.0, 0.0), "joint": (1.0, 1.0)}[method]
-    inner = "supervised" if method == "supcon" else "selfsup"
+    weights = {"simclr": (0.0, 1.0), "supcon": (1.0, 0.0), "joint": (1.0, 1.0), "sphor": (0.0, 0.0, 1.0)}[method]
+    inner = {"supcon": "supervised", "sphor": "targets"}.get(method, "selfsup")
     return Config(
         run_dir=str(run_dir),
         epochs=changes.pop("epochs", 2),

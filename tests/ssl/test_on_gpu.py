@@ -170,7 +170,8 @@ MIXES = [*gradmix.MIXERS.own, "none", "extra_view"]
 
 
 @pytest.mark.parametrize(
-    ("method", "mix"), [*(("joint", mix) for mix in MIXES), ("simclr", "gradmix"), ("supcon", "gradmix")]
+    ("method", "mix"),
+    [*(("joint", mix) for mix in MIXES), ("simclr", "gradmix"), ("supcon", "gradmix"), ("sphor", "mixup")],
 )
 def test_a_step_on_the_device_is_the_hosts_and_waits_for_nothing(gpu, method, mix, config, data):
     expected, _ = steps(small(config, method, mix), data)

@@ -244,12 +244,13 @@ def joined(runs: Path) -> str:
 
 
 def auroc_by_epochs(rows: list[dict]) -> dict[str, dict[float, float]]:
-    """A line per data set and mix that has several lengths: the mean over splits and seeds in per cent, by epochs."""
+    """A line per setting that has several lengths: the mean over splits and seeds in per cent, by epochs."""
     found: dict[str, dict[int, list[float]]] = {}
     for row in rows:
         if "deep_knn" in row["detectors"]:
             held_back = f"({row['pseudo_unknown']} held back)" if row["pseudo_unknown"] else ""
-            line = " ".join(part for part in (row["data"], held_back, row["mix"], row["evidence"], row["tag"]) if part)
+            parts = (row["data"], held_back, row["method"], row["mix"], row["evidence"], row["tag"])
+            line = " ".join(part for part in parts if part)
             found.setdefault(line, {}).setdefault(row["epochs"], []).append(100 * row["detectors"]["deep_knn"]["auroc"])
     return {
         line: {epochs: statistics.mean(values) for epochs, values in points.items()}

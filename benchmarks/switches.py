@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 import torch
 from machine import device_here, hardware, save, wait
-from throughput import CASES, make_images, manual, settings
+from throughput import CASES, Case, make_images, manual, settings
 
 from gradmix.ssl.config import Config
 from gradmix.ssl.images import ImageSet
@@ -75,7 +75,7 @@ def changed(change: Callable[[Config], None]) -> Config:
     return config
 
 
-def images_of(case) -> ImageSet:
+def images_of(case: Case) -> ImageSet:
     return make_images(case, 4 * case.batch[device_here().type])
 
 

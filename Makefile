@@ -1,6 +1,9 @@
 # Everything runs in .venv, which `make install` builds; python3 can be any version from 3.10 on.
 PYTHON ?= python3
 BIN := .venv/bin
+# worksteal: most tests of a file stay together and share what they trained, and after a test that kills its process the
+# others still run (loadfile would run that test again and again, and the rest of its file never).
+TWO_PROCESSES := -n 2 --dist worksteal
 
 .PHONY: install demo test lint docs stress bench clean
 
@@ -17,7 +20,7 @@ demo: install
 	$(BIN)/gradmix-pretrain run_dir=runs/demo
 
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile   # a file's tests share what it trained
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TWO_PROCESSES)
 
 lint: install
 	$(BIN)/ruff check .

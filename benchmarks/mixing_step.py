@@ -34,6 +34,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from gradmix import CutMix, GradMix, Mixer, layercam
 from gradmix.attribution import default_layers, record
+from gradmix.ssl.layout import layout_of
 from gradmix.ssl.losses import NTXentLoss
 
 # One step over another, and the most that it may be (None: for information).
@@ -78,7 +79,7 @@ def training_step(name: str, views: Tensor, compiled: Sequence[str] = ()) -> Cal
     encoder = torchvision.models.resnet18()
     encoder.conv1, encoder.maxpool = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity()
     encoder.fc = nn.Sequential(nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 128))
-    encoder = encoder.to(views.device, memory_format=torch.channels_last)
+    encoder = encoder.to(views.device, memory_format=layout_of(encoder))
     for stage in compiled:
         getattr(encoder, stage).compile(dynamic=False)
     ntxent = NTXentLoss(0.1)

@@ -23,6 +23,7 @@ from gradmix.ssl.augment import TwoViews
 from gradmix.ssl.backbones import build_backbone
 from gradmix.ssl.config import Config, MethodConfig, MixConfig
 from gradmix.ssl.images import ImageSet
+from gradmix.ssl.layout import layout_of
 from gradmix.ssl.limits import precision
 from gradmix.ssl.loader import Batch, TrainLoader, seed_of
 from gradmix.ssl.losses import NTXentLoss, SupConLoss
@@ -58,8 +59,9 @@ class Pretraining(LightningModule):
         if self.mixer is not None:
             check_mixing(method)
         self.looks = isinstance(self.mixer, GradMix) and self.mixer.centre == "peak"  # at the gradient
-        self.layout = torch.channels_last if config.speed.channels_last else torch.contiguous_format
-        self.backbone = build_backbone(config.encoder, config.data.image_size).to(memory_format=self.layout)
+        backbone = build_backbone(config.encoder, config.data.image_size)
+        self.layout = layout_of(backbone, config.speed.channels_last)
+        self.backbone = backbone.to(memory_format=self.layout)
         watched = self.mixer.layers_in(self.backbone) if self.looks else []
         if config.speed.compile:
             compile_stages(self.backbone, watched)

@@ -1,3 +1,4 @@
+import platform
 import shutil
 import socket
 import sys
@@ -17,6 +18,26 @@ def pytest_addoption(parser):
 
 def pytest_ignore_collect(collection_path, config):
     return True if collection_path.name == "stress" and not config.getoption("--stress") else None
+
+
+def pytest_terminal_summary(terminalreporter):
+    """What the tests ran on, at the end, for whoever reads a log of another machine."""
+    from gradmix.ssl.limits import usable_cpus
+
+    lines = [line.partition(":")[::2] for line in _cpuinfo()]
+    about = {name.strip(): value.strip() for name, value in lines}  # of the last CPU
+    model, flags = about.get("model name", platform.machine()), about.get("flags", "").split()
+    instructions = next((name for name in ("avx512f", "avx2") if name in flags), "no AVX2")
+    terminalreporter.write_line(
+        f"ran on: Python {platform.python_version()}, torch {torch.__version__}, {model} ({instructions}), "
+        f"{usable_cpus()} CPUs, {torch.get_num_threads()} threads a process, "
+        f"{torch.cuda.get_device_name() if torch.cuda.is_available() else 'no GPU'}"
+    )
+
+
+def _cpuinfo():
+    path = Path("/proc/cpuinfo")
+    return path.read_text().splitlines() if path.exists() else []
 
 
 @pytest.fixture

@@ -1,0 +1,32 @@
+"""The tests' own run: a test that kills its process is named, the rest runs, and the end says on what."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parent.parent
+TESTS = """
+import os
+
+def test_before(): pass
+def test_that_dies(): os.abort()
+def test_after(): pass
+"""
+
+
+def test_a_test_that_dies_is_named_and_the_others_run(tmp_path):
+    options = re.search(r"^TWO_PROCESSES := (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)[1].split()
+    for name in ("test_a.py", "test_b.py"):
+        (tmp_path / name).write_text(TESTS)
+    (tmp_path / "conftest.py").write_text((ROOT / "tests/conftest.py").read_text())
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, "-q"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert "2 failed, 4 passed" in done.stdout
+    for name in ("test_a.py", "test_b.py"):
+        assert re.search(f"crashed while running '{name}::test_that_dies'", done.stdout)
+    assert re.search(rf"^ran on: Python .* torch {re.escape(torch.__version__)}, .* CPUs, ", done.stdout, re.MULTILINE)

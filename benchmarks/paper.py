@@ -156,7 +156,7 @@ def row_of(folder: Path) -> dict:
         "method": config.method.name,
         "mix": config.mix.name,
         "evidence": config.mix.options.get("evidence", ""),
-        "tag": folder.name.split(f"seed{config.seed}", 1)[1].lstrip("-"),
+        "tag": folder.name.partition(f"seed{config.seed}")[2].lstrip("-"),
         "epochs": config.epochs,
         "seed": config.seed,
         "commit": metrics["git/revision"],

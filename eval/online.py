@@ -1,4 +1,4 @@
-"""Evaluation while training: kNN accuracy on images held out from the training set, and feature quality."""
+"""Evaluation while training: kNN accuracy on held-out and on test images, open-set AUROC, and feature quality."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,9 +7,10 @@ import torch
 from pytorch_lightning import Callback, Trainer
 
 from gradmix.eval.cache import frozen
+from gradmix.eval.detectors import DeepKNN
 from gradmix.eval.features import extract
 from gradmix.eval.knn import KNNClassifier
-from gradmix.eval.metrics import closed_set_accuracy
+from gradmix.eval.metrics import auroc, closed_set_accuracy
 from gradmix.eval.probes import quality_numbers, two_views
 from gradmix.ssl.callbacks import EpochCallback, Progress
 from gradmix.ssl.config import Config
@@ -40,6 +41,27 @@ class OnlineKNN(EpochCallback):
         with evaluated(module):
             knn = KNNClassifier(self.k, self.temperature).fit(features_now(module, self.bank), self.bank.labels)
             return closed_set_accuracy(knn.predict(features_now(module, self.held_out)), self.held_out.labels)
+
+
+class OnlineTest(EpochCallback):
+    """Logs ``test/knn/top1`` and ``test/osr/deep_knn/auroc`` every so many epochs: the numbers that the run would have
+    if it ended there. For curves; nothing is chosen by them, the last weights are the result.
+    """
+
+    def __init__(self, data: OpenSetData, every_epochs: int, k: int, temperature: float):
+        self.train, self.test = data.train, data.test
+        self.every_epochs, self.k, self.temperature = every_epochs, min(k, len(data.train)), temperature
+
+    def on_epoch(self, trainer: Trainer, module: Pretraining) -> None:
+        with evaluated(module):
+            bank, features = features_now(module, self.train), features_now(module, self.test)
+        known = self.test.labels >= 0
+        knn = KNNClassifier(self.k, self.temperature).fit(bank, self.train.labels)
+        numbers = {"test/knn/top1": closed_set_accuracy(knn.predict(features[known]), self.test.labels[known])}
+        if not known.all():
+            scores = DeepKNN().fit(bank, self.train.labels).score(features)
+            numbers["test/osr/deep_knn/auroc"] = auroc(scores[known], scores[~known])
+        module.logger.log_metrics(numbers, module.steps)
 
 
 class OnlineQuality(EpochCallback):
@@ -76,6 +98,8 @@ def watchers(data: OpenSetData, config: Config) -> list[Callback]:
     callbacks: list[Callback] = []
     if config.knn_every and data.classes and len(data.held_out):
         callbacks.append(OnlineKNN(data, config.knn_every, config.knn_k, config.knn_temperature))
+    if config.test_every and data.classes and len(data.test):
+        callbacks.append(OnlineTest(data, config.test_every, config.knn_k, config.knn_temperature))
     if config.quality_every:
         callbacks.append(OnlineQuality(data, config.quality_every))
     return callbacks

@@ -11,7 +11,7 @@ AT_LEAST_1 = (
     *("trainer.accumulate_grad_batches", "trainer.num_nodes"),
 )
 AT_LEAST_0 = (
-    *("seed", "knn_every", "quality_every", "pictures_every", "checkpoint_seconds", "max_skipped_steps"),
+    *("seed", "knn_every", "test_every", "quality_every", "pictures_every", "checkpoint_seconds", "max_skipped_steps"),
     *("data.memory_gib", "data.workers", "data.pseudo_unknown"),
     *("data.augment.rotate", "data.augment.brightness", "data.augment.contrast", "data.augment.saturation"),
     *("method.supervised", "method.selfsup", "method.targets", "mix.weight", "mix.start_epoch", "mix.end_epoch"),

@@ -126,6 +126,7 @@ class Config:
     knn_k: int = 20  # neighbours that vote
     knn_temperature: float = 0.07  # of their weights, exp(similarity / temperature)
     knn_every: int = 10  # epochs between two kNN checks on the held-out images, 0 for none
+    test_every: int = 0  # epochs between two looks at the test images, 0 for none: curves; nothing is chosen by them
     quality_every: int = 0  # epochs between two measurements of feature quality, 0 for none; see eval/quality.py
     pictures_every: int = 25  # epochs between two pictures of views, maps and mixed images, 0 for none
     checkpoint_seconds: float = 30.0  # how much training a killed run may lose

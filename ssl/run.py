@@ -30,7 +30,7 @@ PATIENCE = 10.0  # seconds: the loader workers of a killed run live on for about
 # Where and how fast a run computes, not what: these may differ when a run goes on.
 FREE_KEYS = (
     *("run_dir", "trainer", "checkpoint_seconds", "data.workers", "data.on_bad_image", "data.root", "data.memory_gib"),
-    *("on_nonfinite", "max_skipped_steps"),
+    *("on_nonfinite", "max_skipped_steps", "test_every"),
     *("detectors", "detector_options", "data.unknown_root"),
 )
 

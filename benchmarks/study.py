@@ -1,0 +1,246 @@
+"""What GradMix is worth: few images, many epochs, as docs/study.md says.
+
+    python benchmarks/study.py --archive cifar10-jpeg.tar.xz --stage choice --parallel 2    # settings, held-back classes
+    python benchmarks/study.py --archive cifar10-jpeg.tar.xz --stage joint --parallel 2     # then the splits, once
+    python benchmarks/study.py --save               # rows of all runs so far: results/study.json, plots, docs/study.md
+
+Every run is one ``gradmix-pretrain`` in a folder under ``--runs``, one thread each. What was stopped goes on from its
+checkpoint when the same line is given again; what is finished is left alone.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import os
+import statistics
+import tarfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from machine import RESULTS, save
+from paper import finish, row_of
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+PAGE = Path(__file__).parent.parent / "docs" / "study.md"
+MARKS = "<!-- study.py writes this table -->", "<!-- end of the table -->"
+IMAGES = 200  # training images of each class
+EPOCHS = 300
+SETTING = (
+    *("data=cifar10", "encoder=resnet18", "encoder.width=16", "batch_size=256", "method.temperature=0.1"),
+    *("optimizer=adam", "knn_every=0", "pictures_every=0", "test_every=25", "trainer.precision=32-true"),
+)
+ARMS = {
+    "none": ["mix=none"],
+    "none, twice as long": ["mix=none", f"epochs={2 * EPOCHS}"],
+    "cutmix": ["mix=cutmix"],
+    "random_box": ["mix=random_box"],
+    "extra_view": ["mix=extra_view"],
+    "gradmix (loss)": ["mix=gradmix", "+mix.options.evidence=loss"],
+    "gradmix (agreement)": ["mix=gradmix", "+mix.options.evidence=agreement"],
+}
+GRADMIX, NONE = ARMS["gradmix (loss)"], ARMS["none"]
+# One thing changed at a time, from the defaults; two of six known classes play the unknown ones.
+CHOICES = {
+    "none": NONE,
+    "none, selfsup 0.25": [*NONE, "method.selfsup=0.25"],
+    "none, temperature 0.05": [*NONE, "method.temperature=0.05"],
+    "none, temperature 0.2": [*NONE, "method.temperature=0.2"],
+    "gradmix": GRADMIX,
+    "gradmix, agreement": ARMS["gradmix (agreement)"],
+    "gradmix, selfsup 0.25": [*GRADMIX, "method.selfsup=0.25"],
+    "gradmix, temperature 0.05": [*GRADMIX, "method.temperature=0.05"],
+    "gradmix, temperature 0.2": [*GRADMIX, "method.temperature=0.2"],
+    "gradmix, keep 0.7 to 0.95": [*GRADMIX, "+mix.options.keep=[0.7,0.95]"],
+    "gradmix, keep 0.3 to 0.7": [*GRADMIX, "+mix.options.keep=[0.3,0.7]"],
+    "gradmix, last two stages": [*GRADMIX, "+mix.options.layers=2"],
+    "gradmix, weight 0.5": [*GRADMIX, "mix.weight=0.5"],
+    "gradmix, supervised": [*GRADMIX, "method.mixed_loss=supervised"],
+    "gradmix, first half only": [*GRADMIX, f"mix.end_epoch={EPOCHS // 2}"],
+    "gradmix, second half only": [*GRADMIX, f"mix.start_epoch={EPOCHS // 2}"],
+}
+CHOSEN: dict[str, list[str]] = {}  # by method, for every arm alike; frozen before the stages below are run
+STAGES = {
+    "choice": (CHOICES, ["method=joint", "data.pseudo_unknown=2"]),
+    "joint": (ARMS, ["method=joint"]),
+    "supcon": (ARMS, ["method=supcon"]),
+    "simclr": (ARMS, ["method=simclr", "data.split=null"]),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--archive", type=Path, help="CIFAR-10 as train/<class>/ and test/<class>/ in a tar file")
+    parser.add_argument("--stage", choices=STAGES, default="joint")
+    parser.add_argument("--arms", nargs="+", help="some of the stage's, by name")
+    parser.add_argument("--splits", nargs="+", type=int, default=[0, 1, 2, 3, 4], help="each with a seed of its own")
+    parser.add_argument("--epochs", type=int, default=EPOCHS, help="shorter, to rehearse")
+    parser.add_argument("--parallel", type=int, default=1, help="runs at the same time, one thread each")
+    parser.add_argument("--minutes", type=float, default=1e9, help="stop after so long; runs save and go on next time")
+    parser.add_argument("--runs", type=Path, default=Path("runs/study"))
+    parser.add_argument("--override", nargs="*", default=[], help="more of gradmix-pretrain's arguments, to rehearse")
+    parser.add_argument("--results", type=Path, help="write the rows of --runs there, and nothing else")
+    parser.add_argument("--save", action="store_true", help="write results/study.json, plots and docs/study.md")
+    options = parser.parse_args()
+    if options.archive:
+        run_all(options)
+    rows = [row for path in sorted(options.runs.glob("*/*/metrics.json")) if (row := study_row(path.parent))]
+    if options.results:
+        options.results.write_text(json.dumps(rows, indent=1))
+    if options.save:
+        path = RESULTS / "study.json"
+        known = {identity(row): row for row in (json.loads(path.read_text()) if path.exists() else [])}
+        rows = list((known | {identity(row): row for row in rows}).values())
+        save("study", rows)
+        write_page(table(rows))
+        plots(rows)
+    print(table(rows))
+
+
+def run_all(options: argparse.Namespace) -> None:
+    """Split by split, so that there is something to compare whenever the time is over."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    arms, of_stage = STAGES[options.stage]
+    arms = {name: arms[name] for name in options.arms} if options.arms else arms
+    deadline = time.monotonic() + 60 * options.minutes
+    jobs = []
+    for split, (arm, of_arm) in itertools.product(options.splits, arms.items()):
+        root = subset(options.archive, options.runs / "images", split)
+        overrides = [*SETTING, f"data.root={root}", f"data.split={split}", f"seed={split}", f"epochs={options.epochs}"]
+        overrides += [*of_stage, *CHOSEN.get(options.stage, []), *of_arm, *options.override]
+        jobs.append((options.runs / options.stage / f"{arm} {split}".replace(" ", "_"), last_wins(overrides)))
+    queue = argparse.Namespace(corruptions=None)  # of paper.py's options, what finish() looks at
+
+    def work(job: tuple[Path, list[str]]) -> None:
+        if not (job[0] / "metrics.json").exists() and time.monotonic() < deadline:
+            finish(*job, queue, deadline)
+
+    with ThreadPoolExecutor(options.parallel) as pool:
+        list(pool.map(work, jobs))
+
+
+def last_wins(overrides: list[str]) -> list[str]:
+    """Hydra refuses a key that is given twice."""
+    return [f"{key}={value}" for key, value in dict(text.split("=", 1) for text in overrides).items()]
+
+
+def subset(archive: Path, folder: Path, seed: int) -> Path:
+    """``IMAGES`` training images of each class, drawn by the seed, and all test images, as links into one copy."""
+    import numpy as np
+
+    whole, target = folder / "whole", folder / f"seed{seed}"
+    if not whole.exists():
+        partial = folder / "partial"
+        with tarfile.open(archive) as tar:
+            tar.extractall(partial, filter="data")
+        root = next(path.parent for path in sorted(partial.rglob("train")) if path.is_dir())
+        root.rename(whole)
+    if not target.exists():
+        making = folder / f"seed{seed}-making"
+        for of_class in sorted((whole / "train").iterdir()):
+            (making / "train" / of_class.name).mkdir(parents=True, exist_ok=True)
+            names = sorted(path.name for path in of_class.iterdir())
+            for index in sorted(np.random.default_rng(seed).permutation(len(names))[:IMAGES]):
+                os.link(of_class / names[index], making / "train" / of_class.name / names[index])
+        (making / "test").symlink_to((whole / "test").absolute())
+        making.rename(target)
+    return target.absolute()
+
+
+def study_row(folder: Path) -> dict:
+    """A finished run: paper.py's row, and the curves by epoch."""
+    row = row_of(folder)
+    arm, _, split = folder.name.replace("_", " ").replace("random box", "random_box").replace(
+        "extra view", "extra_view"
+    ).rpartition(" ")
+    events = EventAccumulator(str(folder / "tensorboard"), {"scalars": 0}).Reload()
+    steps = json.loads((folder / "training.json").read_text())["train/steps"]
+    tags = [tag for tag in events.Tags()["scalars"] if tag.startswith("test/")]
+    curves = {
+        tag.removeprefix("test/"): {
+            str(round(event.step * row["epochs"] / steps)): event.value for event in events.Scalars(tag)
+        }
+        for tag in tags
+    }
+    return row | {"stage": folder.parent.name, "arm": arm, "split": int(split), "tag": "", "curves": curves}
+
+
+def identity(row: dict) -> tuple:
+    return row["stage"], row["arm"], row["split"], row["epochs"]
+
+
+MEASURES = {
+    "AUROC": lambda row: row["detectors"].get("deep_knn", {}).get("auroc"),
+    "OSCR": lambda row: row["detectors"].get("deep_knn", {}).get("oscr"),
+    "kNN": lambda row: row["knn_top1"],
+    "linear": lambda row: row["linear_top1"],
+}
+
+
+def table(rows: list[dict]) -> str:
+    """Mean and standard error over the splits, and the paired difference to ``none``, in points."""
+    titles = ["stage", "arm", "epochs", "runs"]
+    for name in MEASURES:
+        titles += [name, "over none"]
+    lines = ["| " + " | ".join(titles) + " |", "|" + " --- |" * len(titles)]
+    groups: dict[tuple, dict[int, dict]] = {}
+    for row in rows:
+        groups.setdefault((row["stage"], row["arm"], row["epochs"]), {})[row["split"]] = row
+    order = [*ARMS, *CHOICES]
+    for (stage, arm, epochs), by_split in sorted(groups.items(), key=lambda g: (g[0][0], order.index(g[0][1]))):
+        half = epochs // 2 if arm == "none, twice as long" else epochs
+        base = groups.get((stage, "none", half), {})
+        cells = [stage, arm, str(epochs), str(len(by_split))]
+        for measure in MEASURES.values():
+            values = [v for row in by_split.values() if (v := measure(row)) is not None]
+            pairs = [(measure(row), measure(base[split])) for split, row in by_split.items() if split in base]
+            differences = [a - b for a, b in pairs if a is not None and b is not None]
+            cells += [with_error(values), "" if arm == "none" else with_error(differences, "+.2f")]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def with_error(values: list[float], form: str = ".2f") -> str:
+    """In per cent: mean, and its standard error where there are two values or more."""
+    if not values:
+        return ""
+    mean = format(100 * statistics.mean(values), form)
+    return f"{mean} ± {100 * statistics.stdev(values) / math.sqrt(len(values)):.2f}" if len(values) > 1 else mean
+
+
+def plots(rows: list[dict]) -> None:
+    """Per stage: AUROC and kNN against epochs, the mean over splits that every arm of the plot has."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    titles = {"osr/deep_knn/auroc": "AUROC of unknown classes, %", "knn/top1": "kNN accuracy on known classes, %"}
+    for stage in sorted({row["stage"] for row in rows} - {"choice"}):
+        of_stage = [row for row in rows if row["stage"] == stage]
+        tags = [tag for tag in titles if any(tag in row["curves"] for row in of_stage)]
+        figure, panels = pyplot.subplots(1, len(tags), figsize=(6 * len(tags), 4), squeeze=False)
+        for tag, axes in zip(tags, panels[0], strict=True):
+            for arm in ARMS:
+                curves = [row["curves"][tag] for row in of_stage if row["arm"] == arm and tag in row["curves"]]
+                if curves:
+                    epochs = sorted(set.intersection(*map(set, curves)), key=int)
+                    means = [100 * statistics.mean(curve[epoch] for curve in curves) for epoch in epochs]
+                    axes.plot([int(epoch) for epoch in epochs], means, label=f"{arm} ({len(curves)})")
+            axes.set_xlabel("epochs")
+            axes.set_ylabel(titles[tag])
+            axes.grid(alpha=0.3)
+        panels[0][0].legend(fontsize=8)
+        figure.tight_layout()
+        figure.savefig(PAGE.parent / f"study-{stage}.png", dpi=110)
+
+
+def write_page(text: str) -> None:
+    before, _, rest = PAGE.read_text().partition(MARKS[0])
+    after = rest.partition(MARKS[1])[2]
+    PAGE.write_text(f"{before}{MARKS[0]}\n\n{text}\n\n{MARKS[1]}{after}")
+
+
+if __name__ == "__main__":
+    main()

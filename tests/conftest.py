@@ -59,7 +59,7 @@ def damage():
 @pytest.fixture
 def command(monkeypatch, capsys, tmp_path):
     """Run one of the three commands in this process, in an empty folder: command("pretrain", "epochs=1", ...)."""
-    from gradmix.eval import commands
+    from gradmix.eval.commands import evaluate, pretrain, score
 
     monkeypatch.chdir(tmp_path)
 
@@ -67,7 +67,7 @@ def command(monkeypatch, capsys, tmp_path):
         monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
         monkeypatch.setattr(sys, "argv", [f"gradmix-{name}", *map(str, arguments)])
         try:
-            {"pretrain": commands.pretrain, "eval": commands.evaluate, "score": commands.score}[name]()
+            {"pretrain": pretrain, "eval": evaluate, "score": score}[name].main()
             code = 0
         except SystemExit as stop:
             code = stop.code

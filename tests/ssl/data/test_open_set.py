@@ -182,7 +182,7 @@ def test_cifar_plus_with_classes_of_ones_own_or_no_split(cifar):
 
 
 def test_every_data_config_names_a_source():
-    files = sorted((Path(__file__).parents[2] / "configs/data").glob("*.yaml"))
+    files = sorted((Path(__file__).parents[3] / "configs/data").glob("*.yaml"))
     for file in files:
         config = OmegaConf.load(file)
         assert config.get("data", config).name == file.stem

@@ -25,11 +25,11 @@ from lightly.utils.benchmarking import knn_predict
 from machine import RESULTS, hardware, plot, save
 from sklearn.neighbors import KNeighborsClassifier
 
-from gradmix.eval.arrays import unit_rows
+from gradmix.eval.classifiers.knn import KNNClassifier
 from gradmix.eval.detectors import ClassKNN
-from gradmix.eval.knn import KNNClassifier
+from gradmix.eval.features.arrays import unit_rows
+from gradmix.eval.features.search import Neighbours, inverted_file, limit_threads
 from gradmix.eval.metrics import auroc
-from gradmix.eval.search import Neighbours, inverted_file, limit_threads
 
 LATENT = 64
 CLASSES = 1000  # known; as many again are unknown

@@ -26,13 +26,13 @@ from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
+from gradmix.eval.classifiers.finetune import ImageProbe
+from gradmix.eval.classifiers.linear import LinearProbe
 from gradmix.eval.config import TrainedProbe
-from gradmix.eval.features import extract
-from gradmix.eval.finetune import ImageProbe
-from gradmix.eval.linear import LinearProbe
-from gradmix.ssl.backbones import Backbone, ResNet
+from gradmix.eval.features.extraction import extract
 from gradmix.ssl.config import AugmentConfig
-from gradmix.ssl.images import ImageSet, from_array
+from gradmix.ssl.data.images import ImageSet, from_array
+from gradmix.ssl.networks.backbones import Backbone, ResNet
 
 EPOCHS, MEASURED_EPOCHS = 90, 2
 

@@ -34,8 +34,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from gradmix import CutMix, GradMix, Mixer, layercam
 from gradmix.attribution import default_layers, record
-from gradmix.ssl.layout import layout_of
 from gradmix.ssl.losses import NTXentLoss
+from gradmix.ssl.networks.layout import layout_of
 
 # One step over another, and the most that it may be (None: for information).
 CLAIMS = {

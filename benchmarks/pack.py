@@ -10,7 +10,7 @@ import argparse
 import tarfile
 from pathlib import Path
 
-from gradmix.ssl.splits import SPLITS
+from gradmix.ssl.data.splits import SPLITS
 
 
 def main() -> None:

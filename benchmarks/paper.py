@@ -28,7 +28,7 @@ from safetensors.torch import load_file
 
 from gradmix.eval.detectors import DeepKNN
 from gradmix.eval.metrics import auroc
-from gradmix.ssl.files import write_json
+from gradmix.ssl.runs.files import write_json
 
 README = Path(__file__).parent.parent / "README.md"
 MARKS = "<!-- paper.py writes this table -->", "<!-- end of the table -->"
@@ -140,7 +140,7 @@ def finish(folder: Path, overrides: list[str], options: argparse.Namespace, dead
 
 def row_of(folder: Path) -> dict:
     """What a finished run gave, and what it was."""
-    from gradmix.ssl.run import read_config
+    from gradmix.ssl.runs.folder import read_config
 
     config, metrics = read_config(folder), json.loads((folder / "metrics.json").read_text())
     detectors: dict[str, dict[str, float]] = {}

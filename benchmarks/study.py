@@ -1,11 +1,10 @@
 """What GradMix is worth: few images, many epochs, as docs/study.md says.
 
-    python benchmarks/study.py --archive cifar10-jpeg.tar.xz --stage choice --parallel 2    # settings, held-back classes
-    python benchmarks/study.py --archive cifar10-jpeg.tar.xz --stage joint --parallel 2     # then the splits, once
+    python benchmarks/study.py --archive cifar10-jpeg.tar.xz --stage joint --parallel 2
     python benchmarks/study.py --save               # rows of all runs so far: results/study.json, plots, docs/study.md
 
 Every run is one ``gradmix-pretrain`` in a folder under ``--runs``, one thread each. What was stopped goes on from its
-checkpoint when the same line is given again; what is finished is left alone.
+checkpoint when the same line is given again; what is finished is left alone. Settings are chosen by choose.py before.
 """
 
 import argparse
@@ -40,29 +39,8 @@ ARMS = {
     "gradmix (loss)": ["mix=gradmix", "+mix.options.evidence=loss"],
     "gradmix (agreement)": ["mix=gradmix", "+mix.options.evidence=agreement"],
 }
-GRADMIX, NONE = ARMS["gradmix (loss)"], ARMS["none"]
-# One thing changed at a time, from the defaults; two of six known classes play the unknown ones.
-CHOICES = {
-    "none": NONE,
-    "none, selfsup 0.25": [*NONE, "method.selfsup=0.25"],
-    "none, temperature 0.05": [*NONE, "method.temperature=0.05"],
-    "none, temperature 0.2": [*NONE, "method.temperature=0.2"],
-    "gradmix": GRADMIX,
-    "gradmix, agreement": ARMS["gradmix (agreement)"],
-    "gradmix, selfsup 0.25": [*GRADMIX, "method.selfsup=0.25"],
-    "gradmix, temperature 0.05": [*GRADMIX, "method.temperature=0.05"],
-    "gradmix, temperature 0.2": [*GRADMIX, "method.temperature=0.2"],
-    "gradmix, keep 0.7 to 0.95": [*GRADMIX, "+mix.options.keep=[0.7,0.95]"],
-    "gradmix, keep 0.3 to 0.7": [*GRADMIX, "+mix.options.keep=[0.3,0.7]"],
-    "gradmix, last two stages": [*GRADMIX, "+mix.options.layers=2"],
-    "gradmix, weight 0.5": [*GRADMIX, "mix.weight=0.5"],
-    "gradmix, supervised": [*GRADMIX, "method.mixed_loss=supervised"],
-    "gradmix, first half only": [*GRADMIX, f"mix.end_epoch={EPOCHS // 2}"],
-    "gradmix, second half only": [*GRADMIX, f"mix.start_epoch={EPOCHS // 2}"],
-}
 CHOSEN: dict[str, list[str]] = {}  # by method, for every arm alike; frozen before the stages below are run
 STAGES = {
-    "choice": (CHOICES, ["method=joint", "data.pseudo_unknown=2"]),
     "joint": (ARMS, ["method=joint"]),
     "supcon": (ARMS, ["method=supcon"]),
     "simclr": (ARMS, ["method=simclr", "data.split=null"]),
@@ -151,9 +129,8 @@ def subset(archive: Path, folder: Path, seed: int) -> Path:
 def study_row(folder: Path) -> dict:
     """A finished run: paper.py's row, and the curves by epoch."""
     row = row_of(folder)
-    arm, _, split = folder.name.replace("_", " ").replace("random box", "random_box").replace(
-        "extra view", "extra_view"
-    ).rpartition(" ")
+    name, _, split = folder.name.rpartition("_")
+    arm = next(arm for arm in ARMS if arm.replace(" ", "_") == name)
     events = EventAccumulator(str(folder / "tensorboard"), {"scalars": 0}).Reload()
     steps = json.loads((folder / "training.json").read_text())["train/steps"]
     tags = [tag for tag in events.Tags()["scalars"] if tag.startswith("test/")]
@@ -187,7 +164,7 @@ def table(rows: list[dict]) -> str:
     groups: dict[tuple, dict[int, dict]] = {}
     for row in rows:
         groups.setdefault((row["stage"], row["arm"], row["epochs"]), {})[row["split"]] = row
-    order = [*ARMS, *CHOICES]
+    order = list(ARMS)
     for (stage, arm, epochs), by_split in sorted(groups.items(), key=lambda g: (g[0][0], order.index(g[0][1]))):
         half = epochs // 2 if arm == "none, twice as long" else epochs
         base = groups.get((stage, "none", half), {})
@@ -217,7 +194,7 @@ def plots(rows: list[dict]) -> None:
     from matplotlib import pyplot
 
     titles = {"osr/deep_knn/auroc": "AUROC of unknown classes, %", "knn/top1": "kNN accuracy on known classes, %"}
-    for stage in sorted({row["stage"] for row in rows} - {"choice"}):
+    for stage in sorted({row["stage"] for row in rows}):
         of_stage = [row for row in rows if row["stage"] == stage]
         tags = [tag for tag in titles if any(tag in row["curves"] for row in of_stage)]
         figure, panels = pyplot.subplots(1, len(tags), figsize=(6 * len(tags), 4), squeeze=False)

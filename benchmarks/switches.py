@@ -18,8 +18,8 @@ from machine import device_here, hardware, save, wait
 from throughput import CASES, Case, make_images, manual, settings
 
 from gradmix.ssl.config import Config
-from gradmix.ssl.images import ImageSet
-from gradmix.ssl.limits import precision
+from gradmix.ssl.data.images import ImageSet
+from gradmix.ssl.machine import precision
 
 
 def main() -> None:

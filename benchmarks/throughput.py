@@ -44,7 +44,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from gradmix import GradMix
 from gradmix.attribution import default_layers, record
-from gradmix.ssl.backbones import build_backbone
 from gradmix.ssl.config import (
     AugmentConfig,
     Config,
@@ -54,9 +53,10 @@ from gradmix.ssl.config import (
     MixConfig,
     OptimizerConfig,
 )
-from gradmix.ssl.images import ImageSet
-from gradmix.ssl.limits import precision
-from gradmix.ssl.loader import TrainLoader
+from gradmix.ssl.data.images import ImageSet
+from gradmix.ssl.data.loader import TrainLoader
+from gradmix.ssl.machine import precision
+from gradmix.ssl.networks.backbones import build_backbone
 from gradmix.ssl.pretrain import Pretraining, build_optimizer
 from gradmix.ssl.train import build_trainer
 

@@ -4,8 +4,8 @@ import re
 import shutil
 from pathlib import Path
 
+from gradmix.eval.commands.help import settings
 from gradmix.eval.config import EvalConfig, ScoreConfig
-from gradmix.eval.help import settings
 from gradmix.ssl.config import Config
 
 SCHEMAS = {"pretrain": Config, "eval": EvalConfig, "score": ScoreConfig}

@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from gradmix.eval.arrays import blocks, check_features, check_labels, unit_rows
 from gradmix.eval.detectors.class_mean import class_means
+from gradmix.eval.features.arrays import blocks, check_features, check_labels, unit_rows
 
 
 def alignment(first, second):

@@ -38,6 +38,6 @@ def load(run):
         A module in eval mode: ``model(images)`` takes float images ``[N, 3, H, W]`` in [0, 1] or uint8 and gives
         features ``[N, F]``; ``model.transform(image)`` turns a PIL image or a path into such an image.
     """
-    from gradmix.ssl.backbones import load_backbone  # only here: the method itself must not import the trainer
+    from gradmix.ssl.networks.backbones import load_backbone  # only here: the method itself must not import the trainer
 
     return load_backbone(run)

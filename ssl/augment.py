@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from gradmix.ssl.config import AugmentConfig
-from gradmix.ssl.images import IMAGENET, Constants, normalize
+from gradmix.ssl.data.images import IMAGENET, Constants, normalize
 
 
 class TwoViews(nn.Module):

@@ -16,11 +16,11 @@ from torchvision.utils import make_grid
 from tqdm.auto import tqdm
 
 from gradmix.mixing import Mixed
-from gradmix.ssl.files import write_atomically
+from gradmix.ssl.data.images import Constants, denormalize
+from gradmix.ssl.data.loader import Batch
 from gradmix.ssl.guard import Guard, check_finite
-from gradmix.ssl.images import Constants, denormalize
-from gradmix.ssl.loader import Batch
 from gradmix.ssl.pretrain import Pretraining
+from gradmix.ssl.runs.files import write_atomically
 
 
 class EpochCallback(Callback):

@@ -102,7 +102,7 @@ class OptimizerConfig:
 class SpeedConfig:
     """How fast, not what; benchmarks/throughput.py measures each. They move the last digits, so a run keeps them."""
 
-    channels_last: bool = True  # the layout that convolutions want; very narrow networks stay contiguous, see layout.py
+    channels_last: bool = True  # the layout that convolutions want; very narrow networks stay contiguous
     fused: bool = True  # the optimizer updates all parameters in a few kernels (adam, adamw, sgd)
     tf32: bool = True  # what stays fp32 is multiplied in TensorFloat-32, on GPUs that have it
     compile: bool = False  # torch.compile of the encoder, stage by stage

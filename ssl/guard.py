@@ -10,7 +10,7 @@ from pytorch_lightning import Callback, Trainer
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
-from gradmix.ssl.loader import Batch
+from gradmix.ssl.data.loader import Batch
 from gradmix.ssl.pretrain import Pretraining
 
 ON_NONFINITE = ("error", "skip")

@@ -20,13 +20,13 @@ from gradmix.attribution import find_stages, still
 from gradmix.mixing import MIXERS, GradMix, Mixed, Mixer
 from gradmix.registry import nearest
 from gradmix.ssl.augment import TwoViews
-from gradmix.ssl.backbones import build_backbone
 from gradmix.ssl.config import Config, MethodConfig, MixConfig
-from gradmix.ssl.images import ImageSet
-from gradmix.ssl.layout import layout_of
-from gradmix.ssl.limits import precision
-from gradmix.ssl.loader import Batch, TrainLoader, seed_of
+from gradmix.ssl.data.images import ImageSet
+from gradmix.ssl.data.loader import Batch, TrainLoader, seed_of
 from gradmix.ssl.losses import NTXentLoss, SupConLoss
+from gradmix.ssl.machine import precision
+from gradmix.ssl.networks.backbones import build_backbone
+from gradmix.ssl.networks.layout import layout_of
 from gradmix.ssl.targets import OrthogonalTargetLoss
 
 OPTIMIZERS = ("adam", "adamw", "sgd", "lars")

@@ -16,18 +16,18 @@ from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from gradmix.registry import nearest
-from gradmix.ssl.backbones import backbone_metadata, check_encoder
 from gradmix.ssl.callbacks import Checkpoints, Pictures, Progress, newest_checkpoint
 from gradmix.ssl.checks import check_values
 from gradmix.ssl.config import Config
-from gradmix.ssl.data import OpenSetData
-from gradmix.ssl.files import write_json, write_tensors
+from gradmix.ssl.data.images import ImageSet
+from gradmix.ssl.data.loader import check_batch_size
+from gradmix.ssl.data.open_set import OpenSetData
 from gradmix.ssl.guard import ON_NONFINITE, Guard
-from gradmix.ssl.images import ImageSet
-from gradmix.ssl.limits import check_limits, precision
-from gradmix.ssl.loader import check_batch_size
+from gradmix.ssl.machine import check_limits, precision
+from gradmix.ssl.networks.backbones import backbone_metadata, check_encoder
 from gradmix.ssl.pretrain import OPTIMIZERS, Pretraining, build_mixer, check_mixing, learning_rate
-from gradmix.ssl.run import claim
+from gradmix.ssl.runs.files import write_json, write_tensors
+from gradmix.ssl.runs.folder import claim
 
 # What Lightning's Trainer may not be told, for the run's folder would not hold everything any more.
 OURS = {

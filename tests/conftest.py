@@ -22,7 +22,7 @@ def pytest_ignore_collect(collection_path, config):
 
 def pytest_terminal_summary(terminalreporter):
     """What the tests ran on, at the end, for whoever reads a log of another machine."""
-    from gradmix.ssl.limits import usable_cpus
+    from gradmix.ssl.machine import usable_cpus
 
     lines = [line.partition(":")[::2] for line in _cpuinfo()]
     about = {name.strip(): value.strip() for name, value in lines}  # of the last CPU
@@ -80,7 +80,7 @@ def damage():
 @pytest.fixture
 def command(monkeypatch, capsys, tmp_path):
     """Run one of the three commands in this process, in an empty folder: command("pretrain", "epochs=1", ...)."""
-    from gradmix.eval import commands
+    from gradmix.eval.commands import evaluate, pretrain, score
 
     monkeypatch.chdir(tmp_path)
 
@@ -88,7 +88,7 @@ def command(monkeypatch, capsys, tmp_path):
         monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
         monkeypatch.setattr(sys, "argv", [f"gradmix-{name}", *map(str, arguments)])
         try:
-            {"pretrain": commands.pretrain, "eval": commands.evaluate, "score": commands.score}[name]()
+            {"pretrain": pretrain, "eval": evaluate, "score": score}[name].main()
             code = 0
         except SystemExit as stop:
             code = stop.code

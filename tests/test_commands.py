@@ -24,7 +24,7 @@ QUICK = ("epochs=2", "encoder.width=4", "knn_every=1", "pictures_every=1", "trai
 def finished(tmp_path_factory):
     """One small digits run, shared; tests that change it take a copy."""
     folder = tmp_path_factory.mktemp("finished")
-    code = "from gradmix.eval.commands import pretrain; pretrain()"
+    code = "from gradmix.eval.commands.pretrain import main; main()"
     subprocess.run([sys.executable, "-c", code, *QUICK, "run_dir=run"], cwd=folder, check=True, capture_output=True)
     return folder / "run"
 
@@ -78,8 +78,8 @@ def test_a_finished_run_says_so(run, command, finished, monkeypatch):
 
 
 def test_two_processes_train_every_split(tmp_path):
-    code = "from gradmix.ssl.splits import SPLITS; from gradmix.eval.commands import pretrain; "
-    code += "del SPLITS['digits'][2:]; pretrain()"
+    code = "from gradmix.ssl.data.splits import SPLITS; from gradmix.eval.commands.pretrain import main; "
+    code += "del SPLITS['digits'][2:]; main()"
     words = ["epochs=1", "batch_size=128", "encoder.width=4", "data.image_size=8", "data.split=all", "run_dir=run"]
     words += ["knn_every=0", "detectors=[deep_knn]"]
     words += ["trainer.accelerator=cpu", "trainer.devices=1", "trainer.num_nodes=2"]

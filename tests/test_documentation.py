@@ -19,8 +19,8 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 import gradmix
-from gradmix.eval import compare_runs
-from gradmix.ssl.backbones import ResNet
+from gradmix.eval.commands import compare
+from gradmix.ssl.networks.backbones import ResNet
 
 ROOT = Path(__file__).parent.parent
 PAGES = ["README.md", *(str(path.relative_to(ROOT)) for path in sorted((ROOT / "docs").rglob("*.md")))]
@@ -90,7 +90,7 @@ def run_step(kind: str, text: str, command, monkeypatch) -> str:
         subprocess.run(words, check=True)
     elif name == "gradmix-compare":
         monkeypatch.setattr(sys, "argv", words)
-        compare_runs.main()
+        compare.main()
     elif name.startswith("gradmix-"):
         arguments = small(words[1:]) if name == "gradmix-pretrain" else words[1:]
         result = command(name.removeprefix("gradmix-"), *arguments)

@@ -64,7 +64,7 @@ def test_hostile_overrides(override, command, tmp_path):
 
 STOPPED = """
 import shutil
-from gradmix.eval.commands import pretrain
+from gradmix.eval.commands.pretrain import main
 from gradmix.ssl.callbacks import Checkpoints
 
 save = Checkpoints.save
@@ -75,7 +75,7 @@ def save_and_copy(self, trainer, module):
         shutil.copytree("run", "stopped")
 
 Checkpoints.save = save_and_copy
-pretrain()
+main()
 """
 RUN = (*TINY, "trainer.accelerator=cpu", "checkpoint_seconds=0", "run_dir=run")
 

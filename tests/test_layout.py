@@ -54,6 +54,21 @@ def test_imports_point_one_way():
             assert wrong is None, f"{path}: {wrong.group(0)}"
 
 
+def test_folders_import_only_from_those_above_them():
+    """In the order that CONTRIBUTING lists them."""
+    page = (ROOT / "CONTRIBUTING.md").read_text()
+    for room in ("ssl", "eval"):
+        listed = re.search(rf"^{room}/ .*?the rest", page, re.M | re.S)[0]
+        order = re.findall(r"(\w+)/ ", listed.removeprefix(f"{room}/"))
+        folders = {path.name for path in (ROOT / room).iterdir() if path.is_dir() and path.name != "__pycache__"}
+        assert set(order) == folders
+        for path in sources(room):
+            here = path.relative_to(ROOT / room).parts[0]
+            for used in re.findall(rf"^\s*(?:from|import) gradmix\.{room}\.(\w+)", path.read_text(), re.M):
+                if {here, used} <= folders:
+                    assert order.index(used) <= order.index(here), f"{path}: {here} imports from {used}"
+
+
 def test_the_packages_names_are_there_before_torch_is():
     """For the interpreter's Tab and help(), for type checkers, and for `from gradmix import *`."""
     python("-c", "import sys, gradmix; assert set(gradmix.__all__) <= set(dir(gradmix)) and 'torch' not in sys.modules")
@@ -84,8 +99,8 @@ import importlib, gradmix, gradmix.configs
 assert gradmix.__file__.startswith({str(site)!r}), gradmix.__file__
 for name in {modules!r}:
     importlib.import_module(name)
-from gradmix.eval.commands import pretrain
-pretrain()
+from gradmix.eval.commands.pretrain import main
+main()
 """
     (tmp_path / "job.py").write_text(code)
     job = ("epochs=1", "encoder.width=4", "run_dir=run")

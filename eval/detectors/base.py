@@ -7,10 +7,10 @@ from typing import ClassVar
 
 import numpy as np
 
-from gradmix.eval.arrays import blocks, check_features, check_labels, like
 from gradmix.eval.detectors import store
+from gradmix.eval.features.arrays import blocks, check_features, check_labels, like
+from gradmix.eval.features.search import Neighbours
 from gradmix.eval.metrics import threshold_for
-from gradmix.eval.search import Neighbours
 
 UNKNOWN = -1
 

@@ -6,9 +6,9 @@ from typing import ClassVar
 
 import numpy as np
 
-from gradmix.eval.arrays import check_k, unit_rows
 from gradmix.eval.detectors.base import Detector
-from gradmix.eval.search import inner_product
+from gradmix.eval.features.arrays import check_k, unit_rows
+from gradmix.eval.features.search import inner_product
 
 SMALLEST_SUM = 1e-6
 

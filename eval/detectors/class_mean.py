@@ -5,9 +5,9 @@ from typing import ClassVar
 
 import numpy as np
 
-from gradmix.eval.arrays import blocks, unit_rows
 from gradmix.eval.detectors.base import Detector
-from gradmix.eval.search import inner_product
+from gradmix.eval.features.arrays import blocks, unit_rows
+from gradmix.eval.features.search import inner_product
 
 
 @dataclass

@@ -5,10 +5,10 @@ from typing import ClassVar
 
 import numpy as np
 
-from gradmix.eval.arrays import check_features, check_k, like, unit_rows
+from gradmix.eval.classifiers.knn import vote
 from gradmix.eval.detectors.base import Detector
-from gradmix.eval.knn import vote
-from gradmix.eval.search import Neighbours
+from gradmix.eval.features.arrays import check_features, check_k, like, unit_rows
+from gradmix.eval.features.search import Neighbours
 
 
 @dataclass
@@ -20,7 +20,7 @@ class DeepKNN(Detector):
 
     Args:
         k: which neighbour.
-        index: how to search, see `gradmix.eval.search.Neighbours`.
+        index: how to search, see `gradmix.eval.features.search.Neighbours`.
     """
 
     k: int = 5

@@ -6,9 +6,9 @@ from typing import ClassVar
 import numpy as np
 from sklearn import mixture
 
-from gradmix.eval.arrays import blocks
 from gradmix.eval.detectors.base import Detector
 from gradmix.eval.detectors.class_mean import class_means
+from gradmix.eval.features.arrays import blocks
 
 
 @dataclass

@@ -5,10 +5,10 @@ from typing import ClassVar
 
 import numpy as np
 
-from gradmix.eval.arrays import blocks
 from gradmix.eval.detectors.base import Detector
 from gradmix.eval.detectors.class_mean import class_means
-from gradmix.eval.search import nearest
+from gradmix.eval.features.arrays import blocks
+from gradmix.eval.features.search import nearest
 
 SMALLEST_VARIANCE = 1e-10  # relative to the largest
 

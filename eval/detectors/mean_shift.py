@@ -5,10 +5,10 @@ from typing import ClassVar
 
 import numpy as np
 
-from gradmix.eval.arrays import check_k, unit_rows
+from gradmix.eval.classifiers.knn import vote
 from gradmix.eval.detectors.base import Detector
-from gradmix.eval.knn import vote
-from gradmix.eval.search import Neighbours
+from gradmix.eval.features.arrays import check_k, unit_rows
+from gradmix.eval.features.search import Neighbours
 
 
 @dataclass
@@ -21,7 +21,7 @@ class MeanShift(Detector):
 
     Args:
         k: neighbours that are averaged.
-        index: how to search, see `gradmix.eval.search.Neighbours`.
+        index: how to search, see `gradmix.eval.features.search.Neighbours`.
     """
 
     k: int = 10

@@ -5,11 +5,11 @@ from typing import ClassVar
 
 import numpy as np
 
-from gradmix.eval.arrays import blocks, check_k
+from gradmix.eval.classifiers.linear import LinearProbe
 from gradmix.eval.detectors.base import Detector
 from gradmix.eval.detectors.head import check_head, logits, logsumexp
-from gradmix.eval.linear import LinearProbe
-from gradmix.eval.search import Neighbours
+from gradmix.eval.features.arrays import blocks, check_k
+from gradmix.eval.features.search import Neighbours
 
 
 @dataclass
@@ -23,7 +23,7 @@ class NNGuide(Detector):
 
     Args:
         k: neighbours that guide.
-        index: how to search, see `gradmix.eval.search.Neighbours`.
+        index: how to search, see `gradmix.eval.features.search.Neighbours`.
     """
 
     k: int = 10

@@ -18,8 +18,8 @@ import faiss
 import numpy as np
 import torch
 
-from gradmix.eval.arrays import blocks
-from gradmix.ssl.files import hash_file, hash_json, write_atomically, write_text
+from gradmix.eval.features.arrays import blocks
+from gradmix.ssl.runs.files import hash_file, hash_json, write_atomically, write_text
 
 FORMAT = 1
 MANIFEST, TENSORS, INDEX = "detector.json", "detector.safetensors", "detector.faiss"

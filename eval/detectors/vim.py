@@ -5,12 +5,12 @@ from typing import ClassVar
 
 import numpy as np
 
-from gradmix.eval.arrays import blocks, unit_rows
 from gradmix.eval.detectors.base import Detector
 from gradmix.eval.detectors.class_mean import class_means
 from gradmix.eval.detectors.head import check_head, logits, logsumexp
 from gradmix.eval.detectors.mahalanobis import SMALLEST_VARIANCE, covariance
-from gradmix.eval.search import inner_product
+from gradmix.eval.features.arrays import blocks, unit_rows
+from gradmix.eval.features.search import inner_product
 
 
 @dataclass

@@ -9,12 +9,12 @@ from urllib.parse import quote
 import numpy as np
 
 from gradmix.eval.detectors import PRIMARY
-from gradmix.eval.groups import Difference, Group, difference, group_runs
 from gradmix.eval.report.charts import COLOURS, DASHES, Line, line_chart, smooth, thin
 from gradmix.eval.report.curves import CURVES, grid
-from gradmix.eval.report.folder import Run, read_run
 from gradmix.eval.report.page import missing, page, section, table
-from gradmix.ssl.files import write_text
+from gradmix.eval.runs.folder import Run, read_run
+from gradmix.eval.runs.groups import Difference, Group, difference, group_runs
+from gradmix.ssl.runs.files import write_text
 
 # What a row of the table is, and by how much its number is multiplied.
 NUMBERS = {

@@ -5,8 +5,8 @@ from sklearn.metrics import precision_recall_curve, roc_curve
 
 from gradmix.eval.detectors import PRIMARY
 from gradmix.eval.report.charts import COLOURS, INK, Line, histogram, line_chart, smooth, thin
-from gradmix.eval.report.folder import Run
 from gradmix.eval.report.page import missing, percent, section
+from gradmix.eval.runs.folder import Run
 
 LOSSES = {
     "train/loss": "total",

@@ -7,8 +7,8 @@ import numpy as np
 from sklearn.manifold import TSNE
 
 from gradmix.eval.report.charts import COLOURS
-from gradmix.eval.report.folder import Run
 from gradmix.eval.report.pictures import SHARP, data_uri, sheet
+from gradmix.eval.runs.folder import Run
 
 POINTS = 1500
 SIDE = 700  # of the drawing

@@ -6,9 +6,9 @@ import numpy as np
 from PIL import Image
 
 from gradmix.eval.detectors import PRIMARY
-from gradmix.eval.report.folder import Run
 from gradmix.eval.report.page import missing, section, table
 from gradmix.eval.report.pictures import SHARP, data_uri, thumbnail
+from gradmix.eval.runs.folder import Run
 
 WIDEST = 25  # classes that a matrix can show as a table
 SHOWN = 6  # mistakes of each kind

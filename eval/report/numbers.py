@@ -3,8 +3,8 @@
 from html import escape
 
 from gradmix.eval.detectors import PRIMARY
-from gradmix.eval.report.folder import Run
 from gradmix.eval.report.page import missing, percent, section, table
+from gradmix.eval.runs.folder import Run
 
 KNOWN = {
     "knn/top1": (

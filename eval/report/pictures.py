@@ -7,7 +7,7 @@ from io import BytesIO
 import numpy as np
 from PIL import Image
 
-from gradmix.ssl.images import ImageSet
+from gradmix.ssl.data.images import ImageSet
 
 SHARP = 32  # images up to this side are shown with hard pixels, without loss
 

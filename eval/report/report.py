@@ -10,13 +10,13 @@ import numpy as np
 from gradmix.eval.detectors import PRIMARY
 from gradmix.eval.report.curves import open_set, training
 from gradmix.eval.report.feature_map import POINTS, feature_map
-from gradmix.eval.report.folder import Run, command, differences, read_run
 from gradmix.eval.report.mistakes import confusion, mistakes
 from gradmix.eval.report.numbers import numbers
 from gradmix.eval.report.page import definitions, missing, page, percent, section, table
 from gradmix.eval.report.pictures import data_uri, decode
-from gradmix.ssl.data import OpenSetData
-from gradmix.ssl.files import write_text
+from gradmix.eval.runs.folder import Run, command, differences, read_run
+from gradmix.ssl.data.open_set import OpenSetData
+from gradmix.ssl.runs.files import write_text
 
 PICTURES = 5  # of mixing, spread over the training
 HEADLINE = {

@@ -21,7 +21,7 @@ QUICK = ("epochs=2", "encoder.width=4", "knn_every=1", "pictures_every=1", "trai
 def digits_run(tmp_path_factory):
     """Read only; tests that change it take a copy."""
     folder = tmp_path_factory.mktemp("digits")
-    code = "from gradmix.eval.commands import pretrain; pretrain()"
+    code = "from gradmix.eval.commands.pretrain import main; main()"
     subprocess.run([sys.executable, "-c", code, *QUICK, "run_dir=run"], cwd=folder, check=True, capture_output=True)
     return folder / "run"
 

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from gradmix.ssl.backbones import ResNet
+from gradmix.ssl.networks.backbones import ResNet
 
 README = Path(__file__).parents[2] / "README.md"
 SMALL = {

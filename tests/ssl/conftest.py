@@ -11,7 +11,7 @@ from gradmix.ssl.config import (
     MixConfig,
     OptimizerConfig,
 )
-from gradmix.ssl.data import load_data
+from gradmix.ssl.data.open_set import load_data
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,7 @@ import torch
 
 from gradmix.ssl.augment import TwoViews
 from gradmix.ssl.config import AugmentConfig
-from gradmix.ssl.images import MEAN, STD, denormalize, normalize
+from gradmix.ssl.data.images import MEAN, STD, denormalize, normalize
 
 OFF = AugmentConfig(crop=(1.0, 1.0), ratio=(1.0, 1.0), flip=0, jitter=0, greyscale=0)
 

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 
 import gradmix
 from gradmix.mixing import MIXERS
+from gradmix.ssl.data.loader import TrainLoader
 from gradmix.ssl.losses import NTXentLoss, SupConLoss
-from gradmix.ssl.loader import TrainLoader
 from gradmix.ssl.pretrain import Pretraining, build_optimizer
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
@@ -17,10 +17,12 @@ DEVICES = ["cpu", pytest.param("cuda", marks=needs_gpu)]
 
 
 @pytest.fixture(params=DEVICES)
-def device(request, monkeypatch):
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    return torch.device(request.param)
+def device(request):
+    """In full float32, so that there is something to compare with."""
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    yield torch.device(request.param)
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 
 def projections(rows, dimensions=32):
@@ -69,12 +71,13 @@ def test_maps_are_those_of_float64(device):
 def test_a_mixed_pixel_is_ones_own_or_comes_from_elsewhere_and_kept_counts_them(device, name):
     torch.manual_seed(0)
     views = torch.rand(16, 3, 24, 24, device=device)
-    encoder = torch.nn.Conv2d(3, 8, 5, 2).to(device)
-    mixer = MIXERS[name](layers=[""]) if name == "gradmix" else MIXERS[name]()
-    if name == "gradmix":
+    encoder = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 5, 2)).to(device)
+    mixer = MIXERS[name]()
+    if getattr(mixer, "centre", "random") == "peak":
+        mixer = MIXERS[name](layers=["0"])
         with mixer.watch(encoder):
-            z = F.normalize(encoder(views).relu().mean((2, 3)))
-        mixed = mixer(views, NTXentLoss(0.5)(z))
+            loss = NTXentLoss(0.5)(F.normalize(encoder(views).relu().mean((2, 3))))
+        mixed = mixer(views, loss)
     else:
         mixed = mixer(views)
     own = (mixed.images == views).all(1).float().mean((1, 2))

@@ -17,8 +17,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 import gradmix
 from gradmix.ssl.callbacks import mixing_picture
 from gradmix.ssl.config import SpeedConfig
+from gradmix.ssl.data.loader import TrainLoader
 from gradmix.ssl.guard import Guard
-from gradmix.ssl.loader import TrainLoader
 from gradmix.ssl.pretrain import Pretraining, build_optimizer
 
 GPU = torch.device("cuda", 0)

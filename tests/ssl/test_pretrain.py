@@ -8,8 +8,8 @@ import torch
 
 import gradmix.ssl.pretrain
 from gradmix.ssl.config import EncoderConfig, MethodConfig, SpeedConfig
-from gradmix.ssl.data import load_data
-from gradmix.ssl.loader import TrainLoader
+from gradmix.ssl.data.loader import TrainLoader
+from gradmix.ssl.data.open_set import load_data
 from gradmix.ssl.pretrain import Pretraining, build_optimizer, temperature_at
 
 

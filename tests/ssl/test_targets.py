@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from gradmix.ssl.config import MethodConfig
-from gradmix.ssl.loader import TrainLoader
+from gradmix.ssl.data.loader import TrainLoader
 from gradmix.ssl.pretrain import Pretraining
 from gradmix.ssl.targets import OrthogonalTargetLoss
 

@@ -15,16 +15,16 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-import gradmix.eval.evaluate
+import gradmix.eval.protocols.evaluate
 import gradmix.eval.report
 import gradmix.ssl.callbacks
-import gradmix.ssl.files
+import gradmix.ssl.runs.files
 import gradmix.ssl.train
-from gradmix.eval.commands import pretrain
-from gradmix.eval.online import OnlineKNN
+from gradmix.eval.commands.pretrain import main
+from gradmix.eval.protocols.online import OnlineKNN
 from gradmix.ssl.callbacks import Checkpoints
-from gradmix.ssl.files import write_text
 from gradmix.ssl.pretrain import Pretraining
+from gradmix.ssl.runs.files import write_text
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload([__name__])
@@ -49,9 +49,9 @@ class Trouble:
         owner, name = {
             "training": (Pretraining, "training_step"),
             "validation": (OnlineKNN, "accuracy"),
-            "FAISS fit": (gradmix.eval.evaluate, "open_set"),
+            "FAISS fit": (gradmix.eval.protocols.evaluate, "open_set"),
             "checkpoint": (gradmix.ssl.callbacks, "write_atomically"),
-            "results": (gradmix.ssl.files, "save_file"),
+            "results": (gradmix.ssl.runs.files, "save_file"),
         }[self.place]
         enter = getattr(owner, name)
 
@@ -84,7 +84,7 @@ def work(folder: Path, environment: dict[str, str], arguments: tuple[str, ...], 
     # Half of the time of so small a run would be its report, which nothing depends on.
     gradmix.eval.report.write_report = lambda run_dir, data: write_text(run_dir / "report.html", "left out")
     sys.argv = ["gradmix-pretrain", *ARGUMENTS, *arguments]
-    pretrain()
+    main()
 
 
 def tell(board: np.memmap) -> None:

@@ -28,8 +28,8 @@ def train_and_measure(folder: Path, steps: int) -> None:
         MixConfig,
         OptimizerConfig,
     )
-    from gradmix.ssl.data import OpenSetData
-    from gradmix.ssl.images import ImageSet
+    from gradmix.ssl.data.images import ImageSet
+    from gradmix.ssl.data.open_set import OpenSetData
     from gradmix.ssl.train import train
 
     torch.set_num_threads(1)

@@ -1,0 +1,149 @@
+"""A command under Hydra: its arguments, and every error as one line."""
+
+import os
+import re
+import signal
+import sys
+from collections.abc import Callable
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException, OverrideParseException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from gradmix.eval.commands.help import help_text
+from gradmix.registry import nearest
+from gradmix.ssl.config import register_configs
+
+PATHS = (
+    *("run", "run_dir", "against", "corruptions", "root", "unknown_root", "data.root", "data.unknown_root"),
+    *("encoder.init", "checkpoint", "detector", "images", "out", "explain"),
+)
+HYDRA_FLAGS = (
+    *("--multirun", "-m", "--cfg", "-c", "--resolve", "--package", "-p", "--info", "-i", "--shell-completion", "-sc"),
+    *("--config-dir", "-cd", "--debug", "--version"),
+)
+# What systems send, and what schedulers send before they preempt (Windows has no SIGUSR1).
+SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+
+
+def run_command(name: str, summary: str, schema: type, run: Callable) -> None:
+    """Compose the config and call ``run`` with it. Bad input: one line, exit code 2; --debug shows the traceback."""
+    debug = "--debug" in sys.argv or os.environ.get("HYDRA_FULL_ERROR") == "1"
+    if {"--help", "-h"} & set(sys.argv[1:]):
+        print(help_text(name, summary, schema))
+        return
+    refuse(name, sys.argv[1:])
+    typed = sys.argv
+    sys.argv = [typed[0], *(_quoted(argument) for argument in typed[1:] if argument != "--debug")]
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises, and the lines below say it shorter
+    register_configs()
+    ConfigStore.instance().store(f"{name}_schema", schema)
+
+    composed = []
+
+    # The work itself is done outside Hydra, which would add a line of its own to every error.
+    @hydra.main(config_path="pkg://gradmix.configs", config_name=name, version_base="1.3")
+    def compose(config) -> None:
+        composed.append(config)
+
+    # While training, Guard listens instead.
+    before = {number: signal.signal(number, lambda number, frame: sys.exit(128 + number)) for number in SIGNALS}
+    try:
+        compose()
+        sys.argv = typed  # the report shows it
+        for config in composed:  # several with --multirun, none with --help
+            # Once more into the schema, as plain values: Hydra's + adds any key.
+            plain = OmegaConf.to_container(config, resolve=True)
+            config = OmegaConf.merge(OmegaConf.structured(schema), plain)
+            if missing := sorted(OmegaConf.missing_keys(config)):
+                raise ValueError(f"{missing[0]}: missing; give it as {missing[0]}=VALUE")
+            run(OmegaConf.to_object(config))
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        if debug or not isinstance(
+            error, ValueError | OSError | FloatingPointError | HydraException | OmegaConfBaseException
+        ):
+            raise
+        print(f"gradmix-{name}: {explain(error, schema)}", file=sys.stderr)
+        sys.exit(2)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def refuse(name: str, arguments: list[str]) -> None:
+    """Hydra's own settings can name any function to be called, and --experimental-rerun reads a pickle. A flag that
+    does not exist Hydra would answer with a page, and an empty path is the folder one stands in."""
+    for argument in arguments:
+        flag, equals, value = argument.partition("=")
+        if re.match(r"[+~]*hydra([./@:=]|$)|--experimental-rerun", argument):
+            wrong = "Hydra's own settings are fixed"
+        elif argument.startswith("-") and flag not in HYDRA_FLAGS:
+            wrong = f"no such flag; settings are given as {flag.lstrip('-') or 'KEY'}=VALUE, --help lists them"
+        elif flag in PATHS and equals and not value:
+            wrong = "empty; give a path"
+        else:
+            continue
+        print(f"gradmix-{name}: {flag}: {wrong}", file=sys.stderr)
+        sys.exit(2)
+
+
+def explain(error: Exception, schema: type) -> str:
+    """An exception in one line, with the nearest key where a key is unknown."""
+    if isinstance(error, OverrideParseException):
+        key, equals, value = error.override.partition("=")
+        hint = f"in quotes a value is taken as it is: '{key}=\"{value}\"'" if equals else "expected KEY=VALUE"
+        return f"{error.override}: can't be read; {hint}"
+    if isinstance(error, HydraException) and error.__cause__ is not None:
+        error = error.__cause__  # Hydra says that it failed, OmegaConf why
+    text = str(error)
+    if text.startswith("Caught "):  # in a DataLoader worker, whose traceback is the message
+        text = text.splitlines()[-1].partition(": ")[2]
+    unknown = re.search(r"Key '[^']+' (?:is )?not in .*\s+full_key: (\S+)", text)
+    if unknown:
+        wrong = unknown.group(1)
+        return f"{wrong}: no such key; {nearest(wrong, _keys(OmegaConf.structured(schema)))}"
+    missing_option = re.search(r"Could not find '([^']+)'\s+Available options in '([^']+)':\n((?:\t.*\n)+)", text)
+    if missing_option:
+        asked, group, options = missing_option.groups()
+        options = options.partition("Config search path")[0]
+        name = asked.split("/")[-1]
+        return f"{group}: no option {name!r}; {nearest(name, options.split())}"
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    key = re.search(r"full_key: (\S+)", text)
+    if key and "is not a ListConfig" in text:
+        return f"{key.group(1)}: expected a list, {key.group(1)}=[A,B]"
+    if key and re.match(r"Cannot assign \w+ to Dict", text):
+        return f"{key.group(1)}: expected {key.group(1)}.NAME=VALUE"
+    return (f"{key.group(1)}: " if key else "") + (lines[0] if lines else type(error).__name__)
+
+
+def _keys(config, prefix: str = "") -> list[str]:
+    keys = []
+    for key in config:
+        keys.append(prefix + str(key))
+        if OmegaConf.is_dict(config._get_node(key)):
+            keys += _keys(config._get_node(key), f"{prefix}{key}.")
+    return keys
+
+
+def _quoted(argument: str) -> str:
+    """Hydra's grammar reads blanks, commas, brackets and umlauts in values; a path or a class has to be quoted to
+    survive it. Any argument of Lightning's Trainer may be given, also one that configs/pretrain.yaml does not list."""
+    key, equals, value = argument.partition("=")
+    if equals and key.lstrip("+") in PATHS and not value.startswith(("'", '"')) and value != "null":
+        return f"{key}={_quote(value)}"
+    if key == "data.known" and value.startswith("[") and not {"'", '"'} & set(value):
+        names = r"(?<=[\[,])(?!\d+[\],])[^\[\],]+"  # but no indices
+        return "data.known=" + re.sub(names, lambda name: _quote(name[0].strip()), value)
+    if equals and key.startswith(("trainer.", "mix.options.", "detector_options.")):
+        return "++" + argument
+    return argument
+
+
+def _quote(value: str) -> str:
+    return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"

@@ -1,0 +1,1 @@
+"""A network's features: extraction, cache, blocks of arrays, nearest-neighbour search."""

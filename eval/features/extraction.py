@@ -1,0 +1,163 @@
+"""Features of a frozen network, extracted once."""
+
+import shutil
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from gradmix.eval.features.cache import Arrays, fingerprint, frozen, images_key, read_arrays, write_arrays
+from gradmix.ssl.data.images import ImageSet
+from gradmix.ssl.losses import gather, world_size
+from gradmix.ssl.machine import usable_cpus
+from gradmix.ssl.networks.backbones import Backbone, load_backbone
+from gradmix.ssl.networks.weights import load_weights
+from gradmix.ssl.runs.files import write_atomically
+
+BATCH = 256  # images at a time
+
+
+class Model:
+    """A run's frozen backbone, and its projection head where it has one.
+
+    Args:
+        run_dir: folder with ``backbone.safetensors`` and ``head.safetensors``.
+    """
+
+    def __init__(self, run_dir: Path, device: torch.device | str = "cpu"):
+        self.device = torch.device(device)
+        self.backbone: Backbone = load_backbone(run_dir).to(device)
+        self.head: nn.Module | None = None
+        if not (run_dir / "head.safetensors").is_file():  # a checkpoint from elsewhere
+            return
+        weights = load_weights(run_dir / "head.safetensors")
+        width, out = weights["layers.0.weight"].shape[0], weights["layers.2.weight"].shape[0]
+        head = nn.Sequential(nn.Linear(self.backbone.num_features, width), nn.ReLU(), nn.Linear(width, out))
+        head.load_state_dict({name.removeprefix("layers."): value for name, value in weights.items()})
+        self.head = head.eval().requires_grad_(False).to(device)
+
+    def features(
+        self, images: ImageSet, path: Path, others: Sequence[Path] = (), workers: int = 0, limit: int = 2**62
+    ) -> dict[str, Tensor | np.memmap]:
+        """``features`` [N, F], ``projections`` [N, D] (L2-normalised; with a head) and ``labels`` [N], in order.
+
+        They are on the CPU, mapped from the file at ``path``. It is written unless it, or one of the files ``others``,
+        already is of these weights, images and labels.
+
+        Args:
+            limit: ``features`` of more bytes are an ``np.memmap``, which kNN, probe and detectors read in blocks.
+        """
+        parts = [self.backbone, *([] if self.head is None else [self.head])]
+        key = " ".join([*map(fingerprint, parts), images_key(images, self.backbone.encoder.constants)])
+        arrays = read_arrays(path, key)
+        for other in others:
+            if arrays is None and read_arrays(other, key) is not None:
+                write_atomically(path, partial(shutil.copyfile, other))
+                arrays = read_arrays(path, key)
+        if arrays is None:
+            shapes = {"labels": ("I64", (len(images),)), "features": ("F32", (len(images), self.backbone.num_features))}
+            if self.head is not None:
+                shapes["projections"] = ("F32", (len(images), self.head[-1].out_features))
+            write_arrays(path, key, shapes, partial(self.fill, images, workers))
+            arrays = read_arrays(path, key)
+        found = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        return found if arrays["features"].nbytes <= limit else found | {"features": arrays["features"]}
+
+    @torch.inference_mode()
+    def fill(self, images: ImageSet, workers: int, arrays: Arrays | None) -> None:
+        """Write what :meth:`features` returns into ``arrays``.
+
+        In a distributed run all processes must call it with the same images: they take turns, batch after batch. The
+        one with ``arrays`` writes.
+        """
+        processes = world_size()
+        if processes > 1:
+            turns = torch.arange(len(images)).split(BATCH)[torch.distributed.get_rank() :: processes]
+            mine = images.select(torch.cat([torch.empty(0, dtype=torch.long), *turns]))
+        else:
+            mine = images
+        if arrays is not None:
+            arrays["labels"][:] = images.labels.numpy()
+        with frozen(self.backbone):
+            parts = batches(self.backbone, mine, self.device, workers)
+            for first in range(0, len(images), BATCH * processes):
+                part = next(parts, torch.empty(0, self.backbone.num_features, device=self.device))
+                everyone, _ = gather(F.pad(part, (0, 0, 0, BATCH - len(part))))
+                if arrays is not None:
+                    everyone = everyone[: len(images) - first]
+                    rows = slice(first, first + len(everyone))
+                    arrays["features"][rows] = everyone.cpu().numpy()
+                    if self.head is not None:
+                        arrays["projections"][rows] = F.normalize(self.head(everyone), dim=1).cpu().numpy()
+
+
+def extract_together(run_dir: Path, sets: dict[str, ImageSet], device: str, workers: int = 0) -> None:
+    """All processes of a distributed run extract features; the first writes them to ``features/NAME.safetensors``."""
+    model = Model(run_dir, device)
+    for name, images in sets.items():
+        if torch.distributed.get_rank() == 0:
+            path = run_dir / "features" / f"{name}.safetensors"
+            path.unlink(missing_ok=True)  # else there might be nothing to do for it, and the others would wait
+            model.features(images, path, workers=workers)
+        else:
+            model.fill(images, workers, None)
+
+
+@torch.inference_mode()
+def extract(backbone: nn.Module, images: ImageSet, device: torch.device, workers: int = 0) -> Tensor:
+    """Features ``[N, F]`` float32 on the CPU, in the order of ``images``; see :func:`batches`."""
+    return torch.cat([part.cpu() for part in batches(backbone, images, device, workers)])
+
+
+def batches(backbone: nn.Module, images: ImageSet, device: torch.device, workers: int = 0) -> Iterator[Tensor]:
+    """Features ``[n, F]`` float32 on the device, batch after batch.
+
+    Args:
+        backbone: uint8 images ``[n, 3, S, S]`` to features, in eval mode.
+        workers: decoder processes for images that are still files.
+    """
+    workers = min(workers, usable_cpus()) if images.images is None else 0
+    loader = DataLoader(images, batch_size=BATCH, num_workers=workers)
+    hidden = True if len(loader) < 20 else None  # None: where the output is no terminal
+    for batch, _, _ in tqdm(loader, desc="features", disable=hidden, leave=False):
+        yield backbone(batch.to(device)).float()
+
+
+def raw_pixels_bytes(images: ImageSet) -> int:
+    """What :func:`raw_pixels` takes."""
+    return len(images) * 3 * min(images.size, 32) ** 2 * 4
+
+
+def raw_pixels(images: ImageSet, path: Path | None = None, limit: int = 2**62) -> Tensor | np.memmap:
+    """The baseline that needs no learning: pixels ``[N, P]`` in [0, 1], images above 32 x 32 averaged down to that.
+
+    Args:
+        path: where to write more than ``limit`` bytes, which are then mapped from there, as features are.
+    """
+    shape = len(images), 3 * min(images.size, 32) ** 2
+    if path is None or raw_pixels_bytes(images) <= limit:
+        pixels = torch.empty(shape)
+        fill_pixels(images, pixels.numpy())
+        return pixels
+    key = "raw pixels " + images_key(images, ((0, 0, 0), (1, 1, 1)))
+    if read_arrays(path, key) is None:
+        write_arrays(path, key, {"pixels": ("F32", shape)}, lambda arrays: fill_pixels(images, arrays["pixels"]))
+    return read_arrays(path, key)["pixels"]
+
+
+def fill_pixels(images: ImageSet, pixels: np.ndarray) -> None:
+    for first in range(0, len(images), 1024):
+        last = min(first + 1024, len(images))
+        if images.images is not None:
+            batch = images.images[first:last].float() / 255
+        else:
+            batch = torch.stack([images[i][0] for i in range(first, last)]).float() / 255
+        if batch.shape[-1] > 32:
+            batch = F.interpolate(batch, size=(32, 32), mode="area")
+        pixels[first:last] = batch.flatten(1)

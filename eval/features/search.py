@@ -1,0 +1,183 @@
+"""Nearest neighbours. The one place that searches with FAISS.
+
+On the CPU in float32, because that is what the FAISS of the package index offers. Queries, and a bank that is
+memory-mapped, are read in blocks (`gradmix.eval.features.arrays`).
+"""
+
+import faiss
+import numpy as np
+
+from gradmix.eval.features.arrays import blocks, check_features, check_k, float32, like, unit_rows
+
+# past it an inverted file answers faster (1.4 x at 200,000, 4 x at 500,000); from about 500,000 on, 10,000 images repay
+# its building: benchmarks/detectors.py
+EXACT_UP_TO = 200_000  # rows that index="auto" still searches exactly
+DISTANCE_ERROR = 1e-4  # mean relative excess of the 10th distance that an index may have
+TRAINED_ON = 2**16  # rows that an index is trained on, or 40 per inverted list if that is more
+
+
+def limit_threads(count):
+    """Let FAISS use at most `count` threads in this process (its default: every core it sees)."""
+    if count < 1:
+        raise ValueError(f"threads: expected at least 1, got {count}")
+    faiss.omp_set_num_threads(count)
+
+
+def inner_product(queries, bank, k):
+    """The k largest inner products `[N, k]`, descending, and their rows of the bank, of float32 arrays."""
+    return faiss.knn(queries, bank, k, faiss.METRIC_INNER_PRODUCT)
+
+
+def nearest(queries, bank, k, metric="cosine"):
+    """The k rows of `bank` nearest to each query, exactly.
+
+    Args:
+        queries: `[N, F]`.
+        bank: `[M, F]`, M >= k.
+        metric: "cosine" (the largest cosine similarities, descending) or "l2" (the smallest squared Euclidean
+            distances, ascending).
+
+    Returns:
+        Similarities or squared distances `[N, k]` float32, and row numbers in the bank `[N, k]` int64.
+    """
+    reference = queries
+    bank = check_features("bank", bank)
+    queries = check_features("queries", queries, width=bank.shape[1])
+    check_k(k, len(bank))
+    if metric == "cosine":
+        values, rows = Neighbours(bank, index="Flat").search(queries, k)
+    elif metric == "l2":
+        bank = float32(bank)
+        found = [faiss.knn(float32(queries[rows]), bank, k) for rows in blocks(queries.shape)]
+        values, rows = (np.concatenate(part) for part in zip(*found, strict=True))
+    else:
+        raise ValueError(f"metric: expected cosine or l2, got {metric!r}")
+    return like(values, reference), like(rows, reference)
+
+
+def inverted_file(count):
+    """The factory string that "auto" takes for `count` rows past `EXACT_UP_TO`: about 4 sqrt(count) lists."""
+    return f"IVF{2 ** round(np.log2(4 * count**0.5))},Flat"
+
+
+class Neighbours:
+    """A bank of unit-length rows and the search for those with the largest inner product.
+
+    Args:
+        features: `[M, F]`, checked. Normalised once into a float32 copy; a memory-mapped array is left on
+            disk and normalised block by block, on every search.
+        index: a FAISS factory string ("Flat" is exact), or "auto": exact up to `EXACT_UP_TO` rows, an
+            `inverted_file` past it. The effort of an inverted file (nprobe) or of HNSW (efSearch) is chosen
+            so that the 10th distance of points halfway between rows of the bank is within `DISTANCE_ERROR` of
+            the exact one on average. Any index but "Flat" keeps a copy of the rows (or their codes) in
+            memory. Exact search and inverted files give the same result every time; HNSW depends on the
+            threads.
+        weight: `[M]`, multiplies the rows after they are normalised.
+        seed: of the k-means behind an inverted file.
+    """
+
+    def __init__(self, features, index="auto", weight=None, seed=0):
+        self.features, self.weight, self.prepared = features, weight, False
+        if not isinstance(features, np.memmap):
+            self.features = self[:]
+            self.prepared = True
+        if index == "auto":
+            index = "Flat" if len(features) <= EXACT_UP_TO else inverted_file(len(features))
+        self.factory = index
+        self.index = None if index == "Flat" else self._build(index, seed)
+
+    @classmethod
+    def restore(cls, bank, index):
+        """A bank whose rows are prepared already (what `[:]` gave), and its FAISS index, None for "Flat"."""
+        neighbours = cls.__new__(cls)
+        neighbours.features, neighbours.weight, neighbours.prepared = bank, None, True
+        neighbours.factory, neighbours.index = ("Flat" if index is None else "restored"), index
+        return neighbours
+
+    @property
+    def shape(self):
+        return self.features.shape
+
+    @property
+    def dtype(self):
+        return np.dtype(np.float32)
+
+    def __len__(self):
+        return len(self.features)
+
+    def __getitem__(self, rows):
+        """Prepared rows, float32, by slice or by row numbers."""
+        if self.prepared:
+            return self.features[rows]
+        unit = unit_rows(self.features[rows])
+        return unit if self.weight is None else unit * self.weight[rows, None].astype(np.float32)
+
+    def search(self, queries, k):
+        """The largest inner products of unit-length queries `[N, F]` with the bank.
+
+        Returns:
+            Inner products `[N, k]` float32, descending, and row numbers `[N, k]` int64.
+        """
+        check_k(k, len(self))
+        found = [self._search(unit_rows(queries[rows]), k) for rows in blocks(queries.shape)]
+        return tuple(np.concatenate(part) for part in zip(*found, strict=True))
+
+    def _search(self, queries, k):
+        if self.index is None:
+            return self._exact(queries, k)
+        values, rows = self.index.search(queries, k)
+        short = (rows < 0).any(axis=1)  # the probed lists held fewer than k rows
+        if short.any():
+            values[short], rows[short] = self._exact(queries[short], k)
+        return values, rows
+
+    def _exact(self, queries, k):
+        if not isinstance(self.features, np.memmap):
+            return inner_product(queries, self.features, k)
+        heap = faiss.ResultHeap(len(queries), k, keep_max=True)
+        for rows in blocks(self.shape):
+            block = self[rows]
+            values, found = inner_product(queries, block, min(k, len(block)))
+            heap.add_result(values, found + rows.start)
+        heap.finalize()
+        return heap.D, heap.I
+
+    def _build(self, factory, seed):
+        try:
+            index = faiss.index_factory(self.shape[1], factory, faiss.METRIC_INNER_PRODUCT)
+        except RuntimeError as error:
+            raise ValueError(f"index: {factory!r} is no FAISS factory string") from error
+        inverted = faiss.try_extract_index_ivf(index)
+        generator = np.random.default_rng(seed)
+        order = generator.permutation(len(self))
+        if not index.is_trained:
+            if inverted is not None:
+                inverted.cp.seed = seed
+            wanted = TRAINED_ON if inverted is None else max(TRAINED_ON, 40 * inverted.nlist)
+            try:
+                index.train(self[np.sort(order[:wanted])])
+            except RuntimeError as error:
+                raise ValueError(f"index: {factory!r} needs more than {len(self)} reference features") from error
+        for rows in blocks(self.shape):
+            index.add(np.ascontiguousarray(self[rows]))
+        if inverted is not None:
+            self._choose_effort(index, inverted, "nprobe", inverted.nlist, order)
+        elif isinstance(index, faiss.IndexHNSW):
+            self._choose_effort(index, index.hnsw, "efSearch", 4096, order)
+        return index
+
+    def _choose_effort(self, index, part, knob, most, order):
+        """Set `part.knob`, at most `most`, within a quarter of the smallest that `DISTANCE_ERROR` allows."""
+        # halfway between rows is between clusters, as unknown images are; rows themselves are too easy
+        queries = unit_rows(self[order[:256]] + self[order[-256:]])
+        k = min(10, len(self))
+        exact = self._exact(queries, k)[0][:, -1].astype(np.float64)
+        scale = (2 - 2 * exact).sum() if self.weight is None else np.abs(exact).sum()
+        effort = 1
+        while True:
+            setattr(part, knob, effort)
+            found = index.search(queries, k)[0][:, -1].astype(np.float64)
+            # d^2 = 2 - 2 cos: the cosine that is missed, over d^2, is the relative excess of the distance d
+            if effort == most or (exact - found).sum() <= DISTANCE_ERROR * scale:
+                break
+            effort = min(effort + max(1, effort // 4), most)

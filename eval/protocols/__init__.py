@@ -1,0 +1,1 @@
+"""What is measured on a run, and how: evaluation, probes, corruptions, measures during training."""

@@ -1,0 +1,222 @@
+"""How much of a run's accuracy survives corrupted images: CIFAR-10-C, TinyImageNet-C, or corruptions made here."""
+
+import sys
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from gradmix.eval.classifiers.knn import KNNClassifier
+from gradmix.eval.features.extraction import Model, raw_pixels
+from gradmix.eval.protocols.corruptions import CORRUPTIONS, SEVERITIES, corrupt
+from gradmix.eval.protocols.evaluate import classifiers
+from gradmix.ssl.config import Config
+from gradmix.ssl.data.images import ImageSet, from_array, list_images
+from gradmix.ssl.data.open_set import OpenSetData
+from gradmix.ssl.data.scan import Scan
+from gradmix.ssl.runs.files import write_json
+from gradmix.ssl.runs.folder import provenance
+
+CHUNK = 256  # images corrupted at once; the seed of made corruptions counts chunks, so it is part of the result
+METHODS = ("knn", "linear", "knn_pixels")
+Batches = Iterator[tuple[str, int, Tensor, Tensor]]  # kind, severity, images [n, 3, S, S] uint8, labels [n]
+
+
+def evaluate_corruptions(
+    run_dir: Path, config: Config, data: OpenSetData, where: str, device: str = "cpu", out: Path | None = None
+) -> dict[str, Any]:
+    """Accuracy on corrupted test images of the known classes; writes ``metrics_corruptions.json`` and returns it.
+
+    METHOD is knn, linear (both on the backbone's features) or knn_pixels (kNN on raw pixels):
+
+    - ``corruptions/KIND/SEVERITY/METHOD``, ``corruptions/KIND/METHOD`` (mean over severities) and
+      ``corruptions/clean/METHOD`` (the test set as it is): accuracies in [0, 1];
+    - ``corruptions/mean_error/METHOD``: mean error over kinds and severities;
+    - ``corruptions/KIND/ce/METHOD``: sum of the errors over severities, divided by that of a reference;
+      ``corruptions/mce/METHOD``, the mean over kinds, is the mean corruption error of arXiv 1903.12261. The paper's
+      reference is AlexNet; ours is kNN on the raw pixels of the same training images, which needs no learning and is
+      the same for every run. Its errors count as one image at least, so that nothing is divided by zero. Below 1 is
+      more robust than raw pixels.
+
+    Args:
+        where: a folder in CIFAR-10-C's or TinyImageNet-C's layout, or ``make``.
+        out: folder to write to, ``run_dir`` unless given.
+
+    Raises:
+        ValueError: no corrupted images of known classes there, or no test images of known classes.
+    """
+    if not data.classes:
+        raise ValueError("corruptions: the run's images have no classes, so there is no accuracy to measure")
+    test = data.test.select((data.test.labels >= 0).nonzero()[:, 0])
+    if not len(test):
+        raise ValueError("corruptions: the run's test set has no images of known classes")
+    batches = find_batches(where, data, test)  # bad input is said before anything is computed
+    model = Model(run_dir, device)
+    folder, limit = (run_dir if out is None else out) / "features", int(config.data.memory_gib * 2**30)
+    others = [run_dir / "features/train.safetensors"]
+    train = model.features(data.train, folder / "train.safetensors", others, config.data.workers, limit)
+    knn, probe = classifiers(config, train, model.device)
+    pixels = raw_pixels(data.train, folder / "train_pixels.safetensors", limit)
+    on_pixels = KNNClassifier(config.knn_k, config.knn_temperature).fit(pixels, data.train.labels)
+
+    def correct(images: Tensor, labels: Tensor) -> np.ndarray:
+        """Numbers of right answers: in the order of METHODS, then the number of images."""
+        pixels = raw_pixels(ImageSet(labels, config.data.image_size, images))
+        with torch.inference_mode():
+            features = model.backbone(images.to(model.device)).float().cpu()
+        answers = knn.predict(features), probe.predict(features), on_pixels.predict(pixels)
+        return np.array([*((answer == labels).sum().item() for answer in answers), len(labels)])
+
+    clean = sum(correct(*images_of(test, rows)) for rows in torch.arange(len(test)).split(CHUNK))
+    counts: dict[tuple[str, int], np.ndarray] = defaultdict(lambda: np.zeros(len(METHODS) + 1, dtype=np.int64))
+    for kind, severity, images, labels in tqdm(batches, desc="corruptions", unit="batch", leave=False, disable=None):
+        counts[kind, severity] += correct(images, labels)
+    if not counts:
+        raise ValueError(f"corruptions: {where} holds no images of the known classes {', '.join(data.classes[:10])}")
+    result = summarise(clean, counts) | {"corruptions/source": where} | provenance()
+    write_json((run_dir if out is None else out) / "metrics_corruptions.json", result)
+    return result
+
+
+def summarise(clean: np.ndarray, counts: dict[tuple[str, int], np.ndarray]) -> dict[str, Any]:
+    """Right answers and images, counted per (kind, severity), as the numbers of :func:`evaluate_corruptions`."""
+    kinds = list(dict.fromkeys(kind for kind, _ in counts))
+    result: dict[str, Any] = {}
+    for kind in kinds:
+        per_severity = {severity: right for (name, severity), right in sorted(counts.items()) if name == kind}
+        accuracy = {severity: right[:-1] / right[-1] for severity, right in per_severity.items()}
+        for severity, values in accuracy.items():
+            result |= {f"corruptions/{kind}/{severity}/{m}": float(v) for m, v in zip(METHODS, values, strict=True)}
+        means = np.mean(list(accuracy.values()), axis=0)
+        result |= {f"corruptions/{kind}/{m}": float(v) for m, v in zip(METHODS, means, strict=True)}
+        errors = sum(1 - values for values in accuracy.values())  # summed over severities
+        reference = max(errors[-1], 1 / max(right[-1] for right in per_severity.values()))
+        result |= {
+            f"corruptions/{kind}/ce/{m}": float(e / reference) for m, e in zip(METHODS[:2], errors, strict=False)
+        }
+    for i, method in enumerate(METHODS):
+        result[f"corruptions/clean/{method}"] = float(clean[i] / clean[-1])
+        mean = np.mean([result[f"corruptions/{kind}/{method}"] for kind in kinds])
+        result[f"corruptions/mean_error/{method}"] = float(1 - mean)
+    for method in METHODS[:2]:
+        result[f"corruptions/mce/{method}"] = float(np.mean([result[f"corruptions/{k}/ce/{method}"] for k in kinds]))
+    return result
+
+
+def find_batches(where: str, data: OpenSetData, test: ImageSet) -> Batches:
+    """The corrupted images that ``where`` stands for.
+
+    Raises:
+        ValueError: neither ``make`` nor a folder in one of the two layouts.
+    """
+    if where == "make":
+        return make(test)
+    root = Path(where).expanduser()
+    if not root.is_dir():
+        raise ValueError(f"corruptions: {root} is not a folder (make makes the corruptions from the run's test images)")
+    if (root / "labels.npy").is_file():
+        return read_arrays(root, data, test.size)
+    if any(folder.is_dir() for kind in CORRUPTIONS for folder in (root / kind / str(s) for s in SEVERITIES)):
+        return read_folders(root, data, test.size)
+    raise ValueError(
+        f"corruptions: {root} is in no layout known here: CIFAR-10-C's (labels.npy and gaussian_noise.npy, ...) "
+        "or TinyImageNet-C's (gaussian_noise/1/<class>/, ...)"
+    )
+
+
+def make(test: ImageSet) -> Batches:
+    """All kinds and severities of :mod:`gradmix.eval.protocols.corruptions`; each image is decoded once.
+
+    Seeded by position alone, not by the run's seed: runs on the same test set see the same corrupted images.
+    """
+    for chunk, rows in enumerate(torch.arange(len(test)).split(CHUNK)):
+        images, labels = images_of(test, rows)
+        for kind in CORRUPTIONS:
+            for severity in SEVERITIES:
+                yield kind, severity, corrupt(images, kind, severity, seed=chunk), labels
+
+
+def read_arrays(root: Path, data: OpenSetData, size: int) -> Batches:
+    """CIFAR-10-C's layout: per kind one array [5 * n, 32, 32, 3], severity by severity; ``labels.npy`` alike.
+
+    Labels count the classes in the data set's own order, as they do in CIFAR-10.
+    """
+    labels = _load(root / "labels.npy").astype(np.int64)
+    present = [kind for kind in CORRUPTIONS if (root / f"{kind}.npy").is_file()]
+    if not present:
+        raise ValueError(f"corruptions: {root} has labels.npy, but no gaussian_noise.npy or any other kind")
+    if labels.ndim != 1 or len(labels) % len(SEVERITIES) or not len(labels):
+        raise ValueError(f"corruptions: {root / 'labels.npy'}: expected five severities of labels, got {labels.shape}")
+    position = np.full(max(labels.max(), *data.known) + 1, -1)
+    position[data.known] = np.arange(len(data.known))
+    labels = torch.from_numpy(position[labels])
+    for kind in present:
+        arrays = _load(root / f"{kind}.npy")
+        if arrays.ndim != 4 or arrays.shape[3] != 3 or len(arrays) != len(labels) or arrays.dtype != np.uint8:
+            raise ValueError(
+                f"corruptions: {root / f'{kind}.npy'}: expected uint8 [{len(labels)}, H, W, 3], "
+                f"got {arrays.dtype} {list(arrays.shape)}"
+            )
+        for severity, rows in zip(SEVERITIES, torch.arange(len(labels)).chunk(len(SEVERITIES)), strict=True):
+            for part in rows[labels[rows] >= 0].split(CHUNK):
+                if len(part):
+                    yield kind, severity, from_array(arrays[part.numpy()], size), labels[part]
+
+
+def read_folders(root: Path, data: OpenSetData, size: int) -> Batches:
+    """TinyImageNet-C's layout: ``kind/severity/<class>/*.JPEG``; classes that are not known are left out."""
+    for kind in CORRUPTIONS:
+        for severity in SEVERITIES:
+            files, labels = [], []
+            for label, name in enumerate(data.classes):
+                folder = root / kind / str(severity) / name
+                found = list_images(folder) if folder.is_dir() else []
+                files += found
+                labels += [label] * len(found)
+            images = ImageSet(torch.tensor(labels, dtype=torch.int64), size, files=files)
+            for rows in torch.arange(len(images)).split(CHUNK):
+                if len(rows):
+                    yield kind, severity, *images_of(images, rows)
+
+
+def images_of(images: ImageSet, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Some images ``[n, 3, S, S]`` uint8, decoded if need be, and their labels ``[n]``."""
+    part = Scan().read(images.select(rows), sys.maxsize)
+    return part.images, part.labels
+
+
+def corruption_table(result: dict[str, Any]) -> str:
+    """Accuracies, mean error and mCE as text."""
+    names = [key.split("/")[1] for key in result if key.count("/") == 3 and key.endswith("/1/knn")]
+    lines = [
+        "",
+        "accuracy on corrupted images, %, mean over severities",
+        f"  {'':<20}{'kNN':>14}{'linear probe':>14}{'kNN on pixels':>16}",
+    ]
+    for name in ["clean", *names]:
+        values = [100 * result[f"corruptions/{name}/{method}"] for method in METHODS]
+        lines.append(f"  {name:<20}{values[0]:>14.2f}{values[1]:>14.2f}{values[2]:>16.2f}")
+    mean = [100 * result[f"corruptions/mean_error/{method}"] for method in METHODS]
+    mce = [100 * result[f"corruptions/mce/{method}"] for method in METHODS[:2]]
+    lines += [
+        f"  {'mean error':<20}{mean[0]:>14.2f}{mean[1]:>14.2f}{mean[2]:>16.2f}",
+        f"  {'mCE':<20}{mce[0]:>14.2f}{mce[1]:>14.2f}{100:>16.2f}",
+        "",
+        "  mCE: error relative to kNN on raw pixels, mean over kinds; lower is better.",
+    ]
+    if len(names) < len(CORRUPTIONS):
+        missing = [kind for kind in CORRUPTIONS if kind not in names]
+        lines.append(f"  {len(names)} of {len(CORRUPTIONS)} kinds; missing: {', '.join(missing)}")
+    return "\n".join(lines)
+
+
+def _load(path: Path) -> np.ndarray:
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, OSError, EOFError) as error:
+        raise ValueError(f"corruptions: {path}: not a readable .npy file ({error})") from error

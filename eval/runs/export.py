@@ -1,0 +1,70 @@
+"""A run's backbone as files for other programs: torchvision's or timm's weights, ONNX, torch.export."""
+
+import logging
+import warnings
+from pathlib import Path
+
+import torch
+
+from gradmix.ssl.networks.backbones import Backbone, load_backbone
+from gradmix.ssl.runs.files import write_atomically, write_tensors
+
+FORMATS = {"safetensors": "backbone.safetensors", "onnx": "backbone.onnx", "torch_export": "backbone.pt2"}
+ONNX_TORCH = "2.11"  # the exporter of 2.6 fails on BatchNorm, or fixes the batch size; none in between was tried
+
+
+def export_backbone(run_dir: Path, formats: list[str], folder: Path) -> list[Path]:
+    """Write the backbone in each of ``formats``; returns the files.
+
+    - ``safetensors``: the weights under torchvision's names (``load_state_dict(..., strict=False)``; only ``fc`` is
+      missing), or timm's (``create_model(..., num_classes=0, checkpoint_path=...)``; with ``img_size=S`` for a ViT).
+      The network wants images with its mean and deviation removed: ImageNet's for torchvision's, timm's own for timm's.
+    - ``onnx`` and ``torch_export``: the network, from ``images`` float32 ``[N, 3, S, S]`` in [0, 1], for any N, to
+      ``features`` ``[N, F]``. Normalisation is inside.
+
+    Raises:
+        ValueError: unknown format, or a package that ONNX needs is missing.
+    """
+    for name in formats:
+        if name not in FORMATS:
+            raise ValueError(f"export: expected some of {', '.join(FORMATS)}, got {name!r}")
+    backbone = load_backbone(run_dir)
+    writers = {"safetensors": _safetensors, "onnx": _onnx, "torch_export": _torch_export}
+    for name in formats:
+        write_atomically(folder / FORMATS[name], lambda temporary, name=name: writers[name](backbone, temporary))
+    return [folder / FORMATS[name] for name in formats]
+
+
+def _safetensors(backbone: Backbone, path: Path) -> None:
+    write_tensors(path, backbone.encoder.state_dict(), {"format": "pt"})
+
+
+def _onnx(backbone: Backbone, path: Path) -> None:
+    try:
+        import onnxscript  # noqa: F401  what torch.onnx writes with
+    except ImportError as error:
+        raise ValueError("export: onnx needs two more packages, pip install 'gradmix[export]'") from error
+    if torch.__version__ < ONNX_TORCH:
+        raise ValueError(f"export: onnx needs torch {ONNX_TORCH} or newer, this is {torch.__version__}")
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    names = {"input_names": ["images"], "output_names": ["features"]}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecations inside torch's own exporter
+        program = torch.onnx.export(
+            backbone, (_example(backbone),), **names, dynamo=True, verbose=False, dynamic_shapes=_any_batch()
+        )
+        program.save(path)
+
+
+def _torch_export(backbone: Backbone, path: Path) -> None:
+    program = torch.export.export(backbone, (_example(backbone),), dynamic_shapes=_any_batch())
+    with open(path, "wb") as file:
+        torch.export.save(program, file)
+
+
+def _example(backbone: Backbone) -> torch.Tensor:
+    return torch.zeros(2, 3, backbone.image_size, backbone.image_size)
+
+
+def _any_batch() -> dict:
+    return {"images": {0: torch.export.Dim("N")}}

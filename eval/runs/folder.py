@@ -1,0 +1,219 @@
+"""What a run's folder holds, read for people: numbers, curves, pictures, features, images. Anything may be missing."""
+
+import json
+import shlex
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from hydra import compose, initialize_config_module
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+from gradmix.eval import detectors
+from gradmix.eval.detectors import PRIMARY, Detector
+from gradmix.eval.features.cache import Arrays, map_arrays
+from gradmix.eval.runs.foreign import ELSEWHERE
+from gradmix.ssl.config import Config, flat, register_configs
+from gradmix.ssl.data.images import ImageSet
+from gradmix.ssl.data.open_set import OpenSetData, load_data
+from gradmix.ssl.runs.folder import read_config
+
+GROUPS = ("data", "method", "mix", "encoder", "optimizer")  # config groups: the option's name is the group's .name
+
+
+@dataclass
+class Run:
+    """A run's folder.
+
+    Attributes:
+        numbers: metrics.json.
+        scalars: TensorBoard's, tag to steps ``[n]`` and values ``[n]``.
+        pictures: steps and encoded images of TensorBoard's ``mixing``, in order.
+        features: ``train``, ``held_out``, ``test``, each ``features`` ``[N, F]`` and ``labels`` ``[N]``, mapped.
+        scores: by detector, for every test image: score ``[N]``, and whether its closest class is right ``[N]``.
+        detector: the primary detector, as it was saved.
+        classes: names of the known classes.
+        images: the image sets behind ``features``; empty when they are not where they were.
+        why_no_images: a sentence, when they are not.
+    """
+
+    path: Path
+    config: Config
+    numbers: dict[str, Any]
+    scalars: dict[str, tuple[np.ndarray, np.ndarray]]
+    pictures: list[tuple[int, bytes]]
+    features: dict[str, dict[str, np.ndarray]]
+    scores: dict[str, tuple[np.ndarray, np.ndarray]]
+    detector: Detector | None
+    classes: list[str]
+    images: dict[str, ImageSet] = field(default_factory=dict)
+    why_no_images: str = ""
+
+    def name_of(self, label: int) -> str:
+        """The class's name; ``unknown`` for -1, ``image`` where there are no classes."""
+        if not self.classes:
+            return "image"
+        return self.classes[label] if label >= 0 else "unknown"
+
+    def file_name(self, name: str, row: int) -> str:
+        """What to call an image: its folder and file, or its row where it never was a file."""
+        files = self.images[name].files if self.images else None
+        return f"{name} image {row}" if files is None else "/".join(Path(files[row]).parts[-2:])
+
+
+def read_run(path: Path, data: OpenSetData | None = None, images: bool = True) -> Run:
+    """Read a run's folder.
+
+    Args:
+        data: the run's images, where the caller has them at hand; else they are looked for where the config says.
+        images: False leaves images and pictures out.
+
+    Raises:
+        ValueError: the folder is no evaluated run's: config.yaml or metrics.json is missing or damaged.
+    """
+    config = read_config(path)
+    if not (path / "metrics.json").is_file():
+        raise ValueError(f"{path}: not evaluated yet, metrics.json is missing; gradmix-eval run={path} writes it")
+    try:
+        numbers = json.loads((path / "metrics.json").read_text())
+    except ValueError as error:
+        raise ValueError(f"{path / 'metrics.json'}: damaged ({error})") from error
+    scalars, pictures = read_events(path / "tensorboard", images)
+    names = [name for name in ("train", "held_out", "test") if (path / f"features/{name}.safetensors").is_file()]
+    features = {name: _features(path / f"features/{name}.safetensors") for name in names}
+    detector = _detector(path / "detector")
+    run = Run(
+        path=path,
+        config=config,
+        numbers=numbers,
+        scalars=scalars,
+        pictures=pictures,
+        features=features,
+        scores=read_scores(path, features, detector),
+        detector=detector,
+        classes=_classes(path / "detector" / "scorer.json"),
+    )
+    if images:
+        run.images, run.why_no_images = find_images(run, data)
+    return run
+
+
+def read_events(folder: Path, images: bool = True) -> tuple[dict, list[tuple[int, bytes]]]:
+    """TensorBoard's scalars and ``mixing`` pictures; where a resumed run wrote a step twice, the later one."""
+    if not any(folder.glob("events.out.tfevents.*")):
+        return {}, []
+    # Imported here: it takes half a second.
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    keep = {"scalars": 0, "images": 0 if images else 1}  # 0: all of them
+    events = EventAccumulator(str(folder), size_guidance=keep).Reload()
+    tags = events.Tags()
+    scalars = {}
+    for tag in tags["scalars"]:
+        values = {event.step: event.value for event in events.Scalars(tag)}
+        steps = np.array(sorted(values))
+        scalars[tag] = steps, np.array([values[step] for step in steps])
+    mixing = events.Images("mixing") if images and "mixing" in tags["images"] else []
+    return scalars, sorted({event.step: event.encoded_image_string for event in mixing}.items())
+
+
+def read_scores(path: Path, features: dict, detector: Detector | None) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Every detector's scores, as the evaluation saved them; where it did not, the primary one's, computed again."""
+    labels = features.get("test", {}).get("labels", np.zeros(0))
+    if not (labels >= 0).any() or not (labels < 0).any():
+        return {}
+    if (path / "features/scores.safetensors").is_file():
+        saved = _tensors(path / "features/scores.safetensors")
+        names = [key.removesuffix("/score") for key in saved if key.endswith("/score")]
+        found = {name: (saved[f"{name}/score"], saved[f"{name}/correct"].astype(bool)) for name in names}
+        if all(len(score) == len(labels) for score, _ in found.values()):
+            return dict(sorted(found.items(), key=lambda item: (item[0] != PRIMARY, item[0] == "pixels", item[0])))
+    if detector is None or detector.classes_ is None:
+        return {}
+    test = features["test"]["features"]
+    return {PRIMARY: (detector.score(test), detector.classify(test) == labels)}
+
+
+def find_images(run: Run, data: OpenSetData | None) -> tuple[dict[str, ImageSet], str]:
+    """The images behind the saved features, or why they can't be shown."""
+    if data is None:
+        try:
+            # No memory: files are decoded one by one, for only a few are shown.
+            data = load_data(replace(run.config.data, memory_gib=0), run.config.seed, run.path / "scan.json")
+        except (ValueError, OSError) as error:
+            return {}, f"The images are not where they were ({str(error).splitlines()[0]})."
+    sets = {"train": data.train, "held_out": data.held_out, "test": data.test}
+    for name, saved in run.features.items():
+        if not np.array_equal(sets[name].labels.numpy(), saved["labels"]):
+            return {}, f"The {name} images found now are not those of the saved features."
+    return {name: sets[name] for name in run.features}, ""
+
+
+def defaults(config: Config) -> dict[str, Any]:
+    """The config, flat, that the run's groups alone would have given; of a group that had a config file of its own
+    (``--config-dir``) the usual option.
+    """
+    register_configs()
+    with initialize_config_module("gradmix.configs", version_base="1.3"):
+        sources = GlobalHydra.instance().config_loader().get_sources()
+        chosen = [(group, getattr(config, group).name) for group in GROUPS]
+        ours = [(group, name) for group, name in chosen if any(s.is_config(f"{group}/{name}") for s in sources)]
+        composed = compose("pretrain", [f"{group}={name}" for group, name in ours])
+    return flat(asdict(OmegaConf.to_object(composed)))
+
+
+def differences(config: Config) -> list[tuple[str, Any, Any]]:
+    """Key, default and value of what was set beside the groups."""
+    usual, ours = defaults(config), flat(asdict(config))
+    return [(key, usual.get(key), value) for key, value in ours.items() if usual.get(key) != value]
+
+
+def command(config: Config, changed: list[tuple[str, Any, Any]]) -> str:
+    """The command that makes this run, as far as the config tells: `gradmix-pretrain data=... epochs=...`.
+
+    Args:
+        changed: `differences(config)`.
+    """
+    if config.method.name == ELSEWHERE:
+        parts = {"checkpoint": config.encoder.init, "encoder": config.encoder.name, "data": config.data.name}
+        roots = {} if config.data.root is None else {"data.root": config.data.root}
+        named = {**parts, "encoder.stem": config.encoder.stem, **roots, "out": config.run_dir}
+        return shlex.join(["gradmix-eval", *(f"{key}={value}" for key, value in named.items())])
+    groups = [f"{group}={getattr(config, group).name}" for group in GROUPS]
+    others = [f"{key}={_value(value)}" for key, _, value in changed]
+    return shlex.join(["gradmix-pretrain", *groups, *others])
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return f"[{','.join(_value(part) for part in value)}]"
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _tensors(path: Path) -> dict[str, np.ndarray]:
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: damaged ({error})") from error
+
+
+def _features(path: Path) -> Arrays:
+    try:
+        return map_arrays(path)[1]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: damaged ({error})") from error
+
+
+def _detector(folder: Path) -> Detector | None:
+    try:
+        return detectors.load(folder, mmap=True)
+    except (ValueError, OSError):
+        return None
+
+
+def _classes(path: Path) -> list[str]:
+    return [str(name) for name in json.loads(path.read_text())["classes"]] if path.is_file() else []

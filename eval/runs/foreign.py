@@ -1,0 +1,70 @@
+"""Evaluating what was trained elsewhere, or on other data: a checkpoint becomes a run's folder, a run gets new data."""
+
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from gradmix.eval.config import EvalConfig
+from gradmix.ssl.config import Config, EncoderConfig, MethodConfig, MixConfig, OptimizerConfig, flat
+from gradmix.ssl.data.open_set import OpenSetData
+from gradmix.ssl.networks.backbones import backbone_metadata, build_backbone
+from gradmix.ssl.runs.files import write_json, write_tensors
+from gradmix.ssl.runs.folder import claim
+
+ELSEWHERE = "elsewhere"  # method.name of what was not trained here
+
+
+def adopt(config: EvalConfig) -> Path:
+    """Make ``out`` the folder of a run whose backbone is ``checkpoint``; prints which weights were matched.
+
+    Raises:
+        ValueError: a key is missing, or the weights are unreadable or not the encoder's.
+    """
+    for key, value in (("encoder", config.encoder.name), ("data", config.data.name), ("out", config.out)):
+        if not value:
+            raise ValueError(f"{key}: missing; checkpoint= needs it, {key}={'DIR' if key == 'out' else 'NAME'}")
+    checkpoint, out = Path(config.checkpoint).expanduser(), Path(config.out).expanduser()
+    encoder = EncoderConfig(config.encoder.name, config.encoder.width, config.encoder.stem, init=str(checkpoint))
+    backbone = build_backbone(encoder, config.data.image_size)
+    encoder.width, encoder.stem = (backbone.description.get(key) for key in ("width", "stem"))
+    elsewhere = {"method": MethodConfig(ELSEWHERE), "mix": MixConfig("none"), "optimizer": OptimizerConfig("unknown")}
+    claim(out, Config(run_dir=str(out), data=config.data, encoder=encoder, **elsewhere))
+    metadata = backbone_metadata(backbone, config.data.image_size)
+    write_tensors(out / "backbone.safetensors", backbone.state_dict(), metadata)
+    write_json(out / "training.json", {"checkpoint": str(checkpoint)})
+    return out
+
+
+def transfer(run: Config, config: EvalConfig) -> None:
+    """Give a run the data of ``data=NAME``, at the image size that the backbone was trained on.
+
+    Raises:
+        ValueError: keys of ``data`` without a name.
+    """
+    if config.data.name:
+        run.data = replace(config.data, image_size=run.data.image_size)
+        return
+    usual = flat(asdict(EvalConfig().data))
+    given = [key for key, value in flat(asdict(config.data)).items() if value != usual[key]]
+    if given:
+        raise ValueError(f"data.{given[0]}: needs data=NAME; root=PATH says where the run's own data lies now")
+
+
+def check_transfer_classes(run: Config, data: OpenSetData) -> None:
+    """
+    Raises:
+        ValueError: training and test set have different classes, and nobody said which of them are known.
+    """
+    if not data.classes:
+        return
+    tested = set(data.test.labels.tolist())
+    absent = [name for label, name in enumerate(data.classes) if label not in tested]
+    asked = run.data
+    chosen = asked.pseudo_unknown or any(x is not None for x in (asked.split, asked.known, asked.unknown_root))
+    extra = [] if chosen else data.unknown
+    if absent or extra:
+        differences = [f"only the training set has {', '.join(absent)}"] * bool(absent)
+        differences += [f"only the test set has {', '.join(extra)}"] * bool(extra)
+        raise ValueError(
+            f"data.root: the classes of training and test set differ: {'; '.join(differences)}; "
+            "data.known=[...] names the classes to evaluate, and all others are unknown"
+        )

@@ -1,0 +1,131 @@
+"""Runs of one kind: the same data and settings, over splits and seeds; differences between kinds, paired."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gradmix.eval.runs.folder import Run
+from gradmix.ssl.config import flat
+from gradmix.ssl.runs.folder import FREE_KEYS
+
+UNIT = ("data.split", "data.known", "seed")  # what a pair shares
+DATA = ("data.name", "data.image_size", "data.holdout", "data.test_fraction", "data.unknown_root")
+WATCHING = ("knn_every", "quality_every", "pictures_every")  # change nothing that is measured
+
+
+@dataclass
+class Group:
+    """Runs of one data set that differ in split and seed only.
+
+    Attributes:
+        label: what sets the group apart from the others.
+        runs: by split, known classes and seed; several where the same was run again.
+    """
+
+    label: str
+    runs: dict[tuple, list[Run]]
+
+    def values(self, key: str) -> dict[tuple, float]:
+        """A number by unit; the mean where a unit was run several times."""
+        found = {unit: [run.numbers[key] for run in runs if key in run.numbers] for unit, runs in self.runs.items()}
+        return {unit: float(np.mean(values)) for unit, values in found.items() if values}
+
+
+@dataclass
+class Difference:
+    """A group minus the first one, over the units that both have."""
+
+    mean: float
+    deviation: float | None
+    higher: int
+    pairs: int
+
+
+def find_runs(where: Sequence[str | Path]) -> list[Path]:
+    """Evaluated runs in these folders, in the order given, each once.
+
+    Raises:
+        ValueError: a folder holds none.
+    """
+    found: dict[Path, Path] = {}
+    for folder in map(Path, where):
+        folder = folder.expanduser()
+        inner = [
+            path.parent for path in sorted(folder.rglob("config.yaml")) if (path.parent / "metrics.json").is_file()
+        ]
+        runs = [folder] if (folder / "config.yaml").is_file() else inner
+        if not runs:
+            raise ValueError(f"{folder}: no evaluated run there; a run's folder holds config.yaml and metrics.json")
+        found |= {path.resolve(): path for path in runs}
+    return list(found.values())
+
+
+def group_runs(runs: Sequence[Run]) -> dict[str, list[Group]]:
+    """Runs by data set, and within it by everything in the config but split, seed and where a run computes."""
+    sets: dict[tuple, dict[tuple, list[tuple[Run, dict]]]] = defaultdict(lambda: defaultdict(list))
+    for run in runs:
+        config = _config(run)
+        keys = (*DATA, "data.root") if config["data.name"] == "imagefolder" else DATA
+        data = tuple((key, config[key]) for key in keys)
+        apart = {key: value for key, value in config.items() if not _shared(key)}
+        sets[data][tuple(apart.items())].append((run, config))
+    names = _labels([dict(data) for data in sets], ("data.name",))
+    result = {}
+    for name, groups in zip(names, sets.values(), strict=True):
+        labels = _labels([dict(apart) for apart in groups], ("method.name", "mix.name"))
+        result[name] = []
+        for label, members in zip(labels, groups.values(), strict=True):
+            units = defaultdict(list)
+            for run, config in members:
+                units[tuple(config[key] for key in UNIT)].append(run)
+            result[name].append(Group(label, dict(units)))
+    return result
+
+
+def difference(group: Group, reference: Group, key: str) -> Difference | None:
+    """``group`` minus ``reference``, paired by split and seed; None where they share none."""
+    ours, theirs = group.values(key), reference.values(key)
+    values = np.array([ours[unit] - theirs[unit] for unit in ours if unit in theirs])
+    if not len(values):
+        return None
+    deviation = float(values.std(ddof=1)) if len(values) > 1 else None
+    return Difference(float(values.mean()), deviation, int((values > 0).sum()), len(values))
+
+
+def _labels(configs: list[dict[str, Any]], alone: Sequence[str]) -> list[str]:
+    """What sets each config apart from the others; the keys ``alone`` where there is nothing."""
+    keys = dict.fromkeys(key for config in configs for key in config)
+    differing = [key for key in keys if len({config.get(key) for config in configs}) > 1]
+    names = [key for key in differing if key.endswith(".name")]
+    # method=joint says all that its weights would; unless two groups then have the same label.
+    short = [key for key in differing if key in names or key.split(".")[0] + ".name" not in names]
+    for keys in (short, differing):
+        labels = [
+            ", ".join(f"{key.removesuffix('.name')}={config.get(key, 'default')}" for key in keys or alone)
+            for config in configs
+        ]
+        if len(set(labels)) == len(labels):
+            return labels
+    return [f"{label} ({number})" for number, label in enumerate(labels)]
+
+
+def _config(run: Run) -> dict[str, Any]:
+    """A run's config, flat; what an evaluation may have been told otherwise is taken from its numbers."""
+    usual = {k: v for k, v in flat(asdict(run.config)).items() if not k.startswith("detector_options.")}
+    asked = flat({"detector_options": run.numbers.get("detector_options", {})})
+    asked["data.unknown_root"] = run.numbers.get("data/unknown_root")
+    return {key: _frozen(value) for key, value in (usual | asked).items()}
+
+
+def _shared(key: str) -> bool:
+    """Whether a key says which data, which unit, or only where and how a run computes."""
+    free = {*FREE_KEYS, *UNIT, *DATA, *WATCHING} - {"detector_options"}  # a run may go on with others; numbers differ
+    return any(key == name or key.startswith(f"{name}.") for name in free)
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(map(_frozen, value)) if isinstance(value, list | tuple) else value

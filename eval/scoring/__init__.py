@@ -1,0 +1,1 @@
+"""A saved detector on new images: the scorer, its CSV file, sheets of neighbours."""

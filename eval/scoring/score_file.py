@@ -1,0 +1,142 @@
+"""The file of scores: batch after batch goes to disk in a part beside it, and a stopped scoring goes on from there."""
+
+import csv
+import hashlib
+import io
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, fields
+from glob import escape
+from itertools import islice
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from gradmix.eval.scoring.scorer import UNKNOWN, Score, Scorer
+from gradmix.ssl.runs.files import put_in_place
+from gradmix.ssl.runs.lock import lock
+
+COLUMNS = [field.name for field in fields(Score)]
+
+
+def write_scores(
+    scorer: Scorer, paths: Sequence[str], out: Path, batch_size: int = 256, progress: bool = False
+) -> tuple[int, int, int]:
+    """Score image files into a CSV file, or JSON lines when ``out`` ends in ``.jsonl``.
+
+    Every batch is forced to disk in ``OUT.KEY.part``, which becomes ``out`` when it is complete; KEY stands for
+    detector, images and batch size. A part of the same key is gone on with after its last whole batch: then the bytes
+    are those of a scoring that was never stopped (a feature's last digits depend on what else is in its batch).
+
+    Returns:
+        Numbers of rows, of images called unknown, and of files that could not be read.
+
+    Raises:
+        ValueError: ``out`` is a folder, or another process is writing the same scores.
+        OSError: ``out`` can't be written.
+    """
+    if out.is_dir():
+        raise ValueError(f"out: {out} is a folder; give a file, such as {out / 'scores.csv'}")
+    part = out.with_name(f"{out.name}.{scoring_key(scorer, paths, batch_size)}.part")
+    for other in sorted(set(out.parent.glob(f"{escape(out.name)}.*.part")) - {part}):
+        print(f"{other}: left alone; it is of another detector, other images or another batch_size")
+    as_json = out.suffix == ".jsonl"
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with opened(part) as file:
+            counts, end = whole_batches(file, as_json, len(paths), batch_size)
+            if end:
+                print(f"{part}: {counts[0]} of {len(paths)} images are scored already")
+            file.truncate(end)
+            scores = scorer.score(paths[counts[0] :], batch_size, progress)
+            try:
+                while batch := [asdict(score) for score in islice(scores, batch_size)]:
+                    file.write(encode(batch, as_json, header=not counts[0]))
+                    file.flush()
+                    os.fsync(file.fileno())
+                    counts = sum(map(count, batch), counts)
+                put_in_place(part, out)
+            except BaseException:  # of Ctrl-C and SIGTERM too
+                if counts[0]:
+                    kept = f"{counts[0]} of {len(paths)} images are scored"
+                    print(f"{part}: {kept}; the same command goes on after them", file=sys.stderr)
+                raise
+    except OSError as error:
+        raise OSError(f"{out}: can't be written ({error.strerror or error})") from error
+    return tuple(counts.tolist())
+
+
+def scoring_key(scorer: Scorer, paths: Sequence[str], batch_size: int) -> str:
+    """Eight digits that change with detector, batch size and images, that is their names, sizes and times of change."""
+    digest = hashlib.sha256(json.dumps([scorer.sha256, batch_size]).encode())
+    for path in paths:
+        try:
+            state = os.stat(path)
+            seen = path, state.st_size, state.st_mtime_ns
+        except OSError:
+            seen = (path,)
+        digest.update(json.dumps(seen).encode())
+    return digest.hexdigest()[:8]
+
+
+@contextmanager
+def opened(part: Path) -> Iterator[BinaryIO]:
+    """The part, to be read and then appended to by this process alone; one that stays empty is removed again.
+
+    Raises:
+        ValueError: another process is writing it.
+    """
+    with open(part, "a+b") as file:
+        lock(file.fileno(), part)
+        if not (part.exists() and os.path.samestat(os.stat(part), os.fstat(file.fileno()))):
+            raise ValueError(f"{part}: another process has just completed it")  # to write on would change its scores
+        file.seek(0)
+        try:
+            yield file
+        finally:
+            if not os.fstat(file.fileno()).st_size:
+                with suppress(OSError):  # Windows removes no open file
+                    part.unlink(missing_ok=True)
+
+
+def whole_batches(file: BinaryIO, as_json: bool, images: int, batch_size: int) -> tuple[np.ndarray, int]:
+    """What :func:`count` counts in the whole batches of a part, and the bytes that they take."""
+    end, counts = 0, np.zeros(3, dtype=np.int64)
+    whole = counts, end
+
+    def lines() -> Iterator[str]:
+        nonlocal end
+        for line in file:
+            if not line.endswith(b"\n") or b"\0" in line:  # the process was killed here, or the machine
+                return
+            end += len(line)
+            yield line.decode("utf-8", "surrogateescape")
+
+    with suppress(csv.Error):  # cut off inside quotes
+        for row in map(json.loads, lines()) if as_json else csv.DictReader(lines(), strict=True):
+            counts = counts + count(row)
+            if counts[0] % batch_size == 0 or counts[0] == images:
+                whole = counts, end
+    return whole
+
+
+def count(row: Mapping[str, Any]) -> np.ndarray:
+    """One row; whether the image is called unknown; whether the file could not be read."""
+    return np.array([1, row["prediction"] == UNKNOWN, bool(row["error"])])
+
+
+def encode(rows: Sequence[Mapping[str, Any]], as_json: bool, header: bool) -> bytes:
+    """Rows as they stand in the file."""
+    text = io.StringIO(newline="")
+    if as_json:
+        text.writelines(json.dumps(row) + "\n" for row in rows)
+    else:
+        table = csv.DictWriter(text, COLUMNS)
+        if header:
+            table.writeheader()
+        table.writerows(rows)
+    return text.getvalue().encode("utf-8", "surrogateescape")  # a name that is no UTF-8: the bytes that it is

@@ -1,0 +1,92 @@
+"""Why an image got its score, as pictures: each image beside its nearest training images."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+from torchvision.transforms.functional import to_pil_image
+
+from gradmix.eval.scoring.scorer import UNKNOWN, Score, Scorer
+from gradmix.ssl.runs.files import write_atomically
+
+SIDE, GAP, CAPTION, MARGIN = 112, 10, 34, 14  # pixels: a picture, the space around it, its two lines of text
+PER_PAGE = 8
+
+
+def write_sheets(scorer: Scorer, paths: Sequence[str], folder: Path, limit: int = 200, k: int = 5) -> tuple[int, int]:
+    """Write ``sheet-001.png``, ... with one row per image: the image, then its ``k`` nearest training images.
+
+    Args:
+        paths: image files; those that can't be read are left out.
+        limit: at most so many images, the first ones.
+
+    Returns:
+        Numbers of images and of sheets.
+    """
+    k = min(k, scorer.detector.bank_.shape[0])
+    rows, shown, sheets = [], 0, 0
+    for score in scorer.score(paths, batch_size=PER_PAGE):
+        if not score.error:
+            rows.append(_row(scorer, score, k))
+            shown += 1
+        if len(rows) == PER_PAGE or shown == limit:
+            sheets += 1
+            _write(folder, sheets, rows)
+            rows = []
+        if shown == limit:
+            break
+    if rows:
+        sheets += 1
+        _write(folder, sheets, rows)
+    return shown, sheets
+
+
+def _write(folder: Path, number: int, rows: list[list[Image.Image]]) -> None:
+    page = _page(rows)
+    write_atomically(folder / f"sheet-{number:03d}.png", lambda temporary: page.save(temporary, "PNG"))
+
+
+def _row(scorer: Scorer, score: Score, k: int) -> list[Image.Image]:
+    image = scorer.backbone.transform(score.path)
+    distances, rows = scorer.neighbours(image[None], k)
+    colour = (190, 30, 30) if score.prediction == UNKNOWN else (30, 120, 60)
+    tiles = [_tile(image, os.path.basename(score.path), f"{score.prediction}, {score.score:.3f}".lstrip(", "), colour)]
+    for distance, row in zip(distances[0].tolist(), rows[0].tolist(), strict=True):
+        try:
+            picture = scorer.training_image(row)
+        except ValueError:
+            picture = None  # the training images moved; their names still say something
+        name = os.path.basename(scorer.training_name(row)) if scorer.train_files else f"image {row}"
+        tiles.append(_tile(picture, name, f"{scorer.training_class(row)}, {distance:.3f}".lstrip(", "), (90, 90, 90)))
+    return tiles
+
+
+def _tile(image: Tensor | None, name: str, value: str, colour: tuple[int, int, int]) -> Image.Image:
+    tile = Image.new("RGB", (SIDE, SIDE + CAPTION), "white")
+    draw, font = ImageDraw.Draw(tile), ImageFont.load_default(11)
+    if image is None:
+        draw.rectangle((0, 0, SIDE - 1, SIDE - 1), outline=(200, 200, 200))
+        draw.text((8, SIDE // 2 - 8), "not found", fill=(150, 150, 150), font=font)
+    else:
+        smooth = Image.Resampling.NEAREST if image.shape[-1] < SIDE else Image.Resampling.LANCZOS
+        tile.paste(to_pil_image(image).resize((SIDE, SIDE), smooth))
+    short = name if len(name) <= 18 else f"{name[:8]}…{name[-9:]}"
+    draw.text((0, SIDE + 2), short, fill=(90, 90, 90), font=font)
+    draw.text((0, SIDE + 17), value[:20], fill=colour, font=font)
+    return tile
+
+
+def _page(rows: list[list[Image.Image]]) -> Image.Image:
+    columns = len(rows[0])
+    step = SIDE + GAP
+    width = 2 * MARGIN + columns * step + GAP  # a wider gap after the scored image
+    page = Image.new("RGB", (width, 2 * MARGIN + 18 + len(rows) * (step + CAPTION)), "white")
+    draw, font = ImageDraw.Draw(page), ImageFont.load_default(12)
+    draw.text((MARGIN, MARGIN), "image, class, score", fill="black", font=font)
+    draw.text((MARGIN + step + GAP, MARGIN), "nearest training images, class, distance", fill="black", font=font)
+    for i, row in enumerate(rows):
+        for j, tile in enumerate(row):
+            page.paste(tile, (MARGIN + j * step + (GAP if j else 0), MARGIN + 18 + i * (step + CAPTION)))
+    return page

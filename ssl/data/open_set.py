@@ -1,0 +1,153 @@
+"""Who is known: training, held-out and test images of one open-set split of a data set."""
+
+import sys
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+
+from gradmix.ssl.config import DataConfig
+from gradmix.ssl.data.images import ImageSet
+from gradmix.ssl.data.scan import Scan
+from gradmix.ssl.data.sources import SOURCES, Source, existing_root, images_below, join, stratified
+from gradmix.ssl.data.splits import SPLITS
+
+ON_BAD_IMAGE = ("error", "skip")
+
+
+@dataclass(frozen=True)
+class OpenSetData:
+    """One split.
+
+    Attributes:
+        train: images of known classes; the bank of every detector.
+        held_out: a share of the known training images kept aside, for thresholds and for watching training.
+        test: known classes labelled 0..K-1, unknown ones -1.
+        classes: names of the K known classes; empty when the images have none.
+        unknown: names of the unknown classes; of the folder, with ``data.unknown_root``.
+        known: indices of the known classes among all of the data set's, in the data set's own order.
+        empty: names of classes without any image.
+        bad: with ``on_bad_image="skip"``, the files that were left out, each with the reason.
+    """
+
+    train: ImageSet
+    held_out: ImageSet
+    test: ImageSet
+    classes: list[str]
+    unknown: list[str]
+    known: list[int]
+    empty: list[str] = field(default_factory=list)
+    bad: dict[str, str] = field(default_factory=dict)
+
+    def sets(self) -> dict[str, ImageSet]:
+        """``train``, ``held_out`` and ``test`` by name, as far as there are images in them."""
+        sets = {"train": self.train, "held_out": self.held_out, "test": self.test}
+        return {name: images for name, images in sets.items() if len(images)}
+
+
+def load_data(config: DataConfig, seed: int, scan_file: Path | None = None) -> OpenSetData:
+    """Read a data set and split it into known and unknown.
+
+    Args:
+        config: the ``data`` part of the run's config.
+        seed: draws the held-out images (and the test images of a folder that has no ``test/``).
+        scan_file: where to keep which files can be read, so that they are not all decoded again.
+
+    Raises:
+        ValueError: missing or empty folders, unreadable images, unknown splits or classes; one line each.
+    """
+    if config.on_bad_image not in ON_BAD_IMAGE:
+        raise ValueError(f"data.on_bad_image: expected {' or '.join(ON_BAD_IMAGE)}, got {config.on_bad_image!r}")
+    source = SOURCES.pick("data.name", config.name)(config, seed)
+    limit = int(config.memory_gib * 2**30)
+    if not source.classes:
+        for key in ("known", "unknown_root"):
+            if getattr(config, key) is not None:
+                raise ValueError(f"data.{key}: the images in data.root have no classes, so that none is known")
+        train, test, known, unknown, empty = source.train, source.test, [], [], []
+    else:
+        known = known_classes(config, source)
+        unknown = range(len(source.classes)) if source.unknown is None else source.unknown
+        if config.pseudo_unknown:
+            known, unknown = _pseudo(known, config.pseudo_unknown)
+        counts = torch.cat([source.train.labels, source.test.labels]).bincount(minlength=len(source.classes))
+        empty = [name for name, count in zip(source.classes, counts, strict=True) if not count]
+        unknown = [i for i in unknown if i not in set(known) and counts[i]]
+        unknown = [] if config.unknown_root is not None else unknown
+        of_class = torch.full((len(source.classes) + 1,), -1)
+        of_class[known] = torch.arange(len(known))
+        train_labels, test_labels = of_class[source.train.labels], of_class[source.test.labels]
+        train = replace(source.train, labels=train_labels).select((train_labels >= 0).nonzero()[:, 0])
+        in_test = torch.isin(source.test.labels, torch.tensor([*known, *unknown]))
+        test = replace(source.test, labels=test_labels).select(in_test.nonzero()[:, 0])
+        if len(known) < 2:
+            raise ValueError(
+                f"data: one known class only ({source.classes[known[0]]}); give at least two, "
+                "or a flat folder without classes and method=simclr"
+            )
+    classes, names = [source.classes[i] for i in known], [source.classes[i] for i in unknown]
+    check_present(train, classes, config)
+    scan = Scan(scan_file)
+    if config.unknown_root is not None:
+        root = existing_root(config.unknown_root, "data.unknown_root")
+        far = images_below("data.unknown_root", root, config.image_size)
+        test, names = join(test, far if test.images is None else scan.read(far, sys.maxsize)), [str(root)]
+    train, test = scan.read(train, limit), scan.read(test, limit)
+    if config.on_bad_image == "error":
+        scan.refuse_bad()
+    check_present(train, classes, config)  # now of what can be read
+    kept, aside = stratified(train.labels, config.holdout, seed)
+    return OpenSetData(train.select(kept), train.select(aside), test, classes, names, known, empty, scan.bad)
+
+
+def check_present(train: ImageSet, classes: list[str], config: DataConfig) -> None:
+    """
+    Raises:
+        ValueError: a class has no images to train on.
+    """
+    counts = train.labels[train.labels >= 0].bincount(minlength=len(classes)).tolist()
+    missing = [name for name, count in zip(classes, counts, strict=True) if not count]
+    if missing:
+        raise ValueError(f"data.root: {config.root}: no training images of the known classes {', '.join(missing)}")
+
+
+def known_classes(config: DataConfig, source: Source) -> list[int]:
+    """Indices of the known classes: ``data.known``, else the data set's split, else all that have training images."""
+    if config.known is not None:
+        by_name = {name: index for index, name in enumerate(source.classes)}
+        known = []
+        for entry in config.known:
+            index = by_name.get(str(entry), entry)
+            if not isinstance(index, int) or not 0 <= index < len(source.classes):
+                raise ValueError(
+                    f"data.known: {entry!r} is no class of data={config.name}; classes are "
+                    f"{', '.join(source.classes[:20])}{', ...' if len(source.classes) > 20 else ''}"
+                )
+            known.append(index)
+        if len(set(known)) < len(known):
+            raise ValueError(f"data.known: a class is named twice in {list(config.known)}")
+        return known
+    if config.split is None:
+        return source.train.labels.unique().tolist()
+    splits = splits_of(config)
+    if not isinstance(config.split, int) or not 0 <= config.split < len(splits):
+        raise ValueError(f"data.split: {config.split!r} does not exist; choose 0-{len(splits) - 1}, or all")
+    return splits[config.split]
+
+
+def _pseudo(known: list[int], count: int) -> tuple[list[int], list[int]]:
+    if not 0 < count <= len(known) - 2:
+        raise ValueError(f"data.pseudo_unknown: expected 0 to {len(known) - 2} of {len(known)} known, got {count}")
+    return known[:-count], known[-count:]
+
+
+def splits_of(config: DataConfig) -> list[list[int]]:
+    """The data set's open-set splits.
+
+    Raises:
+        ValueError: no such data set, or it has none.
+    """
+    SOURCES.pick("data.name", config.name)  # one from outside puts its splits into SPLITS when it is imported
+    if config.name not in SPLITS:
+        raise ValueError(f"data.split: data={config.name} has no splits; name the known classes with data.known=[...]")
+    return SPLITS[config.name]

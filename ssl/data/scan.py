@@ -1,0 +1,102 @@
+"""Which image files can be read: every one is decoded once, in threads; the answers are kept in a file."""
+
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import PIL
+import torch
+from tqdm.auto import tqdm
+
+from gradmix.ssl.data.images import ImageSet, decode
+from gradmix.ssl.machine import usable_cpus
+from gradmix.ssl.runs.files import write_json
+
+BLOCK = 4096  # files handed to the threads at a time
+
+
+class Scan:
+    """Decodes image sets, or only tries to, and leaves out what can't be read.
+
+    Args:
+        cache: file with earlier answers, valid while path, size and time of change are the same; None keeps none.
+
+    Attributes:
+        bad: why, by path, for every file that was left out.
+    """
+
+    def __init__(self, cache: Path | None = None):
+        self.cache = cache
+        self.bad: dict[str, str] = {}
+        self.answers: dict[str, list] = {}  # path: [bytes, nanoseconds, why it can't be read or None]
+        self.header = {"pillow": PIL.__version__}
+        if cache is not None and cache.is_file():
+            try:
+                stored = json.loads(cache.read_text())
+                if stored["header"] == self.header:
+                    self.answers = stored["files"]
+            except (ValueError, KeyError, TypeError):
+                pass  # damaged: everything is looked at again
+
+    def read(self, images: ImageSet, limit: int) -> ImageSet:
+        """The images that can be read, in order; decoded if all take at most ``limit`` bytes."""
+        if images.images is not None:
+            return images
+        shape = len(images), 3, images.size, images.size
+        pixels = torch.empty(shape, dtype=torch.uint8) if len(images) * 3 * images.size**2 <= limit else None
+
+        def look(index: int) -> str | None:
+            path = images.files[index]
+            try:
+                state = Path(path).stat()
+                *unchanged, reason = self.answers.get(path, (None, None, None))
+                known = unchanged == [state.st_size, state.st_mtime_ns]
+                if known and (reason is not None or pixels is None):
+                    return reason
+                image, reason = decode(path, images.size), None
+                if pixels is not None:
+                    pixels[index] = image
+            except OSError as error:  # not even its state can be read; that may pass, so it is not kept
+                return f"{path}: {error.strerror}"
+            except ValueError as error:
+                reason = str(error)
+            if not known or reason is not None:
+                self.answers[path] = [state.st_size, state.st_mtime_ns, reason]
+                self.new_answers = True
+            return reason
+
+        with self.kept(), ThreadPoolExecutor(usable_cpus()) as pool:
+            reasons: list[str | None] = []
+            with tqdm(total=len(images), desc="images", unit="image", leave=False, delay=5) as bar:
+                for first in range(0, len(images), BLOCK):
+                    reasons += pool.map(look, range(first, min(first + BLOCK, len(images))))
+                    bar.update(len(reasons) - first)
+        if pixels is not None:
+            images = replace(images, images=pixels)
+        good = [index for index, reason in enumerate(reasons) if reason is None]
+        self.bad |= {images.files[i]: reason for i, reason in enumerate(reasons) if reason is not None}
+        return images if len(good) == len(images) else images.select(torch.tensor(good, dtype=torch.long))
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Writes the answers at the end, also of a scan that was interrupted, if there are new ones."""
+        self.new_answers = False
+        try:
+            yield
+        finally:
+            if self.cache is not None and self.new_answers:
+                write_json(self.cache, {"header": self.header, "files": self.answers})
+
+    def refuse_bad(self) -> None:
+        """
+        Raises:
+            ValueError: there are files that can't be read; the message names every one.
+        """
+        if self.bad:
+            raise ValueError(
+                f"data: {len(self.bad)} image files can't be read; replace or remove them, or leave them out with "
+                f"data.on_bad_image=skip: {'; '.join(sorted(self.bad.values()))}"
+            )

@@ -1,0 +1,203 @@
+"""Where images come from: data sets by name, as training and test images with all their classes."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gradmix.registry import Registry
+from gradmix.ssl.config import DataConfig
+from gradmix.ssl.data.images import EXTENSIONS, ImageSet, from_array, list_images
+from gradmix.ssl.data.splits import CIFAR_PLUS
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set before the split: labels index ``classes``; -1 where an image has no class.
+
+    ``unknown``: the classes that are, where it is not all that are not known; the rest is left out of the test set.
+    """
+
+    train: ImageSet
+    test: ImageSet
+    classes: list[str]
+    unknown: list[int] | None = None
+
+
+def digits(config: DataConfig, seed: int) -> Source:
+    """scikit-learn's 1,797 real handwritten digits, 8 x 8; a fixed third of each class is the test set."""
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    images = from_array((data.images * (255 / 16)).round().astype(np.uint8), config.image_size)
+    everything = ImageSet(torch.from_numpy(data.target).long(), config.image_size, images)
+    train, test = stratified(everything.labels, 1 / 3, seed=0)  # fixed: the same test set for every seed
+    return Source(everything.select(train), everything.select(test), [str(i) for i in range(10)])
+
+
+def imagefolder(config: DataConfig, seed: int) -> Source:
+    """``root/train/<class>/`` and ``root/test/<class>/``; or ``root/<class>/``; or ``root/`` with images alone."""
+    root = _root_of(config)
+    if (root / "train").is_dir():
+        test_root = next((root / name for name in ("test", "val") if (root / name).is_dir()), None)
+        if test_root is None:
+            raise ValueError(f"data.root: {root} has train/ but neither test/ nor val/")
+        names = sorted({*_class_names(root / "train"), *_class_names(test_root)})
+        return Source(
+            _folder(root / "train", names, config.image_size), _folder(test_root, names, config.image_size), names
+        )
+    names = _class_names(root)
+    if len(names) == 1:
+        raise ValueError(f"data.root: {root} has one class folder only ({names[0]}){_other_root(root, names[0])}")
+    everything = _folder(root, names, config.image_size)
+    train, test = stratified(everything.labels, config.test_fraction, seed)
+    return Source(everything.select(train), everything.select(test), names)
+
+
+def tinyimagenet(config: DataConfig, seed: int) -> Source:
+    """TinyImageNet in its own layout; the validation images are the test set. Training folders may be missing."""
+    root = _root_of(config)
+    root = root / "tiny-imagenet-200" if (root / "tiny-imagenet-200").is_dir() else root
+    for needed in ("wnids.txt", "train", "val/val_annotations.txt"):
+        if not (root / needed).exists():
+            raise ValueError(f"data.root: {root} is not TinyImageNet's folder, {needed} is missing")
+    names = sorted((root / "wnids.txt").read_text().split())
+    index = {name: i for i, name in enumerate(names)}
+    rows = [line.split("\t")[:2] for line in (root / "val/val_annotations.txt").read_text().splitlines()]
+    test = ImageSet(
+        torch.tensor([index[wnid] for _, wnid in rows]),
+        config.image_size,
+        files=[str(root / "val/images" / file) for file, _ in rows],
+    )
+    present = [name for name in names if (root / "train" / name).is_dir()]
+    return Source(_folder(root / "train", names, config.image_size, present), test, names)
+
+
+def _torchvision(name: str) -> Callable[[DataConfig, int], Source]:
+    def load(config: DataConfig, seed: int) -> Source:
+        from torchvision import datasets
+
+        if config.root is not None and (Path(config.root).expanduser() / "train").is_dir():
+            return imagefolder(config, seed)  # the same classes as folders of image files, in the same order
+        kind = getattr(datasets, name)
+        parts = []
+        for train in (True, False):
+            which = {"split": "train" if train else "test"} if name == "SVHN" else {"train": train}
+            try:
+                parts.append(kind(config.root or "data", download=True, **which))
+            except (OSError, RuntimeError) as error:
+                raise ValueError(
+                    f"data.root: {config.root or 'data'} does not hold {name}, and it can't be downloaded ({error})"
+                ) from error
+        sets = []
+        for part in parts:
+            array = np.asarray(part.data)
+            array = array.transpose(0, 2, 3, 1) if name == "SVHN" else array
+            labels = torch.as_tensor(np.asarray(part.labels if name == "SVHN" else part.targets)).long()
+            sets.append(ImageSet(labels, config.image_size, from_array(array, config.image_size)))
+        classes = [str(c) for c in range(10)] if name in ("SVHN", "MNIST") else list(parts[0].classes)
+        return Source(*sets, classes)
+
+    return load
+
+
+def _cifar_plus(name: str) -> Callable[[DataConfig, int], Source]:
+    """CIFAR-10 to train on, and a test set of CIFAR-10's known and CIFAR-100's unknown classes."""
+
+    def load(config: DataConfig, seed: int) -> Source:
+        near, far = SOURCES["cifar10"](config, seed), SOURCES["cifar100"](config, seed)
+        offset = len(near.classes)
+        # An index that does not exist is known_classes' to report.
+        split = config.split if config.split in range(len(CIFAR_PLUS[name])) else None
+        chosen = range(len(far.classes)) if split is None else CIFAR_PLUS[name][split]
+        test = join(near.test, replace(far.test, labels=far.test.labels + offset))
+        return Source(near.train, test, near.classes + far.classes, [offset + i for i in chosen])
+
+    return load
+
+
+SOURCES: Registry[Callable[[DataConfig, int], Source]] = Registry(
+    "gradmix.data",
+    {
+        "digits": digits,
+        "imagefolder": imagefolder,
+        "tinyimagenet": tinyimagenet,
+        "cifar10": _torchvision("CIFAR10"),
+        "cifar100": _torchvision("CIFAR100"),
+        "cifar_plus10": _cifar_plus("cifar_plus10"),
+        "cifar_plus50": _cifar_plus("cifar_plus50"),
+        "svhn": _torchvision("SVHN"),
+        "mnist": _torchvision("MNIST"),
+    },
+)
+
+
+def _root_of(config: DataConfig) -> Path:
+    if config.root is None:
+        raise ValueError(f"data.root: data={config.name} needs the folder of its images, data.root=PATH")
+    return existing_root(config.root, "data.root")
+
+
+def existing_root(root: str, key: str) -> Path:
+    path = Path(root).expanduser()
+    if not path.is_dir():
+        where = "" if path.is_absolute() else f" here, in {Path.cwd()}"
+        raise ValueError(f"{key}: {path} is not a folder{where}")
+    return path
+
+
+def _class_names(root: Path) -> list[str]:
+    return sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+
+
+def _folder(root: Path, names: list[str], size: int, present: list[str] | None = None) -> ImageSet:
+    """Images of ``root/<class>/``; of ``root`` itself, labelled -1, when there are no class folders."""
+    files, labels = [], []
+    for index, name in enumerate(names):
+        if present is None or name in present:
+            found = list_images(root / name) if (root / name).is_dir() else []
+            files += found
+            labels += [index] * len(found)
+    if not names:
+        return images_below("data.root", root, size)
+    if not files:
+        raise ValueError(f"data.root: no images in {root}; expected {root}/<class>/*.jpg (or .png, ...)")
+    return ImageSet(torch.tensor(labels), size, files=files)
+
+
+def _other_root(root: Path, only: str) -> str:
+    """A hint for a root with one class folder: it may be one level too high, or too low."""
+    if len(_class_names(root / only)) > 1:
+        return f"; did you mean data.root={root / only}?"
+    loose = any(path.is_file() and path.suffix.lower() in EXTENSIONS for path in root.iterdir())
+    return f"; did you mean data.root={root.parent}?" if loose else "; give at least two"
+
+
+def images_below(key: str, root: Path, size: int) -> ImageSet:
+    """Images of ``root`` and below, labelled -1."""
+    files = list_images(root)
+    if not files:
+        raise ValueError(f"{key}: no images in {root}; expected .jpg, .png, ... files there")
+    return ImageSet(torch.full((len(files),), -1), size, files=files)
+
+
+def join(first: ImageSet, second: ImageSet) -> ImageSet:
+    """The images of both, which are all files or all in memory."""
+    labels = torch.cat([first.labels, second.labels])
+    if first.images is None:
+        return ImageSet(labels, first.size, files=[*first.files, *second.files])
+    return ImageSet(labels, first.size, torch.cat([first.images, second.images]))
+
+
+def stratified(labels: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Indices kept and set aside: ``share`` of each class (at least one image of a class that has two), seeded."""
+    rng = np.random.default_rng([seed, 0x5EED])
+    aside = torch.zeros(len(labels), dtype=torch.bool)
+    for label in labels.unique().tolist():
+        members = (labels == label).nonzero()[:, 0].numpy()
+        count = min(max(round(share * len(members)), 1), len(members) - 1) if share > 0 else 0
+        aside[torch.from_numpy(rng.permutation(members)[:count])] = True
+    return (~aside).nonzero()[:, 0], aside.nonzero()[:, 0]

@@ -1,0 +1,1 @@
+"""What a batch goes through: backbones, their weights, timm's networks."""

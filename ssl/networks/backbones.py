@@ -1,0 +1,197 @@
+"""Encoders: torchvision's ResNets at any width, with SimCLR's stem for small images, and timm's networks."""
+
+import json
+from pathlib import Path
+from typing import Any, Protocol
+
+from pytorch_lightning.utilities import rank_zero_only
+from safetensors import safe_open
+from torch import Tensor, nn
+from torchvision.models import resnet
+
+from gradmix.ssl.config import EncoderConfig
+from gradmix.ssl.data.images import IMAGENET, Constants, decode, normalize, to_square
+from gradmix.ssl.networks.timm_encoders import PREFIX, check_timm, timm_encoder
+from gradmix.ssl.networks.weights import find_backbone, load_found, load_weights
+
+RESNETS: dict[str, tuple[type[nn.Module], list[int]]] = {
+    "resnet18": (resnet.BasicBlock, [2, 2, 2, 2]),
+    "resnet34": (resnet.BasicBlock, [3, 4, 6, 3]),
+    "resnet50": (resnet.Bottleneck, [3, 4, 6, 3]),
+    "resnet101": (resnet.Bottleneck, [3, 4, 23, 3]),
+}
+STEMS = {  # first convolution: kernel, stride, padding; whether a max-pool follows
+    "small": (3, 1, 1, False),  # SimCLR's for CIFAR
+    "padded": (3, 1, 2, False),  # solo-learn's for CIFAR
+    "imagenet": (7, 2, 3, True),
+}
+SMALL_IMAGE = 64  # up to this side, the ImageNet stem would throw away most of the picture
+
+
+class Encoder(Protocol):
+    """An ``nn.Module`` from normalised images ``[N, 3, S, S]`` to features ``[N, F]``.
+
+    Attributes:
+        num_features: F.
+        constants: mean and deviation per channel that :func:`gradmix.ssl.data.images.normalize` removes for it.
+        description: what :func:`build_encoder` makes it again from, beside the image size.
+    """
+
+    num_features: int
+    constants: Constants
+    description: dict[str, Any]
+
+    def __call__(self, images: Tensor) -> Tensor: ...
+
+
+class ResNet(resnet.ResNet):
+    """torchvision's ResNet without its classifier, under torchvision's parameter names; an :class:`Encoder`.
+
+    Args:
+        name: key of ``RESNETS``.
+        width: channels of the first stage; 64 is the standard network. F = 8 * width (32 * width for bottlenecks).
+        stem: key of ``STEMS``.
+    """
+
+    constants = IMAGENET
+
+    def __init__(self, name: str, width: int = 64, stem: str = "imagenet"):
+        block, depths = RESNETS[name]
+        super().__init__(block, depths)
+        if width != 64:  # torchvision has no such argument, so its stages are built again at the other width
+            self.inplanes = width
+            self.bn1 = nn.BatchNorm2d(width)
+            self.layer1 = self._make_layer(block, width, depths[0])
+            self.layer2 = self._make_layer(block, 2 * width, depths[1], stride=2)
+            self.layer3 = self._make_layer(block, 4 * width, depths[2], stride=2)
+            self.layer4 = self._make_layer(block, 8 * width, depths[3], stride=2)
+        kernel, stride, padding, pool = STEMS[stem]
+        self.conv1 = nn.Conv2d(3, width, kernel, stride, padding, bias=False)
+        if not pool:
+            self.maxpool = nn.Identity()
+        self.num_features = 8 * width * block.expansion
+        self.description = {"name": name, "width": width, "stem": stem}
+        self.fc = nn.Identity()
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+
+def build_encoder(description: dict[str, Any], image_size: int) -> Encoder:
+    """A freshly initialised encoder from its ``description``."""
+    if description["name"].startswith(PREFIX):
+        return timm_encoder(**description, image_size=image_size)
+    return ResNet(**description)
+
+
+def build_backbone(config: EncoderConfig, image_size: int) -> Encoder:
+    """The encoder that a config asks for, freshly initialised, or from ``config.init``.
+
+    Raises:
+        ValueError: unknown encoder or stem, or weights that do not fit.
+    """
+    check_encoder(config)
+    if config.init is not None:
+        return read_backbone(Path(config.init).expanduser(), config.name, config.width, config.stem, image_size)
+    if config.name.startswith(PREFIX):
+        return build_encoder({"name": config.name}, image_size)
+    stem = config.stem or ("small" if image_size <= SMALL_IMAGE else "imagenet")
+    return build_encoder({"name": config.name, "width": config.width or 64, "stem": stem}, image_size)
+
+
+def check_encoder(config: EncoderConfig) -> None:
+    """
+    Raises:
+        ValueError: unknown encoder, stem or width; or timm is missing.
+    """
+    if config.name.startswith(PREFIX):
+        for key in ("width", "stem"):
+            if getattr(config, key) is not None:
+                raise ValueError(f"encoder.{key}: timm's networks have none to set; encoder.{key}=null leaves it out")
+        check_timm(config.name)
+        return
+    if config.name not in RESNETS:
+        raise ValueError(f"encoder.name: expected one of {', '.join(RESNETS)}, {PREFIX}NAME, got {config.name!r}")
+    if config.stem not in (*STEMS, None):
+        raise ValueError(f"encoder.stem: expected {', '.join(STEMS)} or null, got {config.stem!r}")
+    if config.width is not None and config.width < 1:
+        raise ValueError(f"encoder.width: expected a positive number, got {config.width}")
+
+
+def read_backbone(
+    path: Path, name: str, width: int | None = None, stem: str | None = None, image_size: int = 224
+) -> Encoder:
+    """An encoder with weights trained anywhere; prints what was matched.
+
+    Args:
+        width, stem: of a ResNet; None: read off the first convolution.
+        image_size: S, for a network of timm's.
+
+    Raises:
+        ValueError: unreadable weights, or too few of them match the encoder.
+    """
+    weights = load_weights(path)
+    if name.startswith(PREFIX):
+        backbone = build_encoder({"name": name}, image_size)
+        found = find_backbone(weights, list(backbone.state_dict()))
+        load_found(backbone, found, path, "encoder.name and data.image_size")
+        mean, std = backbone.constants
+        rank_zero_only(print)(f"{path}: {found}; images with mean {mean} and deviation {std} removed, as timm has it")
+        return backbone
+    found = find_backbone(weights, list(ResNet(name, 1).state_dict()))
+    conv1 = found.tensors.get("conv1.weight")
+    if conv1 is not None and conv1.ndim == 4:
+        width = width or conv1.shape[0]
+        stem = stem or ("small" if conv1.shape[2] == 3 else "imagenet")
+    backbone = ResNet(name, width or 64, stem or "imagenet")
+    load_found(backbone, found, path, "encoder.name and encoder.width")
+    rank_zero_only(print)(f"{path}: {found}")
+    return backbone
+
+
+class Backbone(nn.Module):
+    """A pretrained backbone with its transform, as :func:`gradmix.load` returns it.
+
+    Attributes:
+        image_size: side of the square images it was trained on.
+        num_features: F.
+    """
+
+    def __init__(self, encoder: Encoder, image_size: int):
+        super().__init__()
+        self.encoder = encoder.eval().requires_grad_(False)
+        self.image_size = image_size
+        self.num_features = encoder.num_features
+
+    def transform(self, image) -> Tensor:
+        """A PIL image or a path to ``[3, S, S]`` uint8, as in training."""
+        is_path = isinstance(image, str | Path)
+        return decode(image, self.image_size) if is_path else to_square(image, self.image_size)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """``[N, 3, H, W]`` uint8, or float in [0, 1], to features ``[N, F]``."""
+        return self.encoder(normalize(images, self.encoder.constants))
+
+
+def backbone_metadata(encoder: Encoder, image_size: int) -> dict[str, str]:
+    """What a weights file must say of itself to be rebuilt; goes into its safetensors header."""
+    return {"gradmix": json.dumps({"encoder": encoder.description, "image_size": image_size})}
+
+
+def load_backbone(run: str | Path) -> Backbone:
+    """See :func:`gradmix.load`.
+
+    Raises:
+        ValueError: no backbone there, or not one of ours.
+    """
+    path = Path(run).expanduser()
+    path = path / "backbone.safetensors" if path.is_dir() else path
+    weights = load_weights(path)
+    with safe_open(path, "pt") as file:
+        metadata = (file.metadata() or {}).get("gradmix")
+    if metadata is None:
+        raise ValueError(f"{path}: does not say which encoder it belongs to; it was not written by gradmix-pretrain")
+    described = json.loads(metadata)
+    encoder = build_encoder(described["encoder"], described["image_size"])
+    encoder.load_state_dict(weights)
+    return Backbone(encoder, described["image_size"])

@@ -1,0 +1,112 @@
+"""A run's folder: whose it is, what is in it, and what it was made with."""
+
+import json
+import subprocess
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from safetensors import safe_open
+
+from gradmix.ssl.config import Config, flat
+from gradmix.ssl.runs.files import write_text
+
+# Where and how fast a run computes, not what: these may differ when a run goes on.
+FREE_KEYS = (
+    *("run_dir", "trainer", "checkpoint_seconds", "data.workers", "data.on_bad_image", "data.root", "data.memory_gib"),
+    *("on_nonfinite", "max_skipped_steps", "test_every"),
+    *("detectors", "detector_options", "data.unknown_root"),
+)
+
+
+def claim(run_dir: Path, config: Config) -> None:
+    """Make ``run_dir`` this config's folder and write ``config.yaml``, or see that it already is.
+
+    Raises:
+        ValueError: the folder belongs to a run with another config; the message names the differing keys.
+    """
+    path = run_dir / "config.yaml"
+    if not path.exists():
+        write_text(path, OmegaConf.to_yaml(OmegaConf.structured(config)))
+        return
+    theirs, ours = flat(asdict(read_config(run_dir))), flat(asdict(config))
+    different = [
+        f"{key} is {theirs.get(key)!r} there and {ours.get(key)!r} here"
+        for key in sorted({*theirs, *ours})
+        if theirs.get(key) != ours.get(key) and not any(key == k or key.startswith(k + ".") for k in FREE_KEYS)
+    ]
+    if different:
+        raise ValueError(
+            f"run_dir: {run_dir} belongs to another config ({'; '.join(different[:4])}); "
+            "choose another run_dir=, or delete that folder"
+        )
+
+
+def read_config(run_dir: Path) -> Config:
+    """The config a run was made with.
+
+    Raises:
+        ValueError: no run there, or its config.yaml is not one of ours.
+    """
+    path = run_dir / "config.yaml"
+    if not path.is_file():
+        raise ValueError(f"{run_dir}: not a run's folder, config.yaml is missing")
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path)))
+    except Exception as error:  # yaml and omegaconf have no common base for what a damaged file raises
+        raise ValueError(f"{path}: not a config of this version ({str(error).splitlines()[0]})") from error
+
+
+def check_classes(run_dir: Path, classes: Sequence[str]) -> None:
+    """See that images have the classes that a run was trained with. Weights from elsewhere don't say theirs.
+
+    Raises:
+        ValueError: classes are missing, extra, renamed or in another order; the message names them.
+    """
+    with safe_open(run_dir / "backbone.safetensors", "pt") as file:
+        trained = json.loads((file.metadata() or {}).get("classes", "null"))
+    if trained is None or trained == list(classes):
+        return
+    missing = [name for name in trained if name not in classes]
+    extra = [name for name in classes if name not in trained]
+    renamed = []
+    if len(trained) == len(classes):  # then a name that is new in the place of one that is gone is the same class
+        renamed = [(was, now) for was, now in zip(trained, classes, strict=True) if was in missing and now in extra]
+    gone, new = ({pair[side] for pair in renamed} for side in (0, 1))
+    parts = {
+        "missing": [name for name in missing if name not in gone],
+        "extra": [name for name in extra if name not in new],
+        "renamed": [f"{was} to {now}" for was, now in renamed],
+    }
+    told = "; ".join(f"{what}: {', '.join(names)}" for what, names in parts.items() if names)
+    raise ValueError(
+        f"data: not the classes that {run_dir} was trained with; {told or 'in another order'}; "
+        "data=NAME evaluates a run on other data"
+    )
+
+
+def provenance() -> dict[str, Any]:
+    """Versions, revision and hardware, flat, to stand beside every result."""
+    packages = ["torchvision", "lightly", "faiss-cpu", "pytorch-lightning", "numpy", "gradmix"]
+    packages += ["timm"] * (find_spec("timm") is not None)
+    cuda, threads = torch.cuda.is_available(), torch.get_num_threads()
+    return {
+        "version/torch": torch.__version__,  # with the CUDA build
+        **{f"version/{name}": version(name) for name in packages},
+        "git/revision": _revision(),
+        "hardware": torch.cuda.get_device_name() if cuda else f"CPU, {threads} thread{'s' * (threads > 1)}",
+    }
+
+
+def _revision() -> str | None:
+    """The checkout's commit, with -dirty when it has changes; None for an installed wheel."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

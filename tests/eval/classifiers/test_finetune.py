@@ -1,0 +1,71 @@
+"""Probes on augmented images, with a tiny untrained ResNet on real digits."""
+
+import pytest
+import torch
+from sklearn.datasets import load_digits
+
+from gradmix.eval.classifiers.finetune import ImageProbe
+from gradmix.eval.config import TrainedProbe
+from gradmix.eval.features.cache import fingerprint
+from gradmix.ssl.config import AugmentConfig
+from gradmix.ssl.data.images import ImageSet, from_array
+from gradmix.ssl.networks.backbones import Backbone, ResNet
+
+AUGMENT = AugmentConfig(crop=(0.6, 1.0), flip=0.0)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    data = load_digits()
+    rows = (data.target < 3).nonzero()[0]
+    images = from_array((data.images[rows] * (255 / 16)).round().astype("uint8"), 8)
+    everything = ImageSet(torch.from_numpy(data.target[rows]).long(), 8, images)
+    return everything.select(torch.arange(0, 400)), everything.select(torch.arange(400, len(rows)))
+
+
+def backbone():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Backbone(ResNet("resnet18", 4, "small"), 8)
+
+
+def accuracy(probe, images):
+    return (probe.predict(images) == images.labels).double().mean().item()
+
+
+@pytest.mark.parametrize(("protocol", "optimizer", "lr"), [("augmented", "sgd", 1.0), ("finetune", "sgd", 0.1)])
+def test_learns_and_leaves_the_backbone_bit_identical(digits, protocol, optimizer, lr):
+    network, (train, test) = backbone(), digits
+    before, state = fingerprint(network), torch.get_rng_state()
+    settings = TrainedProbe(optimizer, epochs=8, batch_size=64, base_lr=lr)
+    probe = ImageProbe(protocol, settings, AUGMENT).fit(network, train, 3)
+    assert fingerprint(network) == before and torch.equal(torch.get_rng_state(), state)
+    assert accuracy(probe, test) > 0.6  # a third is chance
+    assert (fingerprint(probe.backbone) == before) == (protocol == "augmented")
+    again = ImageProbe(protocol, settings, AUGMENT).fit(network, train, 3)
+    assert torch.equal(again.head[1].weight, probe.head[1].weight)
+    assert str(probe) == f"{protocol}: sgd, 8 epochs, lr {lr / 4:.3g}, weight decay 0, last weights"
+
+
+def test_lars(digits):
+    probe = ImageProbe("augmented", TrainedProbe("lars", epochs=4, batch_size=64, base_lr=40), AUGMENT)
+    assert accuracy(probe.fit(backbone(), digits[0], 3), digits[1]) > 0.6
+
+
+def test_a_backbone_that_moves_is_an_error(digits, monkeypatch):
+    """The assertion is in the code: train mode moves BatchNorm's statistics, and is noticed."""
+    network = backbone()
+    monkeypatch.setattr(type(network), "train", lambda self, mode=True: torch.nn.Module.train(self, True))
+    with pytest.raises(RuntimeError, match="changed weights or BatchNorm statistics"):
+        ImageProbe("augmented", TrainedProbe(epochs=1), AUGMENT).fit(network, digits[0], 3)
+
+
+def test_bad_settings():
+    for arguments, message in (
+        (("linear", TrainedProbe()), "protocols: expected some of cached, augmented, finetune, got 'linear'"),
+        (("augmented", TrainedProbe("adam")), "probe.optimizer: expected sgd or lars, got 'adam'"),
+        (("augmented", TrainedProbe(epochs=0)), "probe.epochs: expected at least 1, got 0"),
+        (("augmented", TrainedProbe(batch_size=1)), "probe.batch_size: expected at least 2, got 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ImageProbe(*arguments, AUGMENT)

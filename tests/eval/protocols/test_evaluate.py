@@ -1,0 +1,250 @@
+"""A run's numbers against scikit-learn on the features that the run saved."""
+
+import json
+import re
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from sklearn.metrics import roc_auc_score
+from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
+from sklearn.preprocessing import normalize
+
+from gradmix.eval.classifiers.linear import LinearProbe
+from gradmix.eval.detectors import ViM
+from gradmix.eval.features.extraction import raw_pixels
+from gradmix.eval.protocols.evaluate import build_detector, check_neighbours, evaluate, parse_detector
+from gradmix.eval.report.summary import over_splits, table
+from gradmix.eval.runs.compare import compare
+from gradmix.ssl.data.images import ImageSet
+from gradmix.ssl.data.open_set import load_data
+from gradmix.ssl.runs.folder import read_config
+
+
+def read(run):
+    return json.loads((run / "metrics.json").read_text())
+
+
+SMALL = ("epochs=1", "encoder.width=4", "trainer.accelerator=cpu")
+
+
+def test_all_splits_in_one_command(command, tmp_path, digits_run):
+    result = command("pretrain", *SMALL, "data.split=all", "run_dir=all")
+    assert result.code == 0, result.err
+    assert "±" in result.out
+    runs = [json.loads((tmp_path / f"all/split-{i}/metrics.json").read_text()) for i in range(5)]
+    summary = json.loads((tmp_path / "all/metrics.json").read_text())
+    for key in ("osr/deep_knn/auroc", "osr/pixels/oscr", "knn/top1"):
+        values = np.array([run[key] for run in runs])
+        assert summary[key] == pytest.approx(values.mean())
+        assert summary[f"{key}/std"] == pytest.approx(values.std(ddof=1))
+    page = (tmp_path / "all/report.html").read_text()  # the same mean, and the way to each split's own report
+    shown = re.search(r'data-key="osr/deep_knn/auroc" data-value="([^"]+)"', page)[1]
+    assert float(shown) == pytest.approx(summary["osr/deep_knn/auroc"])
+    links = re.findall(r'href="(split-\d/report\.html)"', page)
+    assert len(links) == 5 and all((tmp_path / "all" / link).is_file() for link in links)
+
+    # The first of them, against scikit-learn on the saved features
+    run = tmp_path / "all/split-0"
+    train, test = (load_file(run / "features" / f"{name}.safetensors") for name in ("train", "test"))
+    known = test["labels"].numpy() >= 0
+    bank, queries = (normalize(part["features"].double().numpy()) for part in (train, test))
+    fifth = NearestNeighbors(n_neighbors=5, algorithm="brute").fit(bank).kneighbors(queries)[0][:, 4]
+    assert runs[0]["osr/deep_knn/auroc"] == pytest.approx(roc_auc_score(~known, fifth), abs=1e-4)
+
+    vote = KNeighborsClassifier(20, weights=lambda d: np.exp((1 - d**2 / 2) / 0.07), algorithm="brute")
+    right = vote.fit(bank, train["labels"]).predict(queries[known]) == test["labels"].numpy()[known]
+    assert runs[0]["knn/top1"] == pytest.approx(right.mean(), abs=0.003)
+
+    # What needs no learning does not depend on the run: the same split, trained in another way
+    other, pixels = read(digits_run), [key for key in runs[0] if "pixels" in key]
+    assert len(pixels) > 5 and all(runs[0][key] == other[key] for key in pixels)
+    assert runs[0]["osr/deep_knn/auroc"] != other["osr/deep_knn/auroc"]
+
+
+def test_evaluating_all_splits_again(command, tmp_path, digits_run):
+    for split in (0, 1):
+        shutil.copytree(digits_run, tmp_path / f"all/split-{split}", ignore=shutil.ignore_patterns("checkpoints"))
+    result = command("eval", "run=all", "detectors=[deep_knn]", "out=again")
+    assert result.code == 0, result.err
+    assert "over 2 splits" in result.out and "±" in result.out
+    summary = read(tmp_path / "again")
+    assert summary["osr/deep_knn/auroc"] == pytest.approx(read(digits_run)["osr/deep_knn/auroc"])
+    assert summary["osr/deep_knn/auroc/std"] == 0 and "osr/deep_knn/auroc_low" not in summary
+    result = command("eval", "run=all", "against=again")
+    assert result.code == 0 and result.out.count("deep_knn AUROC") == 2
+
+
+def test_over_splits_says_what_all_of_them_say():
+    splits = [
+        {"a": 1.0, "b_low": 0.5, "c": "x", "d": "lr 1", "e": {"k": 1}},
+        {"a": 2, "b_low": 0.5, "c": "x", "d": "lr 2"},
+    ]
+    assert over_splits(splits) == {"splits": 2, "a": 1.5, "a/std": pytest.approx(0.5**0.5), "c": "x"}
+    assert over_splits([{"knn/top1": 0.5}]) == {"splits": 1, "knn/top1": 0.5}  # of one there is no deviation
+    assert "50.00\n" in table(over_splits([{"knn/top1": 0.5}])) + "\n"
+
+
+@pytest.mark.parametrize("test_images", ["unknown ones", "none"])
+def test_without_known_test_images_the_rest_is_measured(digits_run, tmp_path, test_images):
+    config = read_config(digits_run)
+    data = load_data(config.data, config.seed)
+    rows = (data.test.labels < 0).nonzero()[:, 0] if test_images == "unknown ones" else torch.zeros(0).long()
+    result = evaluate(digits_run, config, replace(data, test=data.test.select(rows)), out=tmp_path / "out")
+    assert result["skipped"] == {"knn, linear, osr": "the test set has no images of known classes"}
+    assert "quality/effective_rank" in result and "knn/top1" not in result
+    assert (tmp_path / "out/detector/scorer.json").is_file() and not (
+        tmp_path / "out/features/scores.safetensors"
+    ).exists()
+
+
+def test_a_collapsed_network_has_no_class_spread(command, digits_run, tmp_path):
+    run = shutil.copytree(digits_run, tmp_path / "run")
+    with safe_open(run / "backbone.safetensors", "pt") as file:
+        metadata = file.metadata()
+    weights = load_file(run / "backbone.safetensors")
+    for name in ("layer4.1.bn2.weight", "layer4.1.bn2.bias", "layer4.1.conv2.weight"):
+        weights[name].zero_()
+    weights["layer4.0.bn2.weight"].zero_()
+    weights["layer4.0.downsample.1.weight"].zero_()  # what is left of every image is layer4.0's bias
+    save_file(weights, run / "backbone.safetensors", metadata)
+    result = command("eval", f"run={run}", "detectors=[deep_knn]")
+    assert result.code == 0, result.err
+    why = "the class means coincide, which makes it infinite"
+    assert f"not measured: quality/class_spread ({why})" in result.out
+    numbers = json.loads((run / "metrics.json").read_text(), parse_constant=pytest.fail)  # no Infinity, no NaN
+    assert numbers["skipped"] == {"quality/class_spread": why} and "quality/class_spread" not in numbers
+    assert f"Not measured: quality/class_spread, for {why}." in (run / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("key", "k"),
+    [("knn_k", 0), ("knn_k", 647), ("detector_options.deep_knn.k", 647), ("detector_options.class_knn.k", 0)],
+)
+def test_neighbours_that_are_not_there_are_refused_before_training(digits_run, key, k):
+    config = read_config(digits_run)
+    data = load_data(config.data, config.seed)
+    check_neighbours(config, data)
+    config.detectors = ["class_knn"]  # deep_knn is saved, whatever is measured
+    if key == "knn_k":
+        config.knn_k = k
+    else:
+        config.detector_options = {key.split(".")[1]: {"k": k}}
+    with pytest.raises(ValueError, match=rf"{key}: expected 1 to 646, the size of the training set, got {k}"):
+        check_neighbours(config, data)
+
+
+def test_the_interval_is_the_bootstraps(digits_run):
+    metrics, scores = read(digits_run), load_file(digits_run / "features/scores.safetensors")
+    known = (scores["labels"] >= 0).numpy()
+    score = scores["deep_knn/score"].numpy()
+    assert metrics["osr/deep_knn/auroc"] == pytest.approx(roc_auc_score(~known, score))
+    rng = np.random.default_rng(7)
+    sides = np.flatnonzero(known), np.flatnonzero(~known)
+    draws = [np.concatenate([rng.choice(side, len(side)) for side in sides]) for _ in range(400)]
+    low, high = np.quantile([roc_auc_score(~known[rows], score[rows]) for rows in draws], [0.025, 0.975])
+    assert metrics["osr/deep_knn/auroc_low"] == pytest.approx(low, abs=0.012)
+    assert metrics["osr/deep_knn/auroc_high"] == pytest.approx(high, abs=0.012)
+
+
+def test_scores_say_what_the_metrics_say(digits_run):
+    metrics, scores = read(digits_run), load_file(digits_run / "features/scores.safetensors")
+    known = scores["labels"] >= 0
+    for detector in ("deep_knn", "class_knn", "mahalanobis", "pixels"):
+        correct = scores[f"{detector}/correct"]
+        assert not correct[~known].any()
+        assert correct[known].double().mean() == pytest.approx(metrics[f"osr/{detector}/closed_set_accuracy"])
+    assert len(scores["images"].unique()) > len(known) - 3  # the digits hold a few exact duplicates
+
+
+def test_two_runs_on_the_same_images(digits_run, command, tmp_path):
+    result = command("eval", f"run={digits_run}", "detectors=[deep_knn,vim]", "detector_options.deep_knn.k=1", "out=k1")
+    assert result.code == 0, result.err
+    ours, theirs = read(tmp_path / "k1"), read(digits_run)
+    assert ours["detector_options"] == {"deep_knn": {"k": 1}}
+    assert ours["osr/deep_knn/auroc"] != theirs["osr/deep_knn/auroc"]
+    result = command("eval", "run=k1", f"against={digits_run}")
+    assert result.code == 0, result.err
+    for metric in ("auroc", "oscr"):
+        (line,) = (line for line in result.out.splitlines() if line.startswith(f"  deep_knn {metric.upper()}"))
+        value, low, high = (float(word.strip("[],")) for word in line.split()[-3:])
+        assert value == pytest.approx(
+            100 * (ours[f"osr/deep_knn/{metric}"] - theirs[f"osr/deep_knn/{metric}"]), abs=0.01
+        )
+        assert low <= value <= high and high - low < 20
+    assert "mahalanobis" not in result.out  # only one of the two has it
+    same = compare(digits_run, digits_run)
+    assert set(same) == {
+        f"{d}/{m}" for d in ("deep_knn", "class_knn", "mahalanobis", "pixels") for m in ("auroc", "oscr")
+    }
+    assert all(interval == (0, 0, 0) for interval in same.values())
+
+    # ViM got the linear probe
+    train, test = (load_file(tmp_path / "k1/features" / f"{name}.safetensors") for name in ("train", "test"))
+    probe = LinearProbe(seed=0).fit(train["features"], train["labels"])
+    vim = ViM().fit(train["features"], train["labels"], head=(probe.weight_, probe.bias_))
+    scores = load_file(tmp_path / "k1/features/scores.safetensors")
+    torch.testing.assert_close(scores["vim/score"], vim.score(test["features"]))
+
+
+def test_other_images_cannot_be_compared(digits_run, command, tmp_path):
+    (tmp_path / "far").mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(30):
+        Image.fromarray(rng.integers(0, 256, (20, 20, 3), dtype=np.uint8)).save(tmp_path / f"far/{i}.png")
+    result = command("eval", f"run={digits_run}", "unknown_root=far", "detectors=[deep_knn]", "out=out")
+    assert result.code == 0, result.err
+    assert read(tmp_path / "out")["data/unknown_root"] == "far"
+    scores = load_file(tmp_path / "out/features/scores.safetensors")
+    assert (scores["labels"] < 0).sum() == 30 and (scores["labels"] >= 0).sum() == 359
+    assert read(tmp_path / "out")["osr/pixels/auroc"] > 0.9  # noise is no digit
+    for arguments, message in (
+        (("run=out", f"against={digits_run}"), "the test images of out and"),
+        (("run=out", "against=far"), "far: no scores of an open-set evaluation there"),
+        ((f"run={digits_run}", "unknown_root=nothing"), "data.unknown_root: nothing is not a folder"),
+    ):
+        result = command("eval", *arguments)
+        assert result.code == 2 and message in result.err, result.err
+        assert len(result.err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"deep_kn": {"k": 1}}, "detector_options: no 'deep_kn'; did you mean deep_knn?"),
+        ({"deep_knn": {"kk": 1}}, "detector_options.deep_knn.kk: no such parameter; did you mean k?"),
+        ({"deep_knn": {"k": "ten"}}, "detector_options.deep_knn.k: expected int, got 'ten'"),
+        ({"deep_knn": {"k": True}}, "detector_options.deep_knn.k: expected int, got True"),
+        ({"deep_knn": 3}, "detector_options.deep_knn: expected parameters"),
+    ],
+)
+def test_detector_options_are_checked(options, message):
+    with pytest.raises(ValueError) as caught:
+        build_detector(next(iter(options)), options)
+    assert message in str(caught.value)
+
+
+def test_detector_options_reach_the_detector():
+    assert build_detector("deep_knn", {"deep_knn": {"k": 7}}).k == 7
+    assert build_detector("vim", {"deep_knn": {"k": 7}, "vim": {"dimension": None}}).dimension is None
+    assert build_detector("mahalanobis", {"mahalanobis": {"shrinkage": 1}}).shrinkage == 1
+
+
+def test_large_images_are_averaged_down_for_the_pixel_baseline():
+    images = torch.randint(0, 256, (3, 3, 64, 64)).to(torch.uint8)
+    got = raw_pixels(ImageSet(torch.zeros(3).long(), 64, images)).view(3, 3, 32, 32)
+    blocks = images.double().view(3, 3, 32, 2, 32, 2).mean((3, 5)) / 255
+    torch.testing.assert_close(got.double(), blocks, atol=1e-6, rtol=0)
+
+
+def test_detector_entries():
+    assert parse_detector("deep_knn")[0::2] == ("deep_knn", "features")
+    assert parse_detector("class_knn")[0::2] == ("class_knn", "projections")
+    assert parse_detector("class_knn@features")[0::2] == ("class_knn_features", "features")
+    with pytest.raises(ValueError, match="expected @features or @projections"):
+        parse_detector("deep_knn@pixels")

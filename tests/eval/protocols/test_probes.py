@@ -1,0 +1,81 @@
+"""What gradmix-eval adds when asked, and feature quality while training."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.preprocessing import normalize
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from gradmix.eval.protocols.online import OnlineQuality, watchers
+from gradmix.eval.quality import class_spread, effective_rank
+from gradmix.ssl.data.open_set import load_data
+from gradmix.ssl.runs.folder import read_config
+from gradmix.ssl.train import train
+
+
+def test_many_knn_settings_are_scikit_learns(command, tmp_path, digits_run):
+    """On an open-set subset: six of ten digits are known, the test set has all."""
+    result = command("eval", f"run={digits_run}", "knn_k=[1,5,50]", "knn_temperature=[0.07,1]", "out=out")
+    assert result.code == 0, result.err
+    numbers = json.loads((tmp_path / "out/metrics.json").read_text())
+    fit, test = (load_file(tmp_path / f"out/features/{name}.safetensors") for name in ("train", "test"))
+    known = test["labels"] >= 0
+    bank, queries = (normalize(part["features"].double().numpy()) for part in (fit, test))
+    for k in (1, 5, 50):
+        for t in (0.07, 1):
+            vote = KNeighborsClassifier(k, weights=lambda d, t=t: np.exp((1 - d**2 / 2) / t), algorithm="brute")
+            right = vote.fit(bank, fit["labels"]).predict(queries[known]) == test["labels"].numpy()[known]
+            assert numbers[f"knn/k={k},t={t:g}/top1"] == pytest.approx(right.mean(), abs=0.006)
+    assert numbers["knn/top1"] == json.loads((digits_run / "metrics.json").read_text())["knn/top1"]
+    assert numbers["quality/effective_rank"] == pytest.approx(effective_rank(fit["features"]))
+    assert numbers["quality/class_spread"] == pytest.approx(class_spread(fit["features"], fit["labels"]))
+    assert numbers["quality/alignment"] > 0
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("knn_k=[0]", "knn_k: expected 1 to 646"),
+        ("knn_k=[5000]", "knn_k: expected 1 to 646, the size of the training set, got 5000"),
+        ("knn_temperature=[0]", "knn_temperature: expected positive numbers, got 0"),
+        ("protocols=[linear]", "protocols: expected some of cached, augmented, finetune, got 'linear'"),
+        ("few_labels=[5000]", "few_labels: 5000 images of each class asked for"),
+        ("few_labels=[few]", "few_labels: expected a share such as 1%"),
+    ],
+)
+def test_bad_settings_are_one_line(command, digits_run, argument, message):
+    before = (digits_run / "metrics.json").read_bytes()
+    result = command("eval", f"run={digits_run}", argument)
+    assert result.code == 2 and message in result.err and len(result.err.strip().splitlines()) == 1
+    assert (digits_run / "metrics.json").read_bytes() == before
+
+
+def test_quality_over_training_changes_nothing_else(digits_run, tmp_path):
+    config = read_config(digits_run)
+    config.run_dir, config.quality_every = str(tmp_path / "run"), 1
+    data = load_data(config.data, config.seed)
+    callbacks = watchers(data, config)
+    assert any(isinstance(callback, OnlineQuality) for callback in callbacks)
+    train(config, data, callbacks)
+    ours, theirs = (load_file(folder / "backbone.safetensors") for folder in (tmp_path / "run", digits_run))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    events = EventAccumulator(str(tmp_path / "run/tensorboard")).Reload()
+    for name in ("alignment", "uniformity", "effective_rank", "class_spread"):
+        assert len(events.Scalars(f"quality/{name}")) == 2  # one an epoch
+
+
+def test_features_beyond_memory_give_the_same_numbers(command, tmp_path, digits_run):
+    small = ("data=digits", "data.split=0", "data.holdout=0.1", "detectors=[deep_knn,mahalanobis,vim]")
+    for name, memory in (("whole", 4), ("mapped", 1e-6)):
+        result = command("eval", f"run={digits_run}", *small, f"data.memory_gib={memory}", f"out={name}")
+        assert result.code == 0, result.err
+    whole, mapped = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("whole", "mapped"))
+    assert mapped["skipped"]["raw pixels"] == "they exceed data.memory_gib"
+    numbers = [key for key, value in whole.items() if isinstance(value, float) and "pixels" not in key]
+    assert {"knn/top1", "linear/top1", "osr/vim/auroc", "quality/class_spread"} < set(numbers)
+    for key in numbers:
+        assert mapped[key] == pytest.approx(whole[key], abs=0.006), key

@@ -1,0 +1,260 @@
+"""report.html: the numbers of metrics.json, in a page that a real browser opens without a network."""
+
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.numpy import load_file, save_file
+from sklearn.datasets import load_digits
+from sklearn.metrics import auc, average_precision_score
+
+from gradmix.eval.detectors import DeepKNN
+from gradmix.eval.report import curves, write_report
+from gradmix.eval.report.charts import thin
+from gradmix.eval.report.feature_map import plane
+from gradmix.eval.runs.folder import command as command_of
+from gradmix.eval.runs.folder import differences, read_run
+
+
+@pytest.fixture(scope="module")
+def report(digits_run):
+    return write_report(digits_run)
+
+
+def test_it_opens_in_a_browser_on_wide_and_narrow_screens_and_in_the_dark(browser, report):
+    assert report.stat().st_size < 8e6
+    papers = set()
+    for width, dark in ((1200, False), (390, False), (390, True)):
+        page = browser(report, width, dark)
+        run = page.driver.execute_script
+        assert run("return document.documentElement.scrollWidth") == width
+        assert run("return [...document.images].length") >= 10
+        assert (
+            run("return [...document.images].filter(i => !i.naturalWidth || !i.offsetWidth || !i.offsetHeight)") == []
+        )
+        assert run("return document.querySelectorAll('svg.chart').length") >= 8
+        assert run("return [...document.querySelectorAll('svg')].filter(s => s.clientHeight < 10).length") == 0
+        ids = run("return [...document.querySelectorAll('[id]')].map(e => e.id)")
+        assert len(ids) == len(set(ids))
+        papers.add(run("return getComputedStyle(document.body).backgroundColor"))
+        assert page.complaints() == []
+    assert papers == {"rgb(255, 255, 255)", "rgb(20, 23, 27)"}
+
+
+@pytest.mark.parametrize("width", [1200, 390])
+def test_pointing_at_the_map_shows_that_point_s_image(browser, report, digits_run, width):
+    page = browser(report, width)
+    run = page.driver.execute_script
+    assert run("return document.querySelector('.tip').hidden")
+    place = run(
+        "const mark = [...document.querySelectorAll('.map path')].at(-1); mark.scrollIntoView({block: 'center'});"
+        "const r = mark.getBoundingClientRect(); return [r.x + r.width / 2, r.y + r.height / 2]"
+    )
+    move = {"type": "mouseMoved", "x": place[0], "y": place[1]}
+    page.driver.execute_cdp_cmd("Input.dispatchMouseEvent", move)
+    shown = run(
+        "const thumb = document.querySelector('.thumb'), style = getComputedStyle(thumb);"
+        "const on = [...document.querySelectorAll('.map path')].findIndex(m => m.classList.contains('on'));"
+        "return [thumb.offsetWidth, thumb.offsetHeight, style.backgroundImage.slice(0, 24), on,"
+        "        document.querySelector('.tip p').textContent,"
+        "        JSON.parse(document.getElementById('map-data').textContent).captions[on]]"
+    )
+    assert shown[0] > 50 and shown[1] > 50
+    assert shown[2] == 'url("data:image/webp;bas'
+    assert shown[3] >= 0 and shown[4] == shown[5]
+    same = run(
+        "const labels = JSON.parse(document.getElementById('map-data').textContent).labels;"
+        "return [...document.querySelectorAll('.map path')].map((m, i) => [labels[i], getComputedStyle(m).opacity])"
+    )
+    assert {(label == same[shown[3]][0], opacity) for label, opacity in same} == {(True, "1"), (False, "0.15")}
+    assert re.fullmatch(r"test image \d+: \w+, taken for \w+, score [\d.]+", shown[4])
+    row = int(shown[4].split()[2].rstrip(":"))
+    classes = json.loads((digits_run / "detector/scorer.json").read_text())["classes"]
+    label = load_file(digits_run / "features/test.safetensors")["labels"][row]
+    assert f": {classes[label] if label >= 0 else 'unknown'}," in shown[4]
+    assert run("return document.documentElement.scrollWidth") == width
+    run("document.querySelector('.mapbox').focus()")
+    page.driver.switch_to.active_element.send_keys("\ue012")  # arrow left
+    assert run("return document.querySelector('.tip p').textContent") != shown[4]
+    assert page.complaints() == []
+
+
+def test_its_numbers_are_those_of_metrics_json(report, digits_run):
+    numbers = json.loads((digits_run / "metrics.json").read_text())
+    cells = re.findall(r'data-key="([^"]+)" data-value="([^"]+)">([\d.]+)', report.read_text())
+    assert len(cells) > 30
+    for key, value, shown in cells:
+        assert float(value) == numbers[key]
+        assert shown == f"{100 * numbers[key]:.2f}"
+    assert {key for key in numbers if key.startswith(("knn", "linear"))} <= {key for key, _, _ in cells}
+    for key in numbers:  # and every other one is in the list of all
+        assert key == "skipped" or key in report.read_text()
+
+
+def test_the_area_under_each_curve_is_the_number_beside_it(digits_run):
+    run = read_run(digits_run, images=False)
+    known = run.features["test"]["labels"] >= 0
+    assert {"deep_knn", "pixels"} <= set(run.scores)
+    for name, (score, correct) in run.scores.items():
+        sides = score[known], score[~known], correct[known]
+        assert auc(*curves.roc(*sides)) == pytest.approx(run.numbers[f"osr/{name}/auroc"], abs=1e-4)
+        assert auc(*curves.oscr(*sides)) == pytest.approx(run.numbers[f"osr/{name}/oscr"], abs=2e-3)
+        assert average_precision_score(~known, score) == pytest.approx(run.numbers[f"osr/{name}/aupr"], abs=1e-4)
+
+
+def test_the_command_in_it_makes_the_same_run(digits_run, command):
+    run = read_run(digits_run, images=False)
+    changed = differences(run.config)
+    assert {key: value for key, _, value in changed} == {
+        "epochs": 2,
+        "encoder.width": 4,
+        "knn_every": 1,
+        "pictures_every": 1,
+        "run_dir": "run",
+        "trainer.accelerator": "cpu",
+    }
+    shutil.copytree(digits_run, "run")
+    assert "finished already" in command("pretrain", *command_of(run.config, changed).split()[1:]).out
+
+
+def test_the_command_that_was_typed(report):
+    typed = re.search(r"typed</h3><pre>(.*?)</pre>", report.read_text())[1]
+    assert typed == "-c epochs=2 encoder.width=4 knn_every=1 pictures_every=1 trainer.accelerator=cpu run_dir=run"
+
+
+def test_sixty_classes_stay_readable(digits_run, tmp_path, browser):
+    """Made-up labels: the page must not have a legend of 60 marks or a table of 61 columns."""
+    run, rng = shutil.copytree(digits_run, tmp_path / "run"), np.random.default_rng(0)
+    parts = {name: load_file(run / f"features/{name}.safetensors") for name in ("train", "held_out", "test")}
+    for name, part in parts.items():
+        part["labels"] = rng.integers(-1 if name == "test" else 0, 60, len(part["labels"]))
+        save_file(part, run / f"features/{name}.safetensors")
+    fitted = DeepKNN().fit(parts["train"]["features"], parts["train"]["labels"])
+    fitted.calibrate(parts["held_out"]["features"]).save(run / "detector")
+    names = [f"a class with a long name {label}" for label in range(60)]
+    (run / "detector/scorer.json").write_text(json.dumps({"classes": names}))
+    page = browser(write_report(run), 390)
+    js = page.driver.execute_script
+    assert js("return document.documentElement.scrollWidth") == 390
+    assert js("return document.querySelectorAll('.legend li').length") == 0
+    assert js("return [...document.querySelectorAll('table')].every(t => t.rows[0].cells.length < 10)")
+    assert "a class with a long name 24 and 35 more" in js("return document.querySelector('#run').textContent")
+    matrix = "const image = document.querySelector('img.matrix'), size = [image.naturalWidth, image.naturalHeight];"
+    assert js(matrix + "return [...size, image.width <= 358, image.width == image.height]") == [61, 61, True, True]
+    # The darkest cell of a row is the class that most of its images are taken for.
+    predicted, labels = fitted.predict(parts["test"]["features"]), parts["test"]["labels"]
+    counts = np.bincount(predicted[labels == 7] % 61, minlength=61)
+    row = js(
+        matrix + "const canvas = new OffscreenCanvas(...size).getContext('2d'); canvas.drawImage(image, 0, 0);"
+        "return [...canvas.getImageData(0, 7, 61, 1).data].filter((_, i) => i % 4 == 0)"
+    )
+    assert np.argmin(row) == np.argmax(counts) and (np.array(row) < 255).tolist() == (counts > 0).tolist()
+    assert page.complaints() == []
+
+
+def test_a_run_where_everything_is_missing_says_so(digits_run, tmp_path, browser):
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    shutil.copy(digits_run / "config.yaml", bare)
+    skipped = {"osr": "the test set has no unknown classes"}
+    (bare / "metrics.json").write_text(json.dumps({"skipped": skipped, "data/bad_images": 2}))
+    report = write_report(bare)
+    text = report.read_text()
+    for sentence in (
+        "Not measured: osr, for the test set has no unknown classes.",
+        "2 unreadable files left out",
+        "There are no TensorBoard events in this folder.",
+        "There are no saved features in this folder.",
+        "There are no classes to confuse.",
+        "TensorBoard holds no pictures of mixing.",
+    ):
+        assert sentence in text
+    page = browser(report, 390)
+    assert page.driver.execute_script("return document.documentElement.scrollWidth") == 390
+    assert page.complaints() == []
+
+
+def test_images_that_moved_are_named(digits_run, tmp_path):
+    run = shutil.copytree(digits_run, tmp_path / "moved")
+    config = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(config.replace("split: 0", "split: 1"))
+    assert "images found now are not those of the saved features" in read_run(run).why_no_images
+    (run / "config.yaml").write_text(
+        config.replace("name: digits", "name: imagefolder").replace("root: null", "root: /gone")
+    )
+    text = write_report(run).read_text()
+    assert "The images are not where they were (data.root: /gone is not a folder)." in text
+    assert 'class="map"' in text and "<img" in text  # mixing pictures are still there
+
+
+def test_a_flat_folder_without_classes(command, tmp_path):
+    (tmp_path / "flat").mkdir()
+    for i, image in enumerate(load_digits().images[:60]):
+        Image.fromarray((image * 15.9).astype(np.uint8)).save(tmp_path / "flat" / f"{i}.png")
+    small = ("epochs=1", "batch_size=16", "encoder.width=4", "knn_k=2", "mix=none", "trainer.accelerator=cpu")
+    data = ("data=imagefolder", "data.image_size=8", "data.root=flat", "method=simclr")
+    assert command("pretrain", *small, *data, "run_dir=run").code == 0
+    text = write_report(tmp_path / "run").read_text()
+    assert "the images have no classes" in text
+    assert "mix=none: nothing was mixed." in text
+    assert "image, flat/0.png, score" in text or "image, flat/1.png, score" in text
+
+
+def test_the_histogram_names_the_detector_it_shows(digits_run, tmp_path):
+    run = shutil.copytree(digits_run, tmp_path / "run")
+    assert "Scores of the primary detector" in write_report(run).read_text()
+    scores = load_file(run / "features/scores.safetensors")
+    save_file({k: v for k, v in scores.items() if "deep_knn" not in k}, run / "features/scores.safetensors")
+    text = write_report(run).read_text()
+    assert "class_knn score<" in text and "<p>Scores of class_knn; the less" in text
+    assert "deep_knn score<" not in text and "Scores of the primary detector" not in text
+
+
+def test_names_of_classes_and_files_are_escaped(command, tmp_path, browser):
+    names = ["<script>alert(1)</script>"[:8] + " & cat", 'dog\'s "best" </script', "bird"]
+    digits = load_digits()
+    for label, name in enumerate(names):
+        folder = tmp_path / "photos" / name.replace("/", "_")
+        folder.mkdir(parents=True)
+        for i, image in enumerate(digits.images[digits.target == label][:16]):
+            Image.fromarray((image * 15.9).astype(np.uint8)).save(folder / f"<b>{i}&.png")
+    known = [path.name for path in sorted((tmp_path / "photos").iterdir())][:2]
+    small = ("epochs=1", "batch_size=8", "encoder.width=4", "knn_k=2", "trainer.accelerator=cpu")
+    data = ("data=imagefolder", "data.image_size=8", "data.root=photos", "data.known=[0,1]", "run_dir=run")
+    result = command("pretrain", *small, *data)
+    assert result.code == 0, result.err
+    report = write_report(tmp_path / "run")
+    page = browser(report)
+    assert page.driver.execute_script("return document.querySelectorAll('b b, main script:not([type])').length") == 0
+    headings = page.driver.execute_script(
+        "return [...document.querySelectorAll('.confusion thead th')].map(cell => cell.textContent)"
+    )
+    assert headings == ["", *known, "unknown"]
+    assert page.complaints() == []
+
+
+def test_a_folder_that_is_no_evaluated_run(tmp_path, digits_run):
+    with pytest.raises(ValueError, match=r"config\.yaml is missing"):
+        write_report(tmp_path)
+    shutil.copy(digits_run / "config.yaml", tmp_path)
+    with pytest.raises(ValueError, match=r"not evaluated yet, metrics\.json is missing"):
+        write_report(tmp_path)
+
+
+def test_the_map_is_the_same_every_time_and_stands_degenerate_features():
+    rng = np.random.default_rng(0)
+    features = rng.normal(size=(40, 60))
+    assert np.array_equal(plane(features), plane(features))
+    for odd in (np.ones((20, 8)), np.zeros((3, 4)), rng.normal(size=(1, 4)), rng.normal(size=(30, 1))):
+        places = plane(odd)
+        assert places.shape == (len(odd), 2) and np.isfinite(places).all()
+        assert places.min() >= 0 and places.max() <= 1
+
+
+def test_thinned_curves_keep_their_ends():
+    x = np.arange(5000)
+    shown, values = thin(x, x**2)
+    assert len(shown) <= 400 and shown[0] == 0 and shown[-1] == 4999 and (values == shown**2).all()

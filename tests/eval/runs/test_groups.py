@@ -1,0 +1,127 @@
+"""gradmix-compare: means and paired differences, checked by hand on made-up runs."""
+
+import json
+import re
+import shutil
+import sys
+
+import numpy as np
+import pytest
+
+from gradmix.eval.commands.compare import main
+from gradmix.eval.runs.folder import read_run
+from gradmix.eval.runs.groups import difference, find_runs, group_runs
+
+
+@pytest.fixture
+def runs(digits_run, tmp_path):
+    """mix=none on splits 0-2 and mix=gradmix on splits 1-3, with AUROCs that were made up."""
+    made = {"none": {0: 0.50, 1: 0.60, 2: 0.70}, "gradmix": {1: 0.65, 2: 0.72, 3: 0.99}}
+    config = (digits_run / "config.yaml").read_text()
+    numbers = json.loads((digits_run / "metrics.json").read_text())
+    for mix, values in made.items():
+        for split, value in values.items():
+            folder = tmp_path / "runs" / mix / f"split-{split}"
+            shutil.copytree(digits_run / "features", folder / "features")
+            shutil.copytree(digits_run / "tensorboard", folder / "tensorboard")
+            changed = config.replace("name: gradmix", f"name: {mix}").replace("split: 0", f"split: {split}")
+            (folder / "config.yaml").write_text(changed.replace("run_dir: run", f"run_dir: {folder}"))
+            (folder / "metrics.json").write_text(json.dumps(numbers | {"osr/deep_knn/auroc": value}))
+    return tmp_path / "runs"
+
+
+@pytest.fixture
+def compare(monkeypatch, capsys, tmp_path):
+    def run(*arguments):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["gradmix-compare", *map(str, arguments)])
+        try:
+            main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def test_differences_are_over_the_splits_that_both_have(runs):
+    paths = find_runs([runs / "none", runs / "gradmix"])
+    assert len(paths) == 6
+    ((name, groups),) = group_runs([read_run(path, images=False) for path in paths]).items()
+    assert name == "data=digits"
+    assert [group.label for group in groups] == ["mix=none", "mix=gradmix"]
+    assert sorted(groups[0].values("osr/deep_knn/auroc").values()) == [0.50, 0.60, 0.70]
+    gap = difference(groups[1], groups[0], "osr/deep_knn/auroc")
+    assert (gap.pairs, gap.higher) == (2, 2)
+    assert gap.mean == pytest.approx(0.035)
+    assert gap.deviation == pytest.approx(np.std([0.05, 0.02], ddof=1))
+
+
+def test_the_table_and_the_page(runs, compare, tmp_path, browser):
+    code, out, err = compare(runs / "none", runs / "gradmix", "--out", "both.html")
+    assert (code, err) == (0, "")
+    lines = out.splitlines()
+    first = next(i for i, line in enumerate(lines) if "AUROC of deep_knn" in line)
+    assert lines[first + 1].split() == ["mix=none", "60.00", "±", "10.00", "n=3"]
+    assert lines[first + 2].split()[:5] == ["mix=gradmix", "78.67", "±", "17.95", "n=3"]
+    assert "+3.50 ± 2.12, higher in 2 of 2" in lines[first + 2]
+    for width in (1200, 390):
+        page = browser(tmp_path / "both.html", width)
+        run = page.driver.execute_script
+        assert run("return document.documentElement.scrollWidth") == width
+        assert run("return [...document.querySelectorAll('svg.chart')].filter(s => s.clientHeight > 50).length") == 5
+        shown = run("return document.querySelector('[data-key=\"osr/deep_knn/auroc\"]').dataset.value")
+        assert float(shown) == pytest.approx(0.6)
+        assert page.complaints() == []
+
+
+def test_the_same_run_twice_counts_once_and_runs_again_are_one_unit(runs, compare):
+    shutil.copytree(runs / "none/split-0", runs / "none/again")
+    paths = find_runs([runs, runs / "none", runs / "none/split-0"])
+    assert len(paths) == 7
+    ((_, groups),) = group_runs([read_run(path, images=False) for path in paths]).items()
+    assert sorted(len(group.runs) for group in groups) == [3, 3]
+
+
+def test_what_an_evaluation_was_told_sets_runs_apart(runs):
+    """gradmix-eval may have measured something else than config.yaml says, and says so in metrics.json."""
+    for split, told in ((1, {"detector_options": {"deep_knn": {"k": 9}}}), (2, {"data/unknown_root": "far"})):
+        path = runs / f"none/split-{split}/metrics.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | told))
+    sets = group_runs([read_run(path, images=False) for path in find_runs([runs / "none"])])
+    assert {name: [group.label for group in groups] for name, groups in sets.items()} == {
+        "data.unknown_root=None": ["detector_options.deep_knn.k=default", "detector_options.deep_knn.k=9"],
+        "data.unknown_root=far": ["method=joint, mix=none"],
+    }
+
+
+def test_every_number_is_there_also_of_later_runs(runs, compare, tmp_path):
+    path = runs / "gradmix/split-2/metrics.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"osr/vim/auroc": 0.98765}))
+    assert compare(runs)[0] == 0
+    page = (tmp_path / "compare.html").read_text()
+    assert re.findall(r'data-key="osr/vim/auroc" data-value="0.98765">([\d.]+)<', page) == ["0.9877"]
+
+
+def test_one_run_alone(digits_run, compare):
+    code, out, _ = compare(digits_run)
+    assert code == 0
+    assert "method=joint, mix=gradmix" in out and "±" not in out.split("± standard")[0]
+
+
+def test_bad_input_is_one_line(compare, tmp_path, runs):
+    (tmp_path / "empty").mkdir()
+    shutil.copytree(runs / "none/split-0", tmp_path / "unfinished")
+    (tmp_path / "unfinished/metrics.json").unlink()
+    for folder, message in (
+        ("empty", "empty: no evaluated run there"),
+        ("nowhere", "nowhere: no evaluated run there"),
+        ("unfinished", "not evaluated yet, metrics.json is missing"),
+    ):
+        code, _, err = compare(folder)
+        assert code == 2 and message in err and len(err.strip().splitlines()) == 1
+    (runs / "none/split-1/metrics.json").write_text("{")
+    code, _, err = compare(runs)
+    assert code == 2 and "metrics.json: damaged" in err
+    assert compare()[0] == 2

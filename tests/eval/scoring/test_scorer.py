@@ -1,0 +1,127 @@
+"""A detector's folder: every file checked, and pictures of the nearest training images."""
+
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from gradmix.eval.detectors import DeepKNN
+from gradmix.eval.scoring.score_file import write_scores
+from gradmix.eval.scoring.scorer import Scorer, save_scorer
+from gradmix.eval.scoring.sheets import CAPTION, GAP, MARGIN, SIDE, write_sheets
+from gradmix.ssl.config import DataConfig
+from gradmix.ssl.data.images import ImageSet, decode
+from gradmix.ssl.data.open_set import load_data
+
+
+@pytest.fixture
+def detector(digits_run, tmp_path):
+    return shutil.copytree(digits_run / "detector", tmp_path / "detector")
+
+
+@pytest.fixture(scope="module")
+def train():
+    return load_data(DataConfig(name="digits", image_size=16, split=0), 0).train
+
+
+def files_of(images, folder):
+    folder.mkdir()
+    for i, image in enumerate(images):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{i:03d}.png")
+    return sorted(str(path) for path in folder.iterdir())
+
+
+def test_every_file_of_the_folder_is_checked(detector):
+    Scorer(detector)
+    names = sorted(path.name for path in detector.iterdir())
+    assert names == [
+        *("backbone.safetensors", "detector.json", "detector.safetensors", "scorer.json", "thumbnails.safetensors"),
+    ]
+    for name in names:
+        path = detector / name
+        content = path.read_bytes()
+        for damaged in (content[: len(content) // 2], content[:-9] + bytes([content[-9] ^ 1]) + content[-8:]):
+            path.write_bytes(damaged)
+            with pytest.raises(ValueError, match=f"{name}: damaged"):
+                Scorer(detector)
+        path.unlink()
+        with pytest.raises(ValueError, match=name):
+            Scorer(detector)
+        path.write_bytes(content)
+    Scorer(detector)
+
+
+def test_class_names_that_were_changed_are_refused(detector):
+    about = json.loads((detector / "scorer.json").read_text())
+    about["classes"][0] = "seven"
+    (detector / "scorer.json").write_text(json.dumps(about))
+    with pytest.raises(ValueError, match=r"scorer\.json: damaged, its content does not match its hash"):
+        Scorer(detector)
+
+
+def test_a_training_image_is_its_own_nearest(detector, train, tmp_path):
+    scorer = Scorer(detector)
+    rows = [0, 17, 301]
+    paths = files_of(train.images[rows], tmp_path / "photos")
+    distances, nearest = scorer.neighbours(torch.stack([scorer.backbone.transform(path) for path in paths]), 5)
+    assert distances[:, 0].max() < 1e-3 and (distances.diff(dim=1) >= -1e-6).all()
+    for row, near, score in zip(rows, nearest[:, 0].tolist(), scorer.score(paths), strict=True):
+        assert torch.equal(scorer.training_image(near), train.images[row])  # scikit-learn's digits have twins
+        assert scorer.training_class(near) == ["2", "4", "5", "9", "8", "3"][train.labels[row]]
+        assert score.nearest.startswith("training image ")
+    assert [s.score for s in scorer.score(paths)] == pytest.approx(distances[:, 4].tolist(), abs=1e-3)
+
+
+def test_names_that_are_no_utf_8_come_out_as_they_are(detector, train, tmp_path):
+    name = os.fsencode(files_of(train.images[:1], tmp_path / "photos")[0]).replace(b"000", b"caf\xe9")
+    os.rename(tmp_path / "photos/000.png", name)
+    scorer, paths = Scorer(detector), [os.fsdecode(name)]
+    assert write_scores(scorer, paths, tmp_path / "scores.csv") == (1, 0, 0)
+    assert (tmp_path / "scores.csv").read_bytes().splitlines()[1].startswith(name + b",")
+    assert write_scores(scorer, paths, tmp_path / "scores.jsonl") == (1, 0, 0)
+    assert json.loads((tmp_path / "scores.jsonl").read_text())["path"] == paths[0]
+    assert write_sheets(scorer, paths, tmp_path / "sheets") == (1, 1)
+
+
+def test_sheets_show_each_image_and_its_neighbours(detector, train, tmp_path):
+    paths = files_of(train.images[:11], tmp_path / "photos")
+    (tmp_path / "photos" / "000.png").write_text("no image")
+    scorer = Scorer(detector)
+    assert write_sheets(scorer, paths, tmp_path / "sheets") == (10, 2)
+    pages = sorted((tmp_path / "sheets").iterdir())
+    assert [page.name for page in pages] == ["sheet-001.png", "sheet-002.png"]
+    page = np.asarray(Image.open(pages[0]))
+    image = np.asarray(Image.fromarray(train.images[1].permute(1, 2, 0).numpy()).resize((SIDE, SIDE), 0))
+    top = MARGIN + 18
+    np.testing.assert_array_equal(page[top : top + SIDE, MARGIN : MARGIN + SIDE], image)
+    left = MARGIN + SIDE + 2 * GAP  # its nearest training image is itself
+    np.testing.assert_array_equal(page[top : top + SIDE, left : left + SIDE], image)
+    assert page.shape[0] == 2 * MARGIN + 18 + 8 * (SIDE + GAP + CAPTION)  # eight per sheet
+    assert write_sheets(scorer, paths, tmp_path / "few", limit=3) == (3, 1)
+
+
+def test_thumbnails_of_large_images_and_paths_of_files(digits_run, train, tmp_path):
+    features = load_file(digits_run / "features" / "train.safetensors")["features"][:6]
+    detector = DeepKNN().fit(features, torch.tensor([0, 0, 0, 1, 1, 1]))
+    weights = digits_run / "backbone.safetensors"
+    large = torch.randint(0, 256, (6, 3, 64, 64), dtype=torch.uint8)
+    save_scorer(tmp_path / "a", detector, weights, ["x", "y"], ImageSet(torch.arange(6), 64, large))
+    small = Scorer(tmp_path / "a").training_image(4)
+    expected = large[4].double().view(3, 32, 2, 32, 2).mean((2, 4))
+    assert small.shape == (3, 32, 32) and (small.double() - expected).abs().max() <= 0.5 + 1e-6
+
+    files = files_of(train.images[:6], tmp_path / "photos")
+    save_scorer(tmp_path / "a", detector, weights, ["x", "y"], ImageSet(torch.arange(6), 16, large, files))
+    assert not (tmp_path / "a" / "thumbnails.safetensors").exists()
+    scorer = Scorer(tmp_path / "a")
+    assert torch.equal(scorer.training_image(4), decode(files[4], 16)) and scorer.training_name(4) == files[4]
+    shutil.rmtree(tmp_path / "photos")
+    with pytest.raises(ValueError, match="not a readable image"):
+        scorer.training_image(4)
+    kept = files_of(train.images[:2], tmp_path / "kept")
+    assert write_sheets(scorer, kept, tmp_path / "sheets") == (2, 1)  # drawn without the pictures that are gone

@@ -1,0 +1,291 @@
+import pickle
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from omegaconf import OmegaConf
+from PIL import Image
+from sklearn.datasets import load_digits
+from torchvision import datasets
+
+from gradmix.ssl.config import DataConfig
+from gradmix.ssl.data.images import decode
+from gradmix.ssl.data.open_set import load_data
+from gradmix.ssl.data.sources import SOURCES
+from gradmix.ssl.data.splits import CIFAR_PLUS, SPLITS
+
+DIGITS = DataConfig(name="digits", image_size=8, split=0)
+
+
+def picture(path, colour=(10, 20, 30), size=(8, 8), mode="RGB"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, colour).convert(mode).save(path)
+    return path
+
+
+def folder(root, classes, count=8, **options):
+    rng = np.random.default_rng(0)
+    for name in classes:
+        for i in range(count):
+            picture(root / name / f"{i}.png", tuple(rng.integers(0, 256, 3).tolist()), **options)
+
+
+def test_digits_are_scikit_learns_and_nobody_is_in_two_sets():
+    data = load_data(DIGITS, seed=0)
+    real = load_digits()
+    assert (
+        len(data.train) + len(data.held_out) + (data.test.labels >= 0).sum()
+        == np.isin(real.target, SPLITS["digits"][0]).sum()
+    )
+    original = {image.tobytes() for image in (real.images * (255 / 16)).round().astype(np.uint8)}
+    seen = []
+    for part in (data.train, data.held_out, data.test):
+        assert torch.equal(part.images[:, 0], part.images[:, 2])
+        seen += [image[0].numpy().tobytes() for image in part.images]
+    assert set(seen) <= original
+    assert len(set(seen)) > len(seen) - 3  # scikit-learn's digits hold a few exact duplicates
+
+
+@pytest.mark.parametrize("split", range(5))
+def test_labels_are_positions_in_the_split_and_the_rest_of_the_test_set_is_unknown(split):
+    data = load_data(replace(DIGITS, split=split), seed=0)
+    real = load_digits()
+    label_of = {
+        image.tobytes(): int(t)
+        for image, t in zip((real.images * (255 / 16)).round().astype(np.uint8), real.target, strict=True)
+    }
+    for part in (data.train, data.held_out, data.test):
+        for image, label in zip(part.images, part.labels.tolist(), strict=True):
+            digit = label_of[image[0].numpy().tobytes()]
+            assert SPLITS["digits"][split][label] == digit if label >= 0 else digit not in SPLITS["digits"][split]
+    assert data.classes == [str(i) for i in SPLITS["digits"][split]]
+    assert not (data.train.labels < 0).any()
+
+
+def test_the_held_out_share_is_drawn_per_class_by_the_seed():
+    first, again, other = (load_data(DIGITS, seed=s) for s in (0, 0, 1))
+    counts = first.held_out.labels.bincount()
+    total = counts + first.train.labels.bincount()
+    assert ((counts.double() / total - 0.1).abs() < 0.01).all()
+    assert torch.equal(first.held_out.images, again.held_out.images)
+    assert not torch.equal(first.held_out.images, other.held_out.images)
+    assert torch.equal(first.test.images, other.test.images)
+    assert len(load_data(replace(DIGITS, holdout=0.0), 0).held_out) == 0
+
+
+def test_known_classes_by_name_and_by_index():
+    by_name = load_data(replace(DIGITS, split=None, known=["7", "3"]), 0)
+    by_index = load_data(replace(DIGITS, split=None, known=[7, 3]), 0)
+    assert by_name.classes == by_index.classes == ["7", "3"]
+    assert torch.equal(by_name.train.images, by_index.train.images)
+
+
+def test_image_folders(tmp_path):
+    folder(tmp_path / "a", ["cat", "dog"])
+    plain = DataConfig(name="imagefolder", image_size=8, root=str(tmp_path / "a"))
+    data = load_data(plain, 0)
+    assert data.classes == ["cat", "dog"] and not data.unknown
+    assert (len(data.train), len(data.held_out), len(data.test)) == (10, 2, 4)
+
+    folder(tmp_path / "b/train", ["cat", "dog"])
+    folder(tmp_path / "b/test", ["cat", "dog", "emu"], 3)
+    data = load_data(replace(plain, root=str(tmp_path / "b")), 0)
+    assert data.classes == ["cat", "dog"] and data.unknown == ["emu"]
+    assert data.test.labels.tolist() == [0] * 3 + [1] * 3 + [-1] * 3
+
+    (tmp_path / "a/none").mkdir()  # no images: neither known nor unknown
+    data = load_data(plain, 0)
+    assert (data.classes, data.unknown, data.empty) == (["cat", "dog"], [], ["none"])
+
+    for i in range(8):
+        picture(tmp_path / "flat" / f"{i}.png")
+    data = load_data(replace(plain, root=str(tmp_path / "flat")), 0)
+    assert data.classes == [] and (data.train.labels == -1).all()
+
+
+def test_tinyimagenet_layout_with_missing_training_folders(tmp_path):
+    names = [f"n{i:08d}" for i in range(200)]
+    root = tmp_path / "tiny-imagenet-200"
+    root.mkdir()
+    (root / "wnids.txt").write_text("\n".join(reversed(names)))  # the file's own order does not count
+    known = [names[i] for i in SPLITS["tinyimagenet"][0]]
+    for i, name in enumerate(known):
+        for j in range(4):
+            picture(root / "train" / name / "images" / f"{name}_{j}.JPEG", (i, j, 0))
+    rows = []
+    for i, name in enumerate(names):
+        picture(root / "val" / "images" / f"val_{i}.JPEG")
+        rows.append(f"val_{i}.JPEG\t{name}\t0\t0\t63\t63")
+    (root / "val" / "val_annotations.txt").write_text("\n".join(rows))
+    config = DataConfig(name="tinyimagenet", image_size=8, split=0, root=str(tmp_path))
+    data = load_data(config, 0)
+    assert data.classes == known and len(data.unknown) == 180
+    assert (data.test.labels >= 0).sum() == 20
+    for label, position in enumerate(SPLITS["tinyimagenet"][0]):
+        assert data.test.labels[position] == label
+    with pytest.raises(ValueError, match="no training images of the known classes"):
+        load_data(replace(config, split=1), 0)
+
+
+@pytest.fixture
+def cifar(tmp_path, monkeypatch):
+    """CIFAR-10 and CIFAR-100 in torchvision's own layout, four images per class; each pixel says what it is of."""
+    for kind, key, classes, mark in ((datasets.CIFAR10, "labels", 10, 0), (datasets.CIFAR100, "fine_labels", 100, 200)):
+        folder = tmp_path / kind.base_folder
+        folder.mkdir()
+        for files, times in ((kind.train_list, 4), (kind.test_list, 2)):
+            labels = np.tile(np.arange(classes), times)
+            for (name, _), part in zip(files, np.array_split(labels, len(files)), strict=True):
+                red, rest = np.repeat(part[:, None], 1024, 1), np.full((len(part), 2048), mark)
+                data = np.hstack([red, rest]).astype(np.uint8)
+                (folder / name).write_bytes(pickle.dumps({"data": data, key: part.tolist()}))
+        names = [f"{kind.__name__} {i}" for i in range(classes)]
+        (folder / kind.meta["filename"]).write_bytes(pickle.dumps({kind.meta["key"]: names}))
+        monkeypatch.setattr(kind, "_check_integrity", lambda self: True)  # the checksums are the real files'
+        monkeypatch.setitem(kind.meta, "md5", None)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["cifar_plus10", "cifar_plus50"])
+@pytest.mark.parametrize("split", range(5))
+def test_cifar_plus_is_cifar10_against_chosen_classes_of_cifar100(cifar, name, split):
+    data = load_data(DataConfig(name=name, split=split, root=str(cifar)), 0)
+    known, unknown = SPLITS[name][split], CIFAR_PLUS[name][split]
+    assert data.classes == [f"CIFAR10 {i}" for i in known] and data.known == known
+    assert data.unknown == [f"CIFAR100 {i}" for i in unknown]
+    for part in (data.train, data.held_out, data.test):
+        red, green = part.images[:, 0, 0, 0].tolist(), part.images[:, 1, 0, 0].tolist()
+        for label, value, mark in zip(part.labels.tolist(), red, green, strict=True):
+            assert (mark == 0 and known[label] == value) if label >= 0 else (mark == 200 and value in unknown)
+    assert len(data.train) + len(data.held_out) == 4 * 4
+    assert data.test.labels[data.test.labels >= 0].bincount().tolist() == [2] * 4
+    assert (data.test.labels < 0).sum() == 2 * len(unknown)
+
+
+def test_cifar_plus_lists():
+    for ten, fifty in zip(CIFAR_PLUS["cifar_plus10"], CIFAR_PLUS["cifar_plus50"], strict=True):
+        assert len(set(ten)) == 10 and len(set(fifty)) == 50 and set(fifty) <= set(range(100))
+        assert fifty[-10:] == ten  # as in the publication
+    for known in SPLITS["cifar_plus10"]:
+        assert len(set(known)) == 4 and set(known) <= set(range(10))
+
+
+def test_cifar_plus_with_classes_of_ones_own_or_no_split(cifar):
+    config = DataConfig(name="cifar_plus10", root=str(cifar))
+    assert len(load_data(config, 0).unknown) == 100
+    own = load_data(replace(config, split=1, known=["CIFAR10 3", "CIFAR10 5"]), 0)
+    assert own.known == [3, 5] and own.unknown == [f"CIFAR100 {i}" for i in CIFAR_PLUS["cifar_plus10"][1]]
+    with pytest.raises(ValueError, match="5 does not exist; choose 0-4"):
+        load_data(replace(config, split=5), 0)
+
+
+def test_every_data_config_names_a_source():
+    files = sorted((Path(__file__).parents[3] / "configs/data").glob("*.yaml"))
+    for file in files:
+        config = OmegaConf.load(file)
+        assert config.get("data", config).name == file.stem
+    assert {file.stem for file in files} == set(SOURCES)
+
+
+def test_a_folder_of_unknown_images(tmp_path):
+    folder(tmp_path / "far" / "deep" / "deeper", ["a", "b"], 3, size=(30, 20))
+    picture(tmp_path / "far" / "top.png", (1, 2, 3))
+    plain, far = load_data(DIGITS, 0), load_data(replace(DIGITS, unknown_root=str(tmp_path / "far")), 0)
+    assert (far.test.labels < 0).sum() == 7 and far.unknown == [str(tmp_path / "far")]
+    assert torch.equal(far.test.images[:-7], plain.test.images[plain.test.labels >= 0])
+    assert torch.equal(far.test.labels[:-7], plain.test.labels[plain.test.labels >= 0])
+    assert (far.test.images[-1, :, 0, 0] == torch.tensor([1, 2, 3])).all()  # sorted: top.png is the last
+    assert torch.equal(far.train.images, plain.train.images)
+
+    folder(tmp_path / "near", ["cat", "dog", "emu"], 4)
+    config = DataConfig(name="imagefolder", image_size=8, root=str(tmp_path / "near"), known=["cat", "dog"])
+    config.unknown_root = str(tmp_path / "far")
+    for memory in (4.0, 0.0):  # decoded at once, or streamed
+        data = load_data(replace(config, memory_gib=memory), 0)
+        assert data.test.labels.tolist() == [0, 1, *[-1] * 7]
+        assert data.test[8][0][:, 0, 0].tolist() == [1, 2, 3]
+        assert len(data.test.files) == 9
+
+    with pytest.raises(ValueError, match=r"data\.unknown_root: .*nowhere is not a folder"):
+        load_data(replace(config, unknown_root=str(tmp_path / "nowhere")), 0)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"data\.unknown_root: no images in"):
+        load_data(replace(config, unknown_root=str(tmp_path / "empty")), 0)
+    for i in range(4):
+        picture(tmp_path / "flat" / f"{i}.png")
+    with pytest.raises(ValueError, match=r"data\.unknown_root: .*have no classes"):
+        load_data(replace(config, root=str(tmp_path / "flat"), known=None), 0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"split": 7}, "does not exist; choose 0-4"),
+        ({"split": None, "known": ["11"]}, "'11' is no class"),
+        ({"split": None, "known": ["1"]}, "one known class only"),
+        ({"split": None, "known": ["1", 1]}, "named twice"),
+        ({"name": "imagefolder", "split": None}, "needs the folder"),
+        ({"name": "imagefolder", "split": None, "root": "/nowhere"}, "/nowhere is not a folder"),
+    ],
+)
+def test_bad_settings_are_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        load_data(replace(DIGITS, **change), 0)
+
+
+def test_empty_folders_and_files_that_are_no_images_are_named(tmp_path):
+    config = DataConfig(name="imagefolder", image_size=8, root=str(tmp_path))
+    with pytest.raises(ValueError, match="no images in"):
+        load_data(config, 0)
+    folder(tmp_path, ["cat", "dog"])
+    (tmp_path / "cat" / "page.jpg").write_text("<html>not found</html>")
+    (tmp_path / "dog" / "empty.jpg").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"image files can't be read.*(page|empty)\.jpg"):
+        load_data(replace(config, holdout=0, test_fraction=0.01), 0)
+
+
+def test_every_mode_becomes_rgb(tmp_path):
+    for mode in ("L", "P", "RGBA", "CMYK", "1", "LA"):
+        path = tmp_path / f"{mode}.{'tif' if mode == 'CMYK' else 'png'}"
+        image = decode(picture(path, (255, 255, 255), mode=mode), 8)
+        assert image.shape == (3, 8, 8) and image.dtype == torch.uint8
+        assert image.float().mean() > 250
+    deep = tmp_path / "deep.png"
+    Image.fromarray(np.full((8, 8), 0x8000, np.uint16)).save(deep)
+    assert (decode(deep, 8).int() - 127).abs().max() <= 1
+
+
+def test_wide_images_keep_their_middle_and_exif_turns_them(tmp_path):
+    image = Image.new("RGB", (30, 10))
+    image.paste((255, 0, 0), (10, 0, 20, 10))
+    image.save(tmp_path / "wide.png")
+    assert (decode(tmp_path / "wide.png", 10)[0] > 200).all()
+    upright = Image.new("RGB", (10, 10))
+    upright.paste((255, 255, 255), (0, 0, 10, 5))
+    exif = Image.Exif()
+    exif[0x0112] = 3  # taken upside down
+    upright.save(tmp_path / "turned.png", exif=exif)
+    turned = decode(tmp_path / "turned.png", 10)
+    assert turned[:, :5].max() == 0 and turned[:, 5:].min() == 255
+
+
+def test_pseudo_unknown_classes_are_known_ones_and_the_unknown_are_left_out():
+    whole = load_data(DIGITS, 0)
+    pseudo = load_data(replace(DIGITS, pseudo_unknown=2), 0)
+    assert pseudo.classes == whole.classes[:4] and pseudo.unknown == whole.classes[4:]
+    known = whole.test.labels
+    assert (pseudo.test.labels >= 0).sum() == ((known >= 0) & (known < 4)).sum()
+    assert (pseudo.test.labels < 0).sum() == (known >= 4).sum()
+    with pytest.raises(ValueError, match=r"data.pseudo_unknown: expected 0 to 4 of 6 known, got 5"):
+        load_data(replace(DIGITS, pseudo_unknown=5), 0)
+
+
+def test_cifar10_as_folders_has_its_own_splits(tmp_path):
+    names = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+    for part in ("train", "test"):
+        folder(tmp_path / part, names, count=3)
+    data = load_data(DataConfig("cifar10", root=str(tmp_path), image_size=8, split=0, holdout=0), 0)
+    assert data.classes == [names[i] for i in SPLITS["cifar10"][0]]
+    assert len(data.train) == 18 and len(data.test) == 30

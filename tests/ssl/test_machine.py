@@ -1,0 +1,118 @@
+"""What can't fit is refused before it starts."""
+
+from collections import namedtuple
+
+import pytest
+import torch
+from torch import nn
+
+from gradmix.ssl import machine
+from gradmix.ssl.data.open_set import load_data
+from gradmix.ssl.machine import activation_bytes, check_limits, free_memory, usable_cpus
+from gradmix.ssl.networks.backbones import ResNet
+from gradmix.ssl.train import train
+
+GIB = 2**30
+
+
+def test_activations_counted_by_hand():
+    """Per image: the convolution keeps its input; BatchNorm the convolution's output; ReLU its own."""
+    network = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU())
+    assert activation_bytes(network, 10) == 4 * (3 + 8 + 8) * 10 * 10
+
+
+def test_the_count_is_what_training_takes_at_least():
+    """Against the allocator: bytes that a forward pass leaves behind."""
+    network = ResNet("resnet18", width=8, stem="small").train()
+    images = torch.rand(16, 3, 32, 32)
+    network(images)  # buffers of the library
+    with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        out = network(images)
+    left = sum(event.self_cpu_memory_usage for event in profile.key_averages())
+    counted = 16 * activation_bytes(network, 32)
+    assert 0.8 * left < counted - images.numel() * 4 < 1.2 * left
+    del out
+
+
+@pytest.mark.parametrize(
+    ("free_disk", "free", "changes", "message"),
+    [
+        (1000, 1 << 60, {}, "run_dir: the run's files need at least 0.00 GiB, 0.00 GiB are free on the disk"),
+        (1 << 60, 1000, {}, "data: the features of 100 images need"),
+        (1 << 60, GIB, {"batch_size": 100_000}, "batch_size: the activations of 200000 views need at least"),
+    ],
+)
+def test_what_is_too_large_is_named(tmp_path, config, monkeypatch, free_disk, free, changes, message):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(machine.shutil, "disk_usage", lambda path: usage(free_disk, 0, free_disk))
+    monkeypatch.setattr(machine, "free_memory", lambda: free)
+    settings = config(tmp_path / "run")
+    network = ResNet("resnet18", width=4, stem="small")
+    for key, value in changes.items():
+        setattr(settings, key, value)
+    with pytest.raises(ValueError, match=message):
+        check_limits(settings, network, 100, 32)
+    if changes:
+        settings.speed.micro_batch = 256
+        check_limits(settings, network, 100, 32)
+
+
+def test_a_batch_is_shared_between_hosts(tmp_path, config, monkeypatch):
+    settings, network = config(tmp_path / "run"), ResNet("resnet18", width=4, stem="small")
+    settings.batch_size = 1000
+    whole = 2 * settings.batch_size * activation_bytes(network, 8)
+    monkeypatch.setattr(machine, "free_memory", lambda: whole // 2)
+    with pytest.raises(ValueError, match="batch_size: the activations of 2000 views"):
+        check_limits(settings, network, 100, 32)
+    settings.trainer["num_nodes"] = 2
+    check_limits(settings, network, 100, 32)
+
+
+@pytest.mark.parametrize(
+    ("environment", "devices", "asked"),
+    [({}, "auto", 0), ({"LOCAL_RANK": "3"}, 8, 3), ({}, [5], 5), ({"LOCAL_RANK": "1"}, [5, 6], 6)],
+)
+def test_only_the_process_s_own_gpu_is_asked(tmp_path, config, monkeypatch, environment, devices, asked):
+    def memory_of(device):
+        raise MemoryError(f"asked {device}")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=0: memory_of(device))
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    settings = config(tmp_path / "run")
+    settings.trainer = {"devices": devices, "precision": "32-true"}
+    with pytest.raises(MemoryError, match=f"asked {asked}$"):
+        check_limits(settings, ResNet("resnet18", width=4, stem="small"), 100, 32)
+
+
+def test_training_refuses_before_it_writes_anything(tmp_path, config, data, monkeypatch):
+    monkeypatch.setattr(machine, "free_memory", lambda: 10_000)
+    with pytest.raises(ValueError, match="are free in memory"):
+        train(config(tmp_path / "run"), data)
+    assert not (tmp_path / "run").exists()
+
+
+def test_this_machine():
+    assert usable_cpus() >= 1
+    memory = free_memory()
+    assert memory is None or 0 < memory < 1 << 50
+
+
+def test_workers_are_bounded(tmp_path, config, monkeypatch):
+    from PIL import Image
+
+    from gradmix.ssl.data import loader
+
+    for i in range(8):
+        Image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / f"{i}.png")
+    settings = config("unused").data
+    settings.name, settings.root, settings.split, settings.memory_gib = "imagefolder", str(tmp_path), None, 0
+    started = []
+    real = loader.DataLoader
+    monkeypatch.setattr(
+        loader, "DataLoader", lambda *a, num_workers, **k: started.append(num_workers) or real(*a, num_workers=0, **k)
+    )
+    list(loader.TrainLoader(load_data(settings, 0).train, 4, 0, 1, workers=10_000))
+    assert started == [usable_cpus()]

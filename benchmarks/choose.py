@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from machine import RESULTS
 from study import EPOCHS, SETTING, last_wins, subset, with_error
 
 GRADMIX, NONE = "mix=gradmix", "mix=none"
@@ -54,25 +55,23 @@ DEMO = {
 }
 
 
-# One thing changed at a time, from the defaults.
-STUDY = {
-    "none": [NONE],
-    "none, selfsup 0.25": [NONE, "method.selfsup=0.25"],
-    "none, temperature 0.05": [NONE, "method.temperature=0.05"],
-    "none, temperature 0.2": [NONE, "method.temperature=0.2"],
-    "gradmix": [GRADMIX],
-    "gradmix, agreement": [GRADMIX, "+mix.options.evidence=agreement"],
-    "gradmix, selfsup 0.25": [GRADMIX, "method.selfsup=0.25"],
-    "gradmix, temperature 0.05": [GRADMIX, "method.temperature=0.05"],
-    "gradmix, temperature 0.2": [GRADMIX, "method.temperature=0.2"],
-    "gradmix, keep 0.7 to 0.95": [GRADMIX, "+mix.options.keep=[0.7,0.95]"],
-    "gradmix, keep 0.3 to 0.7": [GRADMIX, "+mix.options.keep=[0.3,0.7]"],
-    "gradmix, last two stages": [GRADMIX, "+mix.options.layers=2"],
-    "gradmix, weight 0.5": [GRADMIX, "mix.weight=0.5"],
-    "gradmix, supervised": [GRADMIX, "method.mixed_loss=supervised"],
-    "gradmix, first half only": [GRADMIX, f"mix.end_epoch={EPOCHS // 2}"],
-    "gradmix, second half only": [GRADMIX, f"mix.start_epoch={EPOCHS // 2}"],
+# One thing changed at a time, from the defaults. What is shared is tried without mixing and with GradMix.
+SHARED = {"selfsup 0.25": "method.selfsup=0.25", "temperature 0.05": "method.temperature=0.05"}
+SHARED |= {"temperature 0.2": "method.temperature=0.2"}
+OWN = {
+    "agreement": "+mix.options.evidence=agreement",
+    "keep 0.7 to 0.95": "+mix.options.keep=[0.7,0.95]",
+    "keep 0.3 to 0.7": "+mix.options.keep=[0.3,0.7]",
+    "last two stages": "+mix.options.layers=2",
+    "weight 0.5": "mix.weight=0.5",
+    "supervised": "method.mixed_loss=supervised",
+    "first half only": f"mix.end_epoch={EPOCHS // 2}",
+    "second half only": f"mix.start_epoch={EPOCHS // 2}",
 }
+STUDY = {"none": [NONE], "gradmix": [GRADMIX]}
+STUDY |= {f"{mix.removeprefix('mix=')}, {name}": [mix, key] for name, key in SHARED.items() for mix in (NONE, GRADMIX)}
+STUDY |= {f"gradmix, {name}": [GRADMIX, key] for name, key in OWN.items()}
+CHOICE = RESULTS / "study-choice.json"
 
 
 def main() -> None:
@@ -115,6 +114,35 @@ def main() -> None:
                 file.write(json.dumps(row) + "\n")
                 file.flush()
     print(table(rows))
+    if options.what == "study" and rows:
+        CHOICE.write_text(json.dumps(choice(rows), indent=1) + "\n")
+        print(f"chosen: {choice(rows)}")
+
+
+def choice(rows: list[dict[str, Any]]) -> dict[str, list[str]]:
+    """What docs/study.md says is chosen: at most one shared setting, for every arm, and one of GradMix's own.
+
+    A setting is chosen when its AUROC lies above the default's by more than the standard error of that difference,
+    paired by split, and by more than any other.
+    """
+    found = {(row["setting"], row["split"]): row["auroc"]["deep_knn@features"] for row in rows}
+    splits = sorted({split for _, split in found})
+
+    def gain(pairs: list[tuple[str, str]]) -> float:
+        """Mean over splits of the mean over ``pairs`` of (setting, default), if it is above its standard error."""
+        whole = [s for s in splits if all((name, s) in found for pair in pairs for name in pair)]
+        gains = [statistics.mean(found[new, s] - found[old, s] for new, old in pairs) for s in whole]
+        if len(gains) < 2 or statistics.mean(gains) <= statistics.stdev(gains) / len(gains) ** 0.5:
+            return 0.0
+        return statistics.mean(gains)
+
+    shared = {key: gain([(f"{mix}, {name}", mix) for mix in ("none", "gradmix")]) for name, key in SHARED.items()}
+    own = {key: gain([(f"gradmix, {name}", "gradmix")]) for name, key in OWN.items() if name != "agreement"}
+    best = {part: max(gains, key=gains.get) for part, gains in (("all", shared), ("gradmix", own))}
+    return {
+        "all": [best["all"]] if shared[best["all"]] > 0 else [],
+        "gradmix": [best["gradmix"]] if own[best["gradmix"]] > 0 else [],
+    }
 
 
 def begin() -> None:

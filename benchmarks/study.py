@@ -39,7 +39,6 @@ ARMS = {
     "gradmix (loss)": ["mix=gradmix", "+mix.options.evidence=loss"],
     "gradmix (agreement)": ["mix=gradmix", "+mix.options.evidence=agreement"],
 }
-CHOSEN: dict[str, list[str]] = {}  # by method, for every arm alike; frozen before the stages below are run
 STAGES = {
     "joint": (ARMS, ["method=joint"]),
     "supcon": (ARMS, ["method=supcon"]),
@@ -82,11 +81,12 @@ def run_all(options: argparse.Namespace) -> None:
     arms, of_stage = STAGES[options.stage]
     arms = {name: arms[name] for name in options.arms} if options.arms else arms
     deadline = time.monotonic() + 60 * options.minutes
+    chosen = json.loads((RESULTS / "study-choice.json").read_text())  # by choose.py, before
     jobs = []
     for split, (arm, of_arm) in itertools.product(options.splits, arms.items()):
         root = subset(options.archive, options.runs / "images", split)
         overrides = [*SETTING, f"data.root={root}", f"data.split={split}", f"seed={split}", f"epochs={options.epochs}"]
-        overrides += [*of_stage, *CHOSEN.get(options.stage, []), *of_arm, *options.override]
+        overrides += [*of_stage, *chosen["all"], *of_arm, *own(chosen["gradmix"], of_arm), *options.override]
         jobs.append((options.runs / options.stage / f"{arm} {split}".replace(" ", "_"), last_wins(overrides)))
     queue = argparse.Namespace(corruptions=None)  # of paper.py's options, what finish() looks at
 
@@ -96,6 +96,13 @@ def run_all(options: argparse.Namespace) -> None:
 
     with ThreadPoolExecutor(options.parallel) as pool:
         list(pool.map(work, jobs))
+
+
+def own(chosen: list[str], of_arm: list[str]) -> list[str]:
+    """What was chosen for GradMix: its own options for it and for its control, weight and epochs for all that mix."""
+    options = "mix=gradmix" in of_arm or "mix=random_box" in of_arm
+    mixes = "mix=none" not in of_arm
+    return [key for key in chosen if (options if key.startswith("+mix.options.") else mixes)]
 
 
 def last_wins(overrides: list[str]) -> list[str]:

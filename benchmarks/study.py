@@ -128,7 +128,7 @@ def subset(archive: Path, folder: Path, seed: int) -> Path:
             names = sorted(path.name for path in of_class.iterdir())
             for index in sorted(np.random.default_rng(seed).permutation(len(names))[:IMAGES]):
                 os.link(of_class / names[index], making / "train" / of_class.name / names[index])
-        (making / "test").symlink_to((whole / "test").absolute())
+        (making / "test").symlink_to(Path("..") / whole.name / "test")
         making.rename(target)
     return target.absolute()
 

@@ -55,9 +55,11 @@ from gradmix.ssl.config import (
 )
 from gradmix.ssl.data.images import ImageSet
 from gradmix.ssl.data.loader import TrainLoader
+from gradmix.ssl.losses import NTXentLoss
 from gradmix.ssl.machine import precision
 from gradmix.ssl.networks.backbones import build_backbone
-from gradmix.ssl.pretrain import Pretraining, build_optimizer
+from gradmix.ssl.optimizer import build_optimizer
+from gradmix.ssl.pretrain import Pretraining
 from gradmix.ssl.train import build_trainer
 
 JPEGS = 64  # distinct files, read again and again: the page cache holds a small data set in any case
@@ -216,7 +218,8 @@ def naive(case: Case, images: ImageSet) -> float:
             mixed, kept = naive_mix(module, views)
             optimizer.zero_grad()
             z, p = module.project(views), module.project(mixed)
-            loss = module.selfsup_loss(z) + module.selfsup_loss(z, p, kept)
+            ntxent = NTXentLoss(config.method.temperature)
+            loss = ntxent(z) + ntxent(z, p, kept)
         loss.backward()
         optimizer.step()
         watch.tick()
@@ -226,7 +229,7 @@ def naive(case: Case, images: ImageSet) -> float:
 def naive_mix(module: Pretraining, views: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     activations: list[torch.Tensor] = []
     with record(module.backbone, default_layers(module.backbone), activations):
-        loss = module.selfsup_loss(module.project(views))
+        loss = NTXentLoss(module.config.method.temperature)(module.project(views))
     for activation in activations:
         activation.retain_grad()
     loss.backward()

@@ -26,9 +26,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,7 +43,7 @@ from pytorch_lightning import Callback
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
-from gradmix import GradMix
+from gradmix import GradMix, Mixed
 from gradmix.attribution import default_layers, record
 from gradmix.ssl.config import (
     AugmentConfig,
@@ -164,14 +165,14 @@ def make_images(case: Case, count: int, folder: Path | None = None) -> ImageSet:
 class PilImages(Dataset):
     """The same images as torchvision's data sets give them: PIL, transformed one by one."""
 
-    def __init__(self, images: ImageSet, transform: Callable):
+    def __init__(self, images: ImageSet, transform: Callable) -> None:
         self.images, self.transform = images, transform
         self.pixels = None if images.images is None else images.images.permute(0, 2, 3, 1).numpy()
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, index: int):
+    def __getitem__(self, index: int) -> tuple[Any, int]:
         if self.pixels is not None:
             picture = Image.fromarray(self.pixels[index])
         else:
@@ -255,10 +256,10 @@ def naive_mix(module: Pretraining, views: torch.Tensor) -> tuple[torch.Tensor, t
 class Stopwatch(Callback):
     """Counts steps, by hand or as Lightning's callback; the first two warm up."""
 
-    def __init__(self, batch: int, images: int):
+    def __init__(self, batch: int, images: int) -> None:
         self.batch, self.last, self.step = batch, images // batch, 0
 
-    def on_train_batch_end(self, *_) -> None:
+    def on_train_batch_end(self, *_: Any) -> None:
         self.tick()
 
     def tick(self) -> None:
@@ -300,7 +301,9 @@ def compare_loops(name: str, case: Case, images: ImageSet, repeats: int, folder:
 # Inside a step: the trainer's own module, driven by hand so that its parts can be timed.
 
 
-def manual(config: Config, images: ImageSet):
+def manual(
+    config: Config, images: ImageSet
+) -> tuple[Pretraining, TrainLoader, torch.optim.Optimizer, Callable[[], AbstractContextManager[Any]]]:
     """The module, its batches, its optimizer, and what opens autocast."""
     device = device_here()
     module = Pretraining(config, images).to(device)
@@ -317,7 +320,7 @@ def manual(config: Config, images: ImageSet):
 class Parts(dict):
     """Seconds by part, the device waited for at each end. Parts may be nested; a part is without those inside it."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.open: list[float] = []
 
     @contextmanager
@@ -333,7 +336,7 @@ class Parts(dict):
             self.open[-1] += whole
 
     def wrap(self, function: Callable, name: str) -> Callable:
-        def timed(*arguments, **named):
+        def timed(*arguments: Any, **named: Any) -> Any:
             with self.part(name):
                 return function(*arguments, **named)
 
@@ -343,11 +346,11 @@ class Parts(dict):
 class TimedGradMix(GradMix):
     parts: Parts
 
-    def __call__(self, *arguments, **named):
+    def __call__(self, *arguments: Any, **named: Any) -> Mixed:
         with self.parts.part("mixing"):
             return super().__call__(*arguments, **named)
 
-    def attribute(self, images, loss):
+    def attribute(self, images: torch.Tensor, loss: torch.Tensor | None) -> torch.Tensor | None:
         with self.parts.part("attribution"):
             return super().attribute(images, loss)
 

@@ -4,8 +4,8 @@ Every process computes the loss of its own rows against the rows of all; the mea
 DistributedDataParallel takes of the gradients) is then the loss of the concatenated batch, and its gradient.
 
 NT-Xent is SupCon with each image as its own class, mixed and weighted too (a test holds it), but has a form of its own:
-an anchor's one positive is a product of two rows, not a column of a matrix. Through SupCon the clean term takes 1.1 to
-1.5 times as long, the mixed one 1.9 to 2.4 times (256 to 2,048 images, forward and backward, one CPU thread), and the
+an anchor's one positive is a product of two rows, not of two matrices. Through SupCon the mixed term takes two to three
+times as long (``benchmarks/loss_memory.py --supcon``: 256 to 2,048 images, forward and backward, one CPU thread), and
 labels, mixed rows and weights of all processes would have to be gathered, where the clean rows are enough.
 
 Memory grows with the batch, not with its square: beyond ``BLOCK`` rows, similarities are computed for that many

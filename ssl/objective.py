@@ -1,8 +1,9 @@
 """What a method minimises: a table of weighted losses, all of them asked in the same way."""
 
 import math
+from collections.abc import Callable
 from functools import partial
-from typing import Protocol
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -11,67 +12,33 @@ from gradmix.ssl.losses import NTXentLoss, SupConLoss
 from gradmix.ssl.targets import OrthogonalTargetLoss
 
 
-class Loss(Protocol):
-    """One loss of the table."""
+class Rows(NamedTuple):
+    """What a loss is computed from. With ``p``, it is the mixed term alone."""
 
-    def __call__(
-        self,
-        z: Tensor,
-        labels: Tensor,
-        temperature: float,
-        p: Tensor | None = None,
-        kept: Tensor | None = None,
-        other: Tensor | None = None,
-    ) -> Tensor:
-        """
-        Args:
-            z: ``[2B, D]``, projections of the views, L2-normalised.
-            labels: ``[2B]`` int64.
-            temperature: of this step.
-            p: ``[2B, D]``, projections of the mixed images; with them the mixed term alone is returned.
-            kept: ``[2B]``, with ``p``: the share of each mixed image that is still itself.
-            other: ``[2B]``, with ``p``: labels of what was mixed in.
-
-        Returns:
-            Scalar.
-        """
+    z: Tensor  # [2B, D], projections of the views, L2-normalised
+    labels: Tensor  # [2B] int64
+    temperature: float  # of this step
+    p: Tensor | None = None  # [2B, D], projections of the mixed images
+    kept: Tensor | None = None  # [2B], the share of each mixed image that is still itself
+    other: Tensor | None = None  # [2B] int64, labels of what was mixed in
 
 
-def supervised(
-    z: Tensor,
-    labels: Tensor,
-    temperature: float,
-    p: Tensor | None = None,
-    kept: Tensor | None = None,
-    other: Tensor | None = None,
-) -> Tensor:
+Loss = Callable[[Rows], Tensor]  # to a scalar
+
+
+def supervised(rows: Rows) -> Tensor:
     """SupCon: mixed images draw the anchors of their own class, for the share that is still theirs."""
-    return SupConLoss(temperature)(z, labels, p, kept)
+    return SupConLoss(rows.temperature)(rows.z, rows.labels, rows.p, rows.kept)
 
 
-def selfsup(
-    z: Tensor,
-    labels: Tensor,
-    temperature: float,
-    p: Tensor | None = None,
-    kept: Tensor | None = None,
-    other: Tensor | None = None,
-) -> Tensor:
+def selfsup(rows: Rows) -> Tensor:
     """NT-Xent: mixed images draw the other view of their image, for the share that is still theirs. No labels."""
-    return NTXentLoss(temperature)(z, p, kept)
+    return NTXentLoss(rows.temperature)(rows.z, rows.p, rows.kept)
 
 
-def targets(
-    loss: OrthogonalTargetLoss,
-    z: Tensor,
-    labels: Tensor,
-    temperature: float,
-    p: Tensor | None = None,
-    kept: Tensor | None = None,
-    other: Tensor | None = None,
-) -> Tensor:
+def targets(loss: OrthogonalTargetLoss, rows: Rows) -> Tensor:
     """Class targets: mixed images are drawn to the targets of both their classes."""
-    return loss(z if p is None else p, labels, other, kept, temperature)
+    return loss(rows.z if rows.p is None else rows.p, rows.labels, rows.other, rows.kept, rows.temperature)
 
 
 def losses_of(method: MethodConfig, mixes: bool, target_loss: OrthogonalTargetLoss | None) -> dict[str, Loss]:

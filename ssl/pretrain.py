@@ -26,7 +26,7 @@ from gradmix.ssl.data.images import ImageSet
 from gradmix.ssl.data.loader import Batch, TrainLoader, seed_of
 from gradmix.ssl.networks.backbones import build_backbone
 from gradmix.ssl.networks.layout import layout_of
-from gradmix.ssl.objective import build_target_loss, check_mixing, losses_of, temperature_at, weights_of
+from gradmix.ssl.objective import Rows, build_target_loss, check_mixing, losses_of, temperature_at, weights_of
 from gradmix.ssl.optimizer import build_optimizer, build_schedule
 
 
@@ -102,7 +102,8 @@ class Pretraining(LightningModule):
         labels = batch.labels.repeat(2)  # [2B]
         with self.watched(looks):
             z = self.project(views)  # [2B, D]
-        losses = {name: loss(z, labels, temperature) for name, loss in self.losses.items()}
+        rows = Rows(z, labels, temperature)
+        losses = {name: loss(rows) for name, loss in self.losses.items()}
         total = sum((self.weights[name] * value for name, value in losses.items()), z.new_zeros(()))
         scalars = dict(losses)
 
@@ -111,9 +112,10 @@ class Pretraining(LightningModule):
             maps = self.attribute(mixer, views, z, guide, looks)  # [2B, H, W]
             again = partial(self.draw_views, batch.images, seed_of(seed, 1))  # what extra_view calls
             generator = torch.Generator(views.device).manual_seed(seed)
-            mixed = mixer(views, guide, generator, z, maps, again)
+            mixed = mixer(views, guide, generator, projections=z, attribution=maps, new_views=again)
             p = self.project(mixed.images)  # [2B, D]
-            mixed_loss = self.losses[method.mixed_loss](z, labels, temperature, p, mixed.kept, labels[mixed.partner])
+            rows = rows._replace(p=p, kept=mixed.kept, other=labels[mixed.partner])
+            mixed_loss = self.losses[method.mixed_loss](rows)
             total = total + mix.weight * self.weights[method.mixed_loss] * mixed_loss
             scalars |= {"mixed": mixed_loss, "kept": mixed.kept.mean()}
             self.pictures = views, mixed

@@ -17,7 +17,9 @@ spectrum, mapped to 512 dimensions through a ReLU. Unknown queries come from oth
 import argparse
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,7 +38,7 @@ CLASSES = 1000  # known; as many again are unknown
 K, TEMPERATURE = 20, 0.07
 
 
-def make_features(count, width, classes, seed):
+def make_features(count: int, width: int, classes: tuple[int, int], seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Features `[count, width]` float32 and labels `[count]` of the classes in range(*classes)."""
     world = np.random.default_rng(0)
     centres = world.normal(size=(2 * CLASSES, LATENT))
@@ -51,31 +53,31 @@ def make_features(count, width, classes, seed):
     return features, labels
 
 
-def seconds(function):
+def seconds(function: Callable[[], Any]) -> tuple[float, Any]:
     start = time.perf_counter()
     result = function()
     return time.perf_counter() - start, result
 
 
-def best_of(repeats, function):
+def best_of(repeats: int, function: Callable[[], Any]) -> tuple[float, Any]:
     return min((seconds(function) for _ in range(repeats)), key=lambda run: run[0])
 
 
-def compare_exact(options):
+def compare_exact(options: argparse.Namespace) -> dict[str, Any]:
     """Every implementation does all its work on the same raw features, normalisation included."""
     train, labels = make_features(options.bank, options.width, (0, 100), seed=1)
     test, _ = make_features(options.queries, options.width, (0, 100), seed=2)
 
-    def ours():
+    def ours() -> np.ndarray:
         return KNNClassifier(K, TEMPERATURE, index="Flat").fit(train, labels).predict(test)
 
-    def theirs_lightly():
+    def theirs_lightly() -> np.ndarray:
         bank, targets = torch.from_numpy(unit_rows(train)).T.contiguous(), torch.from_numpy(labels)
         batches = torch.from_numpy(unit_rows(test)).split(512)
         found = [knn_predict(batch, bank, targets, 100, K, TEMPERATURE)[:, 0] for batch in batches]
         return torch.cat(found).numpy()
 
-    def theirs_scikit_learn():
+    def theirs_scikit_learn() -> np.ndarray:
         neighbours = KNeighborsClassifier(
             K, metric="cosine", algorithm="brute", weights=lambda distance: np.exp(-distance / TEMPERATURE)
         )
@@ -104,13 +106,15 @@ def compare_exact(options):
     return results | {"loop": compare_loop(options, train, labels, test)}
 
 
-def compare_loop(options, train, labels, test):
+def compare_loop(
+    options: argparse.Namespace, train: np.ndarray, labels: np.ndarray, test: np.ndarray
+) -> dict[str, float]:
     """The class-wise score image by image and class by class, as published code has it: float64, norms every time, a
     full sort. Timed on a few images."""
     few = test[: options.loop_queries]
     by_class = [train[labels == c].astype(np.float64) for c in range(100)]
 
-    def loop():
+    def loop() -> tuple[np.ndarray, np.ndarray]:
         scores, classes = [], []
         for image in few.astype(np.float64):
             top = []
@@ -137,7 +141,7 @@ def compare_loop(options, train, labels, test):
     return result
 
 
-def print_rival(name, result, wanted):
+def print_rival(name: str, result: dict[str, float], wanted: float) -> None:
     cpu = f"{result['cpu_seconds']:8.2f} s CPU  " if "cpu_seconds" in result else ""
     print(
         f"  {name:<14}{result['seconds']:8.2f} s  {cpu}{result['ratio']:6.1f} x (expected {wanted} x), "
@@ -146,7 +150,7 @@ def print_rival(name, result, wanted):
     )
 
 
-def compare_approximate(options):
+def compare_approximate(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Exact against approximate search for each bank size, with known and unknown queries, half each."""
     half = options.approximate_queries // 2
     known, _ = make_features(half, options.width, (0, CLASSES), seed=4)
@@ -160,7 +164,7 @@ def compare_approximate(options):
     return [compare_size(features[:size], queries, half) for size in options.sizes]
 
 
-def compare_size(features, queries, half):
+def compare_size(features: np.ndarray, queries: np.ndarray, half: int) -> dict[str, Any]:
     exact = Neighbours(features, "Flat")
     exact_seconds, (exact_values, exact_rows) = best_of(2, lambda: exact.search(queries, 10))
     before = resident()
@@ -198,13 +202,13 @@ def compare_size(features, queries, half):
     return result
 
 
-def resident():
+def resident() -> int:
     """Bytes of memory this process holds (Linux; 0 elsewhere)."""
     statm = Path("/proc/self/statm")
     return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else 0
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bank", type=int, default=50_000, help="training features of part 1")
     parser.add_argument("--queries", type=int, default=10_000, help="test features of part 1")

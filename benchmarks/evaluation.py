@@ -71,7 +71,7 @@ def main() -> None:
     seconds["loop"] = [value * EPOCHS / MEASURED_EPOCHS for value in seconds["loop"]]
     median = {name: round(statistics.median(values), 3) for name, values in seconds.items()}
 
-    def ratio(numerator, denominator) -> float:
+    def ratio(numerator: list[str], denominator: list[str]) -> float:
         """Median over repeats of a ratio of sums of steps."""
         rows = zip(*(seconds[name] for name in seconds), strict=True)
         rows = [dict(zip(seconds, row, strict=True)) for row in rows]

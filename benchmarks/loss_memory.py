@@ -1,6 +1,7 @@
 """Memory of the contrastive loss against the batch: similarities of all anchors at once, and in blocks of them.
 
     python benchmarks/loss_memory.py            # --save writes results/loss_memory-DEVICE.json and .png
+    python benchmarks/loss_memory.py --supcon   # only: how long NT-Xent takes through SupCon, on one thread
 
 One process per figure: NT-Xent of the clean views, its gradient for the attribution, the mixed term, and the backward
 pass, on projections of 128 dimensions. Memory beyond what the projections themselves take.
@@ -11,6 +12,7 @@ import re
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -38,6 +40,27 @@ def measure(rows: int, blocks: bool) -> None:
     print((memory(device) - before) / 2**20, time.perf_counter() - start)
 
 
+def through_supcon() -> None:
+    """NT-Xent by itself, and as SupCon with each image as its own class: best times, in turns."""
+    torch.set_num_threads(1)
+    device = device_here()
+    ntxent, supcon = losses.NTXentLoss(0.1), losses.SupConLoss(0.1)
+    for images in (256, 512, 2048):
+        labels = torch.arange(images, device=device).repeat(2)
+        z, p = (F.normalize(torch.randn(2 * images, 128, device=device), dim=1).requires_grad_() for _ in range(2))
+        for name, mixed in {"clean": (), "mixed": (p, torch.rand(2 * images, device=device))}.items():
+            ways = {"itself": partial(ntxent, z, *mixed), "supcon": partial(supcon, z, labels, *mixed)}
+            best = dict.fromkeys(ways, float("inf"))
+            for _ in range(10 if images < 2048 else 3):
+                for way, loss in ways.items():
+                    start = time.perf_counter()
+                    loss().backward()
+                    wait(device)
+                    best[way] = min(best[way], time.perf_counter() - start)
+            milliseconds = "  ".join(f"{way} {1e3 * value:.1f} ms" for way, value in best.items())
+            print(f"{images} images, {name}: {milliseconds}  ratio {best['supcon'] / best['itself']:.2f}", flush=True)
+
+
 def memory(device: torch.device) -> int:
     """Peak so far, in bytes."""
     if device.type == "cuda":
@@ -49,10 +72,13 @@ def memory(device: torch.device) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--save", action="store_true")
+    parser.add_argument("--supcon", action="store_true")
     parser.add_argument("--measure", nargs=2, type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
         return measure(options.measure[0], bool(options.measure[1]))
+    if options.supcon:
+        return through_supcon()
     found = []
     print(f"{'views':>8}{'at once, MiB':>16}{'s':>8}{'in blocks, MiB':>18}{'s':>8}")
     for rows in ROWS:

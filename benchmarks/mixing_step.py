@@ -55,7 +55,7 @@ CLAIMS = {
 class SeparateGradMix(GradMix):
     """What a CAM library does: a forward pass for the attribution alone, and ``backward()`` through everything."""
 
-    def __init__(self, encoder: nn.Module, ntxent: nn.Module):
+    def __init__(self, encoder: nn.Module, ntxent: nn.Module) -> None:
         super().__init__()
         self.encoder, self.ntxent = encoder, ntxent
 

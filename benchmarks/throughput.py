@@ -26,9 +26,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,7 +43,7 @@ from pytorch_lightning import Callback
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
-from gradmix import GradMix
+from gradmix import GradMix, Mixed
 from gradmix.attribution import default_layers, record
 from gradmix.ssl.config import (
     AugmentConfig,
@@ -55,9 +56,11 @@ from gradmix.ssl.config import (
 )
 from gradmix.ssl.data.images import ImageSet
 from gradmix.ssl.data.loader import TrainLoader
+from gradmix.ssl.losses import NTXentLoss
 from gradmix.ssl.machine import precision
 from gradmix.ssl.networks.backbones import build_backbone
-from gradmix.ssl.pretrain import Pretraining, build_optimizer
+from gradmix.ssl.optimizer import build_optimizer
+from gradmix.ssl.pretrain import Pretraining
 from gradmix.ssl.train import build_trainer
 
 JPEGS = 64  # distinct files, read again and again: the page cache holds a small data set in any case
@@ -162,14 +165,14 @@ def make_images(case: Case, count: int, folder: Path | None = None) -> ImageSet:
 class PilImages(Dataset):
     """The same images as torchvision's data sets give them: PIL, transformed one by one."""
 
-    def __init__(self, images: ImageSet, transform: Callable):
+    def __init__(self, images: ImageSet, transform: Callable) -> None:
         self.images, self.transform = images, transform
         self.pixels = None if images.images is None else images.images.permute(0, 2, 3, 1).numpy()
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, index: int):
+    def __getitem__(self, index: int) -> tuple[Any, int]:
         if self.pixels is not None:
             picture = Image.fromarray(self.pixels[index])
         else:
@@ -216,7 +219,8 @@ def naive(case: Case, images: ImageSet) -> float:
             mixed, kept = naive_mix(module, views)
             optimizer.zero_grad()
             z, p = module.project(views), module.project(mixed)
-            loss = module.selfsup_loss(z) + module.selfsup_loss(z, p, kept)
+            ntxent = NTXentLoss(config.method.temperature)
+            loss = ntxent(z) + ntxent(z, p, kept)
         loss.backward()
         optimizer.step()
         watch.tick()
@@ -226,7 +230,7 @@ def naive(case: Case, images: ImageSet) -> float:
 def naive_mix(module: Pretraining, views: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     activations: list[torch.Tensor] = []
     with record(module.backbone, default_layers(module.backbone), activations):
-        loss = module.selfsup_loss(module.project(views))
+        loss = NTXentLoss(module.config.method.temperature)(module.project(views))
     for activation in activations:
         activation.retain_grad()
     loss.backward()
@@ -252,10 +256,10 @@ def naive_mix(module: Pretraining, views: torch.Tensor) -> tuple[torch.Tensor, t
 class Stopwatch(Callback):
     """Counts steps, by hand or as Lightning's callback; the first two warm up."""
 
-    def __init__(self, batch: int, images: int):
+    def __init__(self, batch: int, images: int) -> None:
         self.batch, self.last, self.step = batch, images // batch, 0
 
-    def on_train_batch_end(self, *_) -> None:
+    def on_train_batch_end(self, *_: Any) -> None:
         self.tick()
 
     def tick(self) -> None:
@@ -297,7 +301,9 @@ def compare_loops(name: str, case: Case, images: ImageSet, repeats: int, folder:
 # Inside a step: the trainer's own module, driven by hand so that its parts can be timed.
 
 
-def manual(config: Config, images: ImageSet):
+def manual(
+    config: Config, images: ImageSet
+) -> tuple[Pretraining, TrainLoader, torch.optim.Optimizer, Callable[[], AbstractContextManager[Any]]]:
     """The module, its batches, its optimizer, and what opens autocast."""
     device = device_here()
     module = Pretraining(config, images).to(device)
@@ -314,7 +320,7 @@ def manual(config: Config, images: ImageSet):
 class Parts(dict):
     """Seconds by part, the device waited for at each end. Parts may be nested; a part is without those inside it."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.open: list[float] = []
 
     @contextmanager
@@ -330,7 +336,7 @@ class Parts(dict):
             self.open[-1] += whole
 
     def wrap(self, function: Callable, name: str) -> Callable:
-        def timed(*arguments, **named):
+        def timed(*arguments: Any, **named: Any) -> Any:
             with self.part(name):
                 return function(*arguments, **named)
 
@@ -340,11 +346,11 @@ class Parts(dict):
 class TimedGradMix(GradMix):
     parts: Parts
 
-    def __call__(self, *arguments, **named):
+    def __call__(self, *arguments: Any, **named: Any) -> Mixed:
         with self.parts.part("mixing"):
             return super().__call__(*arguments, **named)
 
-    def attribute(self, images, loss):
+    def attribute(self, images: torch.Tensor, loss: torch.Tensor | None) -> torch.Tensor | None:
         with self.parts.part("attribution"):
             return super().attribute(images, loss)
 

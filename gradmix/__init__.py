@@ -5,17 +5,22 @@ Three rooms: this package is the method itself (attribution and mixing, for any 
 """
 
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from gradmix.attribution import layercam
-    from gradmix.mixing import MIXERS, CutMix, FMix, GradMix, Mixed, Mixer, MixUp, ResizeMix
+    from gradmix.gradmix import GradMix
+    from gradmix.mixer import Mixed, Mixer
+    from gradmix.mixing import MIXERS, CutMix, FMix, MixUp, ResizeMix
+    from gradmix.ssl.networks.backbones import Backbone
 
 __all__ = ["MIXERS", "CutMix", "FMix", "GradMix", "MixUp", "Mixed", "Mixer", "ResizeMix", "layercam", "load"]
 __version__ = "0.1.0"
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     # Imported when it is asked for (PEP 562): torch takes seconds, and a command's --help needs none of it.
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -28,7 +33,7 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-def load(run):
+def load(run: "str | Path") -> "Backbone":
     """The pretrained backbone of a run's folder, or of a detector's, ready for features.
 
     Args:

@@ -5,9 +5,10 @@ On a contrastive loss, for mixing: GradMix, arXiv 2505.12803.
 """
 
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -198,8 +199,8 @@ def record(module: nn.Module, layers: Sequence[str], into: list[Tensor]) -> Iter
             )
     seen: dict[str, Tensor] = {}
 
-    def hook_for(name: str):
-        def hook(_module, _inputs, output):
+    def hook_for(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
             if not isinstance(output, Tensor) or output.ndim not in (3, 4):
                 shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
                 raise ValueError(f"layers: {name!r} gives {shape}, not [N, C, h, w] or [N, T, C]")
@@ -225,7 +226,7 @@ def still(module: nn.Module) -> Iterator[None]:
     """
     originals: dict[nn.Module, dict[str, Tensor | None]] = {}
 
-    def use_copies(submodule: nn.Module, _inputs):
+    def use_copies(submodule: nn.Module, _inputs: Any) -> None:
         if submodule not in originals:
             originals[submodule] = dict(submodule._buffers)
             for name, buffer in submodule.named_buffers(recurse=False):

@@ -1,7 +1,7 @@
 """Names that the command line knows: our own, and those that other installed packages declare as entry points."""
 
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from importlib.metadata import EntryPoint, entry_points
 from itertools import islice
 from typing import TypeVar
@@ -28,7 +28,7 @@ class Registry(Mapping[str, T]):
         try:
             return entry.load()
         except Exception as error:  # anything can go wrong in another package
-            where = f"{self.group}: {name} = {entry.value} of the package {entry.dist.name}"
+            where = f"{self.group}: {name} = {entry.value} of the package {entry.dist.name if entry.dist else '?'}"
             raise ValueError(f"{where} can't be loaded ({type(error).__name__}: {error})") from error
 
     def __contains__(self, name: object) -> bool:
@@ -58,7 +58,7 @@ class Registry(Mapping[str, T]):
         return {entry.name: entry for entry in entry_points(group=self.group)}
 
 
-def nearest(name: str, names: Mapping | list[str]) -> str:
+def nearest(name: str, names: Collection[str]) -> str:
     """``did you mean ...?``, or what there is, for a message on a name that does not exist."""
     near = difflib.get_close_matches(name, names, 1)
     if near:

@@ -6,12 +6,11 @@ import time
 import warnings
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-import numpy as np
 import torch
 from pytorch_lightning import Callback, Trainer
-from torch.utils._pytree import tree_map
+from pytorch_lightning.loggers import TensorBoardLogger
 from torchvision.utils import make_grid
 from tqdm.auto import tqdm
 
@@ -32,7 +31,9 @@ class EpochCallback(Callback):
 
     every_epochs: int
 
-    def on_train_batch_end(self, trainer: Trainer, module: Pretraining, outputs, batch: Batch, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, module: Pretraining, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
         epoch = batch.epoch + 1
         ends = batch.step + 1 == module.loader.steps_per_epoch
         if ends and (epoch % self.every_epochs == 0 or epoch == module.config.epochs) and trainer.is_global_zero:
@@ -101,6 +102,11 @@ class Checkpoints(Callback):
     def on_train_start(self, trainer: Trainer, module: Pretraining) -> None:
         if self.resume is None:
             return
+        if len(trainer.optimizers[0].param_groups) > 1 == len(self.resume["optimizer"]["param_groups"]):
+            raise ValueError(
+                f"{self.folder}: the run began when optimizer.weight_decay still fell on biases and BatchNorm; go on "
+                "with the version of gradmix that began it, or begin again in another run_dir="
+            )
         try:
             trainer.optimizers[0].load_state_dict(self.resume["optimizer"])
             trainer.lr_scheduler_configs[0].scheduler.load_state_dict(self.resume["schedule"])
@@ -108,7 +114,9 @@ class Checkpoints(Callback):
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"{self.folder}: the newest checkpoint is of another optimizer ({error})") from error
 
-    def on_train_batch_end(self, trainer: Trainer, module: Pretraining, outputs, batch: Batch, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, module: Pretraining, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
         if module.steps % trainer.accumulate_grad_batches:
             return  # gradients are half collected
         # Clocks differ between processes. What a save reads early, the others read at the next step: until then the
@@ -133,7 +141,7 @@ class Checkpoints(Callback):
     def save(self, trainer: Trainer, module: Pretraining) -> None:
         self.guard.settle()
         self.last_saved = time.monotonic()
-        state = {
+        state: dict[str, Any] = {
             "step": module.steps,
             "skipped": self.guard.skipped,
             "images": self.images,
@@ -143,8 +151,6 @@ class Checkpoints(Callback):
             "schedule": trainer.lr_scheduler_configs[0].scheduler.state_dict(),
             "precision": trainer.precision_plugin.state_dict(),
         }
-        # lightly's schedule makes the learning rate a NumPy number, which not every release of torch reads back
-        state = tree_map(lambda leaf: leaf.item() if isinstance(leaf, np.generic) else leaf, state)
         check_finite(state["module"], state["optimizer"], module.steps)
         if not trainer.is_global_zero:
             return
@@ -169,7 +175,7 @@ class Progress(Callback):
     log_every_steps = 10
     seconds_per_line = 60.0
 
-    def __init__(self, images_per_step: int):
+    def __init__(self, images_per_step: int) -> None:
         self.images_per_step = images_per_step
         self.seconds = 0.0
         self.images = 0
@@ -193,7 +199,9 @@ class Progress(Callback):
         )
         self._line_at = time.perf_counter()
 
-    def on_train_batch_end(self, trainer: Trainer, module: Pretraining, outputs, batch: Batch, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, module: Pretraining, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
         now = time.perf_counter()
         if self._started is None:
             self._started = now
@@ -211,7 +219,7 @@ class Progress(Callback):
             curves = {name: value.item() for name, value in module.scalars.items()}
             curves |= {"train/images_per_s": self.images_per_s, "train/epoch": batch.epoch}
             curves["lr"] = trainer.optimizers[0].param_groups[0]["lr"]
-            module.logger.log_metrics(curves, module.steps)
+            cast(TensorBoardLogger, module.logger).log_metrics(curves, module.steps)
 
     def status(self, module: Pretraining) -> dict[str, str]:
         """Only for when it is shown: reading the loss makes a GPU wait."""
@@ -228,13 +236,13 @@ class Progress(Callback):
 class Pictures(EpochCallback):
     """Views, attribution maps and mixed images of the first eight pairs, to TensorBoard, every so many epochs."""
 
-    def __init__(self, every_epochs: int):
+    def __init__(self, every_epochs: int) -> None:
         self.every_epochs = every_epochs
 
     def on_epoch(self, trainer: Trainer, module: Pretraining) -> None:
         if module.pictures is not None:
             picture = mixing_picture(*module.pictures, module.backbone.constants)
-            module.logger.experiment.add_image("mixing", picture, module.steps)
+            cast(TensorBoardLogger, module.logger).experiment.add_image("mixing", picture, module.steps)
 
 
 def mixing_picture(views: torch.Tensor, mixed: Mixed, constants: Constants, pairs: int = 8) -> torch.Tensor:

@@ -62,7 +62,7 @@ class Guard(Callback):
         FloatingPointError: out of ``trainer.fit``, with the step, learning rate and rows of the batch.
     """
 
-    def __init__(self, on_nonfinite: str, limit: int, skipped: int = 0):
+    def __init__(self, on_nonfinite: str, limit: int, skipped: int = 0) -> None:
         self.skips, self.limit, self.skipped = on_nonfinite == "skip", limit, skipped
         self.received = self.agreed = 0
         self.pending: Verdict | None = None
@@ -70,7 +70,7 @@ class Guard(Callback):
 
     def start_step(self) -> None:
         self.rows: list[Tensor] = []
-        self.bad_loss: Tensor | None = None
+        self.bad_losses: list[Tensor] = []
 
     def on_train_start(self, trainer: Trainer, module: Pretraining) -> None:
         self.handlers = {number: signal.signal(number, self.hear) for number in SIGNALS}
@@ -95,21 +95,21 @@ class Guard(Callback):
         self.rows.append(batch.index)
 
     def on_before_backward(self, trainer: Trainer, module: Pretraining, loss: Tensor) -> None:
-        bad = ~loss.detach().isfinite()
-        self.bad_loss = bad if self.bad_loss is None else self.bad_loss | bad
+        self.bad_losses.append(~loss.detach().isfinite())
 
-    def on_before_optimizer_step(self, trainer: Trainer, module: Pretraining, optimizer) -> None:
-        bad_gradient = torch.zeros_like(self.bad_loss)
+    def on_before_optimizer_step(self, trainer: Trainer, module: Pretraining, optimizer: torch.optim.Optimizer) -> None:
+        bad_loss = torch.stack(self.bad_losses).any()
+        bad_gradient = torch.zeros_like(bad_loss)
         if getattr(trainer.precision_plugin, "scaler", None) is None:  # else it expects overflows, and skips them
             gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
             bad_gradient = ~get_total_norm(gradients, float("inf")).isfinite()
-        received = torch.full_like(self.bad_loss, self.received, dtype=torch.float)
-        flags = torch.stack([self.bad_loss.float(), bad_gradient.float(), received])
+        received = torch.full_like(bad_loss, self.received, dtype=torch.float)
+        flags = torch.stack([bad_loss.float(), bad_gradient.float(), received])
         if torch.distributed.is_initialized():
             torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
         late = flags.is_cuda and not self.skips
         flags, copied = flags.to("cpu", non_blocking=late), torch.cuda.Event() if late else None
-        if late:
+        if copied is not None:
             copied.record()
         verdict = Verdict(module.steps, optimizer.param_groups[0]["lr"], torch.cat(self.rows), flags, copied)
         self.start_step()

@@ -3,17 +3,24 @@
 Every process computes the loss of its own rows against the rows of all; the mean over processes (what
 DistributedDataParallel takes of the gradients) is then the loss of the concatenated batch, and its gradient.
 
+NT-Xent is SupCon with each image as its own class, mixed and weighted too (a test holds it), but has a form of its own:
+an anchor's one positive is a product of two rows, not of two matrices. Through SupCon the mixed term takes two to three
+times as long (``benchmarks/loss_memory.py --supcon``: 256 to 2,048 images, forward and backward, one CPU thread), and
+labels, mixed rows and weights of all processes would have to be gathered, where the clean rows are enough.
+
 Memory grows with the batch, not with its square: beyond ``BLOCK`` rows, similarities are computed for that many
 anchors at a time, and once more in the backward pass.
 """
 
 from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+MaybeTensor = TypeVar("MaybeTensor", Tensor, Tensor | None)
 BLOCK = 2048  # anchors whose similarities are in memory at once; 128 MiB in fp32 against 16,384 rows
 
 
@@ -24,7 +31,7 @@ class NTXentLoss(nn.Module):
         temperature: T > 0 in ``similarity / T``.
     """
 
-    def __init__(self, temperature: float = 0.05):
+    def __init__(self, temperature: float = 0.05) -> None:
         super().__init__()
         self.temperature = positive_temperature(temperature)
 
@@ -48,15 +55,15 @@ class NTXentLoss(nn.Module):
         if z.shape[0] % 2:
             raise ValueError(f"z: expected two views per image, got {z.shape[0]} rows")
         with torch.autocast(z.device.type, enabled=False):
-            z, positives, weight = _full_precision(z, positives, weight)
+            z, positives, weight = _full_precision(z), _full_precision(positives), _full_precision(weight)
             everyone, first = gather(z)
             own = first + torch.arange(len(z), device=z.device)
 
-            def log_denominator(z: Tensor, own: Tensor) -> Tensor:
+            def log_denominator(z: Tensor, own: Tensor) -> tuple[Tensor]:
                 similarity = z @ everyone.T / self.temperature  # [rows, all rows]
-                return similarity.scatter(1, own[:, None], -torch.inf).logsumexp(1)
+                return (similarity.scatter(1, own[:, None], -torch.inf).logsumexp(1),)
 
-            denominator = in_blocks(log_denominator, z, own)
+            (denominator,) = in_blocks(log_denominator, z, own)
             half = len(z) // 2
             partner = (z if positives is None else positives).roll(half, 0)  # the other view's row
             loss = denominator - (z * partner).sum(1) / self.temperature
@@ -72,7 +79,7 @@ class SupConLoss(nn.Module):
         temperature: T > 0 in ``similarity / T``.
     """
 
-    def __init__(self, temperature: float = 0.05):
+    def __init__(self, temperature: float = 0.05) -> None:
         super().__init__()
         self.temperature = positive_temperature(temperature)
 
@@ -100,7 +107,7 @@ class SupConLoss(nn.Module):
         if labels.is_floating_point():
             raise ValueError(f"labels: expected integers, got {labels.dtype}")
         with torch.autocast(z.device.type, enabled=False):
-            z, positives, weight = _full_precision(z, positives, weight)
+            z, positives, weight = _full_precision(z), _full_precision(positives), _full_precision(weight)
             everyone, first = gather(z)
             everyones_labels, _ = gather(labels)
             everyones_positives = None if positives is None else gather(positives)[0]
@@ -124,13 +131,13 @@ class SupConLoss(nn.Module):
             return loss.sum() / _mean_over_processes(has_positive.sum()).clamp(min=1 / world_size())
 
 
-def in_blocks(function: Callable, *rows: Tensor) -> Tensor | tuple[Tensor, ...]:
+def in_blocks(function: Callable[..., tuple[Tensor, ...]], *rows: Tensor) -> tuple[Tensor, ...]:
     """``function`` of rows, which it treats one by one; beyond ``BLOCK`` of them in blocks, recomputed when needed."""
     if len(rows[0]) <= BLOCK:
         return function(*rows)
     blocks = zip(*(tensor.split(BLOCK) for tensor in rows), strict=True)
     parts = [checkpoint(function, *block, use_reentrant=False, preserve_rng_state=False) for block in blocks]
-    return torch.cat(parts) if isinstance(parts[0], Tensor) else tuple(map(torch.cat, zip(*parts, strict=True)))
+    return tuple(map(torch.cat, zip(*parts, strict=True)))
 
 
 def gather(rows: Tensor) -> tuple[Tensor, int]:
@@ -149,14 +156,14 @@ class _Gather(torch.autograd.Function):
     other processes have for one's rows or scale it by 1 / world size."""
 
     @staticmethod
-    def forward(ctx, rows: Tensor) -> Tensor:
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
         ctx.count = len(rows)
         parts = [torch.empty_like(rows, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size())]
         dist.all_gather(parts, rows.contiguous())
         return torch.cat(parts)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> Tensor:
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
         gradient = gradient.contiguous().clone()
         dist.all_reduce(gradient)  # sum: every process's loss counts these rows
         first = dist.get_rank() * ctx.count
@@ -170,9 +177,9 @@ def _mean_over_processes(value: Tensor) -> Tensor:
     return value / world_size()
 
 
-def _full_precision(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+def _full_precision(tensor: MaybeTensor) -> MaybeTensor:
     """Half precision cannot hold exp(1 / 0.05); float64 stays as it is."""
-    return tuple(t.float() if t is not None and t.dtype in (torch.float16, torch.bfloat16) else t for t in tensors)
+    return tensor.float() if tensor is not None and tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
 def _check(z: Tensor, positives: Tensor | None, weight: Tensor | None) -> None:

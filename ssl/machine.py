@@ -84,16 +84,16 @@ def activation_bytes(network: nn.Module, image_size: int) -> int:
     network = copy.deepcopy(network).to("meta").train()
 
     def kept(images: int) -> int:
-        storages: dict[int, int] = {}
+        storages: set[torch.UntypedStorage] = set()
 
         def pack(tensor: Tensor) -> Tensor:
-            storages[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+            storages.add(tensor.untyped_storage())  # the same object for all views of one tensor
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             out = network(torch.empty(images, 3, image_size, image_size, device="meta"))
         del out
-        return sum(storages.values())
+        return sum(storage.nbytes() for storage in storages)
 
     return (kept(4) - kept(2)) // 2  # what does not grow with the batch is the weights
 

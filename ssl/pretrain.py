@@ -1,35 +1,33 @@
 """The training step: two views, contrastive loss, attribution on the same graph, mixed views, one backward pass."""
 
 import inspect
-import math
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import cast
 
 import numpy as np
 import torch
 import torch._functorch.config
 import torch.nn.functional as F
 from lightly.models.modules.heads import ProjectionHead
-from lightly.utils.lars import LARS
-from lightly.utils.scheduler import CosineWarmupScheduler
 from pytorch_lightning import LightningModule
+from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from gradmix.attribution import find_stages, still
-from gradmix.mixing import MIXERS, GradMix, Mixed, Mixer
+from gradmix.mixer import Mixed, Mixer
+from gradmix.mixing import MIXERS
 from gradmix.registry import nearest
 from gradmix.ssl.augment import TwoViews
-from gradmix.ssl.config import Config, MethodConfig, MixConfig
+from gradmix.ssl.config import Config, MixConfig
 from gradmix.ssl.data.images import ImageSet
 from gradmix.ssl.data.loader import Batch, TrainLoader, seed_of
-from gradmix.ssl.losses import NTXentLoss, SupConLoss
-from gradmix.ssl.machine import precision
 from gradmix.ssl.networks.backbones import build_backbone
 from gradmix.ssl.networks.layout import layout_of
-from gradmix.ssl.targets import OrthogonalTargetLoss
-
-OPTIMIZERS = ("adam", "adamw", "sgd", "lars")
+from gradmix.ssl.objective import Rows, build_target_loss, check_mixing, losses_of, temperature_at, weights_of
+from gradmix.ssl.optimizer import build_optimizer, build_schedule
 
 
 class Pretraining(LightningModule):
@@ -46,7 +44,7 @@ class Pretraining(LightningModule):
         pictures: the last views and what became of them.
     """
 
-    def __init__(self, config: Config, train: ImageSet):
+    def __init__(self, config: Config, train: ImageSet) -> None:
         super().__init__()
         method = config.method
         if not any(weights_of(method).values()):
@@ -58,11 +56,10 @@ class Pretraining(LightningModule):
         self.mixer = build_mixer(config.mix)
         if self.mixer is not None:
             check_mixing(method)
-        self.looks = isinstance(self.mixer, GradMix) and self.mixer.centre == "peak"  # at the gradient
         backbone = build_backbone(config.encoder, config.data.image_size)
         self.layout = layout_of(backbone, config.speed.channels_last)
         self.backbone = backbone.to(memory_format=self.layout)
-        watched = self.mixer.layers_in(self.backbone) if self.looks else []
+        watched = self.mixer.layers_in(self.backbone) if self.mixer is not None and self.mixer.looks else []
         if config.speed.compile:
             compile_stages(self.backbone, watched)
         features = self.backbone.num_features
@@ -70,9 +67,9 @@ class Pretraining(LightningModule):
             [(features, features, None, nn.ReLU()), (features, config.encoder.head_dim, None, None)]
         )
         self.augment = TwoViews(config.data.augment, config.data.image_size, constants=self.backbone.constants)
-        self.selfsup_loss = NTXentLoss(method.temperature)
-        self.supervised_loss = SupConLoss(method.temperature)
-        self.target_loss = build_target_loss(config, train) if method.targets else None
+        self.target_loss = build_target_loss(config, int(train.labels.max()) + 1) if method.targets else None
+        self.losses = losses_of(method, self.mixer is not None, self.target_loss)
+        self.weights = weights_of(method)
         self.scalars: dict[str, Tensor] = {}
         self.pictures: tuple[Tensor, Mixed] | None = None
 
@@ -85,88 +82,78 @@ class Pretraining(LightningModule):
         size = self.config.speed.micro_batch
         if size is None:
             return self._project(views)
-        again = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), still(self.backbone))}
-        return torch.cat([checkpoint(self._project, part, **again) for part in views.split(size)])
+        again = partial(checkpoint, use_reentrant=False, context_fn=lambda: (nullcontext(), still(self.backbone)))
+        return torch.cat([again(self._project, part) for part in views.split(size)])
 
     def _project(self, views: Tensor) -> Tensor:
         return F.normalize(self.head(self.backbone(views)).float(), dim=1)
 
-    def attribute_in_parts(self, views: Tensor, z: Tensor, guide: Tensor) -> Tensor:
-        """The maps ``[2B, H, W]`` of ``guide``: its gradient at ``z``, handed on through one micro-batch at a time."""
-        (gradient,) = torch.autograd.grad(guide, z, retain_graph=True)
-        size = self.config.speed.micro_batch
-        maps = []
-        for part, its_gradient in zip(views.split(size), gradient.split(size), strict=True):
-            with still(self.backbone), self.mixer.watch(self.backbone):
-                its_z = self._project(part)
-            maps.append(self.mixer.attribute(part, (its_z * its_gradient).sum()))
-        return torch.cat(maps)
-
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The loss of one batch: of its views and, at the steps that mix, of what the mixer makes of them."""
         method, mix = self.config.method, self.config.mix
-        mixing = self.mixer is not None and mixes_at(mix, self.config.seed, batch.epoch, batch.step)
-        looks = mixing and self.looks
-        looking = looks and batch.step % mix.attribution_every == 0
         seed = seed_of(self.config.seed, batch.epoch, batch.step, self.global_rank)
-        in_parts = self.config.speed.micro_batch is not None
         torch.manual_seed(seed)  # what a network drops at random, too, is a function of the step
-
-        views = self.augment(batch.images, seed).contiguous(memory_format=self.layout)  # [2B, 3, H, W]
-        labels = batch.labels.repeat(2)  # [2B]
-        with self.mixer.watch(self.backbone) if looking and not in_parts else nullcontext():
-            z = self.project(views)  # [2B, D]
-
+        mixer = self.mixer if mixes_at(mix, self.config.seed, batch.epoch, batch.step) else None
+        looks = mixer is not None and mixer.looks and batch.step % mix.attribution_every == 0
         done = (batch.epoch + batch.step / self.loader.steps_per_epoch) / self.config.epochs
-        self.selfsup_loss.temperature = self.supervised_loss.temperature = temperature_at(method, done)
-        losses = {}
-        if method.supervised:
-            losses["supervised"] = self.supervised_loss(z, labels)
-        if self.needs_selfsup:
-            losses["selfsup"] = self.selfsup_loss(z)
-        if method.targets:
-            self.target_loss.temperature = self.selfsup_loss.temperature
-            losses["targets"] = self.target_loss(z, labels)
-        weights = weights_of(method)
-        loss = sum(weights[name] * value for name, value in losses.items())
+        temperature = temperature_at(method, done)
+
+        views = self.draw_views(batch.images, seed)  # [2B, 3, H, W]
+        labels = batch.labels.repeat(2)  # [2B]
+        with self.watched(looks):
+            z = self.project(views)  # [2B, D]
+        rows = Rows(z, labels, temperature)
+        losses = {name: loss(rows) for name, loss in self.losses.items()}
+        total = sum((self.weights[name] * value for name, value in losses.items()), z.new_zeros(()))
         scalars = dict(losses)
 
-        if mixing:
-            guide = loss if method.attribution == "joint" else losses[method.attribution]
+        if mixer is not None:
+            guide = total if method.attribution == "joint" else losses[method.attribution]
+            maps = self.attribute(mixer, views, z, guide, looks)  # [2B, H, W]
+            again = partial(self.draw_views, batch.images, seed_of(seed, 1))  # what extra_view calls
             generator = torch.Generator(views.device).manual_seed(seed)
-            maps = None
-            if looking and in_parts:
-                maps = self.attribute_in_parts(views, z, guide)
-            elif looks and not looking:
-                maps = torch.zeros_like(views[:, 0])  # flat: boxes at random places
-            if mix.name == "extra_view":
-                mixed = self.extra_view(batch, seed)
-            else:
-                mixed = self.mixer(views, guide, generator, projections=z, attribution=maps)
-            p = self.project(mixed.images)
-            match method.mixed_loss:
-                case "selfsup":
-                    mixed_loss = self.selfsup_loss(z, p, mixed.kept)
-                case "supervised":
-                    mixed_loss = self.supervised_loss(z, labels, p, mixed.kept)
-                case "targets":
-                    mixed_loss = self.target_loss(p, labels, labels[mixed.partner], mixed.kept)
-            loss = loss + mix.weight * weights[method.mixed_loss] * mixed_loss
+            mixed = mixer(views, guide, generator, projections=z, attribution=maps, new_views=again)
+            p = self.project(mixed.images)  # [2B, D]
+            rows = rows._replace(p=p, kept=mixed.kept, other=labels[mixed.partner])
+            mixed_loss = self.losses[method.mixed_loss](rows)
+            total = total + mix.weight * self.weights[method.mixed_loss] * mixed_loss
             scalars |= {"mixed": mixed_loss, "kept": mixed.kept.mean()}
             self.pictures = views, mixed
-        self.scalars = {f"train/{name}": value.detach() for name, value in {"loss": loss, **scalars}.items()}
+
+        self.scalars = {f"train/{name}": value.detach() for name, value in {"loss": total, **scalars}.items()}
         self.steps = batch.epoch * self.loader.steps_per_epoch + batch.step + 1
-        return loss
+        return total
 
-    def extra_view(self, batch: Batch, seed: int) -> Mixed:
-        """The control of equal compute: where others mix, one more view of each view's image, nothing pasted."""
-        views = self.augment(batch.images, seed_of(seed, 1)).contiguous(memory_format=self.layout)
-        rows = torch.arange(len(views), device=views.device)
-        return Mixed(views, torch.ones(len(views), device=views.device), rows)
+    def draw_views(self, images: Tensor, seed: int) -> Tensor:
+        """Two random views ``[2B, 3, S, S]`` of images ``[B, 3, S, S]``, laid out as the network wants them."""
+        return self.augment(images, seed).contiguous(memory_format=self.layout)
 
-    @property
-    def needs_selfsup(self) -> bool:
-        method = self.config.method
-        return bool(method.selfsup) or (self.mixer is not None and method.attribution == "selfsup")
+    def watched(self, looks: bool) -> AbstractContextManager[None]:
+        """Around the forward pass. One in micro-batches keeps nothing to look at: :meth:`attribute` repeats it."""
+        if self.mixer is None or not looks or self.config.speed.micro_batch is not None:
+            return nullcontext()
+        return self.mixer.watch(self.backbone)
+
+    def attribute(self, mixer: Mixer, views: Tensor, z: Tensor, guide: Tensor, looks: bool) -> Tensor | None:
+        """The maps ``[2B, H, W]`` of the loss ``guide``: where in the views its gradient points.
+
+        At steps that do not look they are flat, so that boxes lie at random places; None for mixers that never look.
+        Through micro-batches the gradient at ``z`` is handed on one at a time.
+        """
+        if not mixer.looks:
+            return None
+        if not looks:
+            return torch.zeros_like(views[:, 0])
+        size = self.config.speed.micro_batch
+        if size is None:
+            return mixer.attribute(views, guide)
+        (gradient,) = torch.autograd.grad(guide, z, retain_graph=True)
+        maps = []
+        for part, its_gradient in zip(views.split(size), gradient.split(size), strict=True):
+            with still(self.backbone), mixer.watch(self.backbone):
+                its_z = self._project(part)
+            maps.append(cast(Tensor, mixer.attribute(part, (its_z * its_gradient).sum())))
+        return torch.cat(maps)
 
     def train_dataloader(self) -> TrainLoader:
         self.loader = TrainLoader(
@@ -182,11 +169,10 @@ class Pretraining(LightningModule):
         )
         return self.loader
 
-    def configure_optimizers(self):
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = build_optimizer(self.config, self.parameters())
         per_epoch = len(self.train_set) // self.config.batch_size / self.trainer.accumulate_grad_batches
-        total, warmup = (round(n * per_epoch) for n in (self.config.epochs, self.config.optimizer.warmup_epochs))
-        schedule = CosineWarmupScheduler(optimizer, warmup, total, end_value=self.config.optimizer.final_lr)
+        schedule = build_schedule(self.config, optimizer, per_epoch)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
@@ -198,8 +184,6 @@ def build_mixer(config: MixConfig) -> Mixer | None:
     """
     if config.name == "none":
         return None
-    if config.name == "extra_view":
-        return Mixer()  # never called: see Pretraining.extra_view
     mixer = MIXERS.pick("mix.name", config.name)
     known = inspect.signature(mixer).parameters
     for key in config.options:
@@ -213,53 +197,11 @@ def build_mixer(config: MixConfig) -> Mixer | None:
         raise ValueError(f"mix.options: {config.name} does not take {dict(config.options)} ({error})") from error
 
 
-def build_target_loss(config: Config, train: ImageSet) -> OrthogonalTargetLoss:
-    """
-    Raises:
-        ValueError: more classes than the projections have dimensions.
-    """
-    classes, dim = int(train.labels.max()) + 1, config.encoder.head_dim
-    if classes > dim:
-        raise ValueError(f"encoder.head_dim: {classes} class targets at right angles need {classes} or more, got {dim}")
-    return OrthogonalTargetLoss(classes, dim, config.method.temperature, config.method.smoothing)
-
-
-def weights_of(method: MethodConfig) -> dict[str, float]:
-    """The losses by name, each with its weight."""
-    return {"selfsup": method.selfsup, "supervised": method.supervised, "targets": method.targets}
-
-
-def check_mixing(method: MethodConfig) -> None:
-    """
-    Raises:
-        ValueError: the mixed images enter a loss, or attribution follows one, that the method does not have.
-    """
-    has = [name for name, weight in weights_of(method).items() if weight]
-    if method.mixed_loss not in has:
-        raise ValueError(f"method.mixed_loss: {method.name} has only {' or '.join(has)}, got {method.mixed_loss!r}")
-    guides = ["selfsup", *(name for name in has if name != "selfsup")]  # NT-Xent needs no labels: any method can ask it
-    guides += ["joint"] if len(guides) > 1 else []
-    if method.attribution not in guides:
-        raise ValueError(f"method.attribution: {method.name} has {', '.join(guides)}, got {method.attribution!r}")
-
-
 def mixes_at(config: MixConfig, seed: int, epoch: int, step: int) -> bool:
     """Whether this step mixes. The same on every process: one that mixed alone would wait forever in the gather."""
     if epoch < config.start_epoch or (config.end_epoch is not None and epoch >= config.end_epoch):
         return False
     return np.random.default_rng([seed, epoch, step]).random() < config.probability
-
-
-def temperature_at(method: MethodConfig, done: float) -> float:
-    """The temperature when the share ``done`` of the training is over."""
-    if method.temperature_end is None:
-        return method.temperature
-    return method.temperature + (method.temperature_end - method.temperature) * (1 - math.cos(math.pi * done)) / 2
-
-
-def learning_rate(config: Config) -> float:
-    """The linear scaling rule of arXiv 1706.02677."""
-    return config.optimizer.base_lr * config.batch_size / 256
 
 
 def compile_stages(backbone: nn.Module, watched: Sequence[str]) -> None:
@@ -286,19 +228,3 @@ def compile_stages(backbone: nn.Module, watched: Sequence[str]) -> None:
             stages += [f"{name}.{child}" for child, _ in module.named_children()]
         else:
             module.compile()
-
-
-def build_optimizer(config: Config, parameters) -> torch.optim.Optimizer:
-    lr, weight_decay = learning_rate(config), config.optimizer.weight_decay
-    # A fused step unscales float16's gradients by itself; before it they can't be clipped, or taken away to skip it.
-    skips_scaled = config.on_nonfinite == "skip" and str(precision(config)) in ("16-mixed", "16")
-    fused = config.speed.fused and not config.trainer.get("gradient_clip_val") and not skips_scaled
-    match config.optimizer.name:
-        case "adam":
-            return torch.optim.Adam(parameters, lr, weight_decay=weight_decay, fused=fused)
-        case "adamw":
-            return torch.optim.AdamW(parameters, lr, weight_decay=weight_decay, fused=fused)
-        case "sgd":
-            return torch.optim.SGD(parameters, lr, momentum=0.9, weight_decay=weight_decay, fused=fused)
-        case "lars":
-            return LARS(parameters, lr, momentum=0.9, weight_decay=weight_decay)

@@ -29,7 +29,7 @@ class OrthogonalTargetLoss(nn.Module):
 
     targets: Tensor
 
-    def __init__(self, classes: int, dim: int, temperature: float = 0.1, smoothing: float = 0.0):
+    def __init__(self, classes: int, dim: int, temperature: float = 0.1, smoothing: float = 0.0) -> None:
         super().__init__()
         if not 1 <= classes <= dim:
             raise ValueError(f"classes: {classes} targets at right angles need as many dimensions, got dim={dim}")
@@ -39,19 +39,28 @@ class OrthogonalTargetLoss(nn.Module):
         drawn = torch.randn(dim, classes, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
         self.register_buffer("targets", torch.linalg.qr(drawn).Q.T.float().contiguous())
 
-    def forward(self, z: Tensor, labels: Tensor, other: Tensor | None = None, kept: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        z: Tensor,
+        labels: Tensor,
+        other: Tensor | None = None,
+        kept: Tensor | None = None,
+        temperature: float | None = None,
+    ) -> Tensor:
         """
         Args:
             z: ``[N, D]``, L2-normalised.
             labels: ``[N]`` int64 in 0..K-1.
             other: ``[N]``, for mixed images: labels of what was mixed in.
             kept: ``[N]``, with ``other``: the share of each image that is still itself.
+            temperature: of this call, where it changes while training.
 
         Returns:
             Scalar: mean over the rows of this process.
 
         Raises:
-            ValueError: shapes that do not fit, or one of ``other`` and ``kept`` without its pair.
+            ValueError: shapes that do not fit, one of ``other`` and ``kept`` without its pair, or a temperature of 0
+                or less.
         """
         if z.ndim != 2 or z.shape[1] != self.targets.shape[1]:
             raise ValueError(f"z: expected [N, {self.targets.shape[1]}], got {tuple(z.shape)}")
@@ -60,9 +69,10 @@ class OrthogonalTargetLoss(nn.Module):
         for name, rows in {"labels": labels, "other": other, "kept": kept}.items():
             if rows is not None and rows.shape != z.shape[:1]:
                 raise ValueError(f"{name}: expected one per row of z, [{len(z)}], got {tuple(rows.shape)}")
+        temperature = self.temperature if temperature is None else positive_temperature(temperature)
         with torch.autocast(z.device.type, enabled=False):
             z = z.float() if z.dtype in (torch.float16, torch.bfloat16) else z
-            logits = z @ self.targets.T.to(z.dtype) / self.temperature  # [N, K]
+            logits = z @ self.targets.T.to(z.dtype) / temperature  # [N, K]
             kept = z.new_ones(len(z)) if kept is None else kept.to(z.dtype)
             share = torch.zeros_like(logits).scatter_(1, labels[:, None], kept[:, None])
             if other is not None:

@@ -25,7 +25,9 @@ from gradmix.ssl.data.open_set import OpenSetData
 from gradmix.ssl.guard import ON_NONFINITE, Guard
 from gradmix.ssl.machine import check_limits, precision
 from gradmix.ssl.networks.backbones import backbone_metadata, check_encoder
-from gradmix.ssl.pretrain import OPTIMIZERS, Pretraining, build_mixer, check_mixing, learning_rate
+from gradmix.ssl.objective import check_mixing
+from gradmix.ssl.optimizer import OPTIMIZERS, learning_rate
+from gradmix.ssl.pretrain import Pretraining, build_mixer
 from gradmix.ssl.runs.files import write_json, write_tensors
 from gradmix.ssl.runs.folder import claim
 
@@ -67,13 +69,13 @@ def train(config: Config, data: OpenSetData, callbacks: Sequence[Callback] = ())
     images = len(data.train) + len(data.held_out) + len(data.test)
     check_limits(config, network, images, module.backbone.num_features)
     claim(run_dir, config)  # not before the config has shown that it can be built
-    if data.bad and rank_zero_only.rank == 0:
+    if data.bad and rank_zero_only.rank == 0:  # type: ignore[attr-defined]
         write_json(run_dir / "bad_images.json", data.bad)
-    resume, images = newest_checkpoint(run_dir / "checkpoints"), data.train.fingerprint()
+    resume, fingerprint = newest_checkpoint(run_dir / "checkpoints"), data.train.fingerprint()
     if resume is not None:
         if resume["step"] > config.epochs * (len(data.train) // config.batch_size):
             raise ValueError(f"{run_dir / 'checkpoints'}: step {resume['step']} is behind the end of the training")
-        if resume["images"] != images:
+        if resume["images"] != fingerprint:
             raise ValueError(f"data: not the training images that {run_dir} began with; choose another run_dir=")
         try:
             module.load_state_dict(resume["module"])
@@ -83,7 +85,7 @@ def train(config: Config, data: OpenSetData, callbacks: Sequence[Callback] = ())
     start = module.start = module.steps = 0 if resume is None else resume["step"]
     progress = Progress(config.batch_size)
     guard = Guard(config.on_nonfinite, config.max_skipped_steps, 0 if resume is None else resume["skipped"])
-    checkpoints = Checkpoints(run_dir / "checkpoints", config.checkpoint_seconds, guard, images, resume)
+    checkpoints = Checkpoints(run_dir / "checkpoints", config.checkpoint_seconds, guard, fingerprint, resume)
     trainer = build_trainer(config, [*callbacks, progress, guard, checkpoints])
     if trainer.is_global_zero:
         print(where_images_lie(config, data.train, trainer.strategy.root_device))

@@ -2,8 +2,9 @@
 
 import json
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, cast
 
+from PIL.Image import Image
 from pytorch_lightning.utilities import rank_zero_only
 from safetensors import safe_open
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from gradmix.ssl.data.images import IMAGENET, Constants, decode, normalize, to_s
 from gradmix.ssl.networks.timm_encoders import PREFIX, check_timm, timm_encoder
 from gradmix.ssl.networks.weights import find_backbone, load_found, load_weights
 
-RESNETS: dict[str, tuple[type[nn.Module], list[int]]] = {
+RESNETS: dict[str, tuple[type[resnet.BasicBlock | resnet.Bottleneck], list[int]]] = {
     "resnet18": (resnet.BasicBlock, [2, 2, 2, 2]),
     "resnet34": (resnet.BasicBlock, [3, 4, 6, 3]),
     "resnet50": (resnet.Bottleneck, [3, 4, 6, 3]),
@@ -28,8 +29,10 @@ STEMS = {  # first convolution: kernel, stride, padding; whether a max-pool foll
 SMALL_IMAGE = 64  # up to this side, the ImageNet stem would throw away most of the picture
 
 
-class Encoder(Protocol):
-    """An ``nn.Module`` from normalised images ``[N, 3, S, S]`` to features ``[N, F]``.
+class Encoder(nn.Module):
+    """What a module has to have that makes features ``[N, F]`` of normalised images ``[N, 3, S, S]``.
+
+    No module is asked whether it is a subclass; the class stands here for type checkers and readers.
 
     Attributes:
         num_features: F.
@@ -40,8 +43,6 @@ class Encoder(Protocol):
     num_features: int
     constants: Constants
     description: dict[str, Any]
-
-    def __call__(self, images: Tensor) -> Tensor: ...
 
 
 class ResNet(resnet.ResNet):
@@ -80,7 +81,7 @@ class ResNet(resnet.ResNet):
 def build_encoder(description: dict[str, Any], image_size: int) -> Encoder:
     """A freshly initialised encoder from its ``description``."""
     if description["name"].startswith(PREFIX):
-        return timm_encoder(**description, image_size=image_size)
+        return cast(Encoder, timm_encoder(**description, image_size=image_size))
     return ResNet(**description)
 
 
@@ -163,10 +164,11 @@ class Backbone(nn.Module):
         self.image_size = image_size
         self.num_features = encoder.num_features
 
-    def transform(self, image) -> Tensor:
+    def transform(self, image: Image | str | Path) -> Tensor:
         """A PIL image or a path to ``[3, S, S]`` uint8, as in training."""
-        is_path = isinstance(image, str | Path)
-        return decode(image, self.image_size) if is_path else to_square(image, self.image_size)
+        if isinstance(image, str | Path):
+            return decode(image, self.image_size)
+        return to_square(image, self.image_size)
 
     def forward(self, images: Tensor) -> Tensor:
         """``[N, 3, H, W]`` uint8, or float in [0, 1], to features ``[N, F]``."""

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from omegaconf import OmegaConf
@@ -57,7 +57,8 @@ def read_config(run_dir: Path) -> Config:
     if not path.is_file():
         raise ValueError(f"{run_dir}: not a run's folder, config.yaml is missing")
     try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path)))
+        merged = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path))
+        return cast(Config, OmegaConf.to_object(merged))
     except Exception as error:  # yaml and omegaconf have no common base for what a damaged file raises
         raise ValueError(f"{path}: not a config of this version ({str(error).splitlines()[0]})") from error
 

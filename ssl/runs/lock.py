@@ -6,9 +6,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from pytorch_lightning.utilities import rank_zero_only
 
+fcntl: Any
 try:
     import fcntl
 except ImportError:  # Windows
@@ -30,7 +32,7 @@ def alone_in(folder: Path, key: str = "run_dir") -> Iterator[None]:
     Raises:
         ValueError: another process is at work there, or the folder can't be made.
     """
-    if rank_zero_only.rank != 0:  # the first process of a distributed run has it for all
+    if rank_zero_only.rank != 0:  # type: ignore[attr-defined]  # the first process of a distributed run has it for all
         yield
         return
     try:
@@ -58,7 +60,8 @@ def lock(descriptor: int, path: Path) -> None:
     deadline = time.monotonic() + PATIENCE
     while fcntl:
         try:
-            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
         except OSError as error:
             if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
                 return  # no locks there, as on some network file systems

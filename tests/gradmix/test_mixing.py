@@ -7,13 +7,16 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from scipy import stats
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gradmix import MIXERS, CutMix, FMix, GradMix, Mixed, MixUp, ResizeMix
 from gradmix.boxes import boxes_inside, kept_fraction, resize_into
+from gradmix.draws import beta
 
 SIZES = [(1, 1), (1, 7), (2, 3), (5, 5), (16, 16), (31, 33), (65, 97)]
+MIXING = [name for name in MIXERS if name != "extra_view"]  # which mixes nothing in
 BOXES = {
     "gradmix": GradMix,
     "gradmix_cut": partial(GradMix, paste="cut"),
@@ -84,7 +87,7 @@ def is_other_view_of_another_image(partner: torch.Tensor) -> bool:
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("name", [*MIXERS, "gradmix_cut"])
+@pytest.mark.parametrize("name", [*MIXING, "gradmix_cut"])
 def test_kept_is_the_true_fraction_of_own_pixels(name, size):
     mixer = {**MIXERS, **BOXES}[name]()
     for seed, batch in enumerate([2, 3, 9]):
@@ -206,7 +209,18 @@ def test_keep_ratio_is_beta():
     assert mixed.kept.var().item() == pytest.approx(1 / 20, abs=0.003)  # 1 / (4 (2 alpha + 1))
 
 
-@pytest.mark.parametrize("name", MIXERS)
+@pytest.mark.parametrize("alpha", [1e-6, 1e-3, 0.003, 0.03, 0.0999, 0.1, 0.5, 1.0, 20.0])
+def test_draws_are_scipys_beta(alpha):
+    drawn = beta(20_000, alpha, torch.device("cpu"), seeded(0)).double()
+    assert ((drawn >= 0) & (drawn <= 1)).all()
+    # At these places, because float32 can tell 1e-30 from 0 but not 1 - 1e-30 from 1, and small alphas live there.
+    places = torch.tensor([1e-30, 1e-9, 1e-3, 0.1, 0.4, 0.4999, 0.5001, 0.6, 0.9, 0.999, 1 - 1e-6], dtype=torch.double)
+    found = (drawn[:, None] <= places).double().mean(0)
+    expected = torch.from_numpy(stats.beta(alpha, alpha).cdf(places.numpy()))
+    assert (found - expected).abs().max() < 0.015  # Kolmogorov-Smirnov at a level of 1e-3 is 0.0138
+
+
+@pytest.mark.parametrize("name", MIXING)
 def test_every_image_draws_its_own_share(name):
     mixed = mix(MIXERS[name](), numbered(50, (64, 64)), generator=seeded(0))
     assert mixed.kept.unique().numel() > 20
@@ -220,7 +234,7 @@ def test_boxes_and_fractions_as_pure_functions():
     torch.testing.assert_close(kept_fraction(boxes, (10, 10)), torch.tensor([0.75, 0.84, 0.0, 1.0]))
 
 
-@pytest.mark.parametrize("name", [*MIXERS, "gradmix_cut"])
+@pytest.mark.parametrize("name", [*MIXING, "gradmix_cut"])
 def test_a_thousand_random_cases_have_a_defined_result(name):
     choose = random.Random(name)
     mixers = {
@@ -258,7 +272,7 @@ def test_mixup_in_half_precision_says_the_share_it_used(dtype):
     torch.testing.assert_close(mixed.images[:20, 0, 0, 0].float(), mixed.kept[:20], rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", MIXERS)
+@pytest.mark.parametrize("name", MIXING)
 def test_a_batch_of_one_comes_back(name):
     images = torch.rand(2, 3, 8, 8)
     mixed = mix(MIXERS[name](), images)
@@ -267,7 +281,7 @@ def test_a_batch_of_one_comes_back(name):
     assert mixed.kept.tolist() == [1, 1] and mixed.partner.tolist() == [0, 1]
 
 
-@pytest.mark.parametrize("name", MIXERS)
+@pytest.mark.parametrize("name", MIXING)
 def test_randomness_is_the_generators_and_the_global_one_is_left_alone(name):
     images = torch.rand(16, 3, 12, 12, generator=seeded(0))
 
@@ -316,6 +330,18 @@ def test_random_partners_are_uniform_over_the_others():
     assert (counts[allowed] - 200).abs().max() < 60  # 5 standard deviations
 
 
+def test_an_extra_view_is_what_the_call_draws():
+    images, views = numbered(3, (4, 4)), torch.rand(6, 3, 4, 4)
+    mixed = MIXERS["extra_view"]()(images, new_views=lambda: views)
+    check(mixed, images)
+    assert mixed.images is views
+    assert mixed.kept.tolist() == [1] * 6 and mixed.partner.tolist() == list(range(6))
+    with pytest.raises(ValueError, match="new_views: an extra view needs a function in the call"):
+        MIXERS["extra_view"]()(images)
+    with pytest.raises(ValueError, match=r"new_views: expected \(6, 3, 4, 4\), got \(3, 3, 4, 4\)"):
+        MIXERS["extra_view"]()(images, new_views=lambda: views[:3])
+
+
 def test_wrong_arguments_are_named():
     images = numbered(3, (4, 4))
     for wrong in (images[0], images[:3], images[:0], images.long(), images[..., :0]):
@@ -357,7 +383,7 @@ class NoSynchronisation(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("name", [*MIXERS, "gradmix_cut", "similar"])
+@pytest.mark.parametrize("name", [*MIXING, "gradmix_cut", "similar"])
 def test_nothing_waits_for_the_device(name):
     mixer = GradMix(partner="similar") if name == "similar" else {**MIXERS, **BOXES}[name]()
     images, generator = torch.rand(8, 3, 16, 16), seeded(0)

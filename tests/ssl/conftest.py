@@ -35,7 +35,7 @@ def tiny(run_dir, method="joint", mix="gradmix", **changes):
         method=MethodConfig(method, *weights, mixed_loss=inner, attribution=inner),
         mix=MixConfig(mix, **changes.pop("mixing", {})),
         encoder=EncoderConfig("resnet18", width=4),
-        optimizer=OptimizerConfig("adam"),
+        optimizer=changes.pop("optimizer", OptimizerConfig("adam")),
         trainer={"accelerator": "cpu"},
         **changes,
     )

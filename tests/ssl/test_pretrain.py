@@ -1,16 +1,14 @@
-"""One training step: micro-batches, switches, controls, and the temperature."""
-
-import math
-from dataclasses import replace
+"""One training step: micro-batches, switches, controls, and the losses' temperature."""
 
 import pytest
 import torch
 
 import gradmix.ssl.pretrain
-from gradmix.ssl.config import EncoderConfig, MethodConfig, SpeedConfig
+from gradmix.ssl.config import EncoderConfig, SpeedConfig
 from gradmix.ssl.data.loader import TrainLoader
 from gradmix.ssl.data.open_set import load_data
-from gradmix.ssl.pretrain import Pretraining, build_optimizer, temperature_at
+from gradmix.ssl.losses import NTXentLoss, SupConLoss
+from gradmix.ssl.pretrain import Pretraining
 
 
 def step_gradients(module, batch):
@@ -141,34 +139,23 @@ def test_a_network_that_gradmix_does_not_know_is_refused_before_training(config)
         built_of_timms("coat_tiny", config, mix="none", speed=SpeedConfig(compile=True))
 
 
-@pytest.mark.parametrize("name", ["adam", "adamw", "sgd"])
-def test_fused_optimizers_take_the_same_step(name, config):
-    settings = config("unused")
-    settings.optimizer.name = name
-    weights = []
-    for settings.speed.fused in (True, False):
-        parameter = torch.nn.Parameter(torch.linspace(-1, 1, 99))
-        optimizer = build_optimizer(settings, [parameter])
-        assert optimizer.defaults["fused"] == settings.speed.fused
-        for step in range(3):
-            parameter.grad = torch.sin(torch.arange(99) * (step + 1.0))
-            optimizer.step()
-        weights.append(parameter.detach().clone())
-    assert torch.allclose(*weights, rtol=1e-6, atol=1e-7)
-
-
-@pytest.mark.parametrize("done", [0.0, 0.25, 0.5, 1.0])
-def test_the_temperature_follows_half_a_cosine(done):
-    method = MethodConfig("simclr", temperature=0.05, temperature_end=0.25)
-    assert temperature_at(method, done) == pytest.approx(0.15 - 0.1 * math.cos(math.pi * done))
-    assert temperature_at(replace(method, temperature_end=None), done) == 0.05
-
-
-def test_the_losses_have_the_temperature_of_their_step(config, data):
-    module, batch = built(config("unused", epochs=2), data)
+@pytest.mark.parametrize("method", ["joint", "supcon"])
+def test_the_losses_have_the_temperature_of_their_step(method, config, data):
+    module, batch = built(config("unused", method, epochs=2), data)
     module.config.method.temperature_end = 0.5
     module.training_step(batch._replace(epoch=1, step=0), 0)  # half of two epochs
-    assert module.selfsup_loss.temperature == module.supervised_loss.temperature == pytest.approx(0.3)
+    views, mixed = module.pictures
+    labels = batch.labels.repeat(2)
+    with torch.no_grad():
+        z, p = module.project(views), module.project(mixed.images)
+        expected = {"train/supervised": SupConLoss(0.3)(z, labels)}
+        if method == "joint":
+            expected |= {"train/selfsup": NTXentLoss(0.3)(z), "train/mixed": NTXentLoss(0.3)(z, p, mixed.kept)}
+        else:
+            expected |= {"train/mixed": SupConLoss(0.3)(z, labels, p, mixed.kept)}
+    for name, value in expected.items():
+        torch.testing.assert_close(module.scalars[name], value, rtol=1e-5, atol=0)
+    torch.testing.assert_close(module.scalars["train/loss"], sum(expected.values()), rtol=1e-5, atol=0)
 
 
 def test_an_extra_view_is_a_third_one_of_the_same_images(config, data):

@@ -29,8 +29,6 @@ from gradmix.ssl.networks.backbones import build_backbone
 from gradmix.ssl.networks.layout import layout_of
 from gradmix.ssl.targets import OrthogonalTargetLoss
 
-OPTIMIZERS = ("adam", "adamw", "sgd", "lars")
-
 
 class Pretraining(LightningModule):
     """SimCLR, SupCon, class targets or several of them on ``train``, with or without mixing.

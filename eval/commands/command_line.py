@@ -14,12 +14,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from gradmix.eval.commands.help import help_text
 from gradmix.registry import nearest
+from gradmix.ssl.checks import check_values
 from gradmix.ssl.config import register_configs
+from gradmix.ssl.keys import keys_of
 
-PATHS = (
-    *("run", "run_dir", "against", "corruptions", "root", "unknown_root", "data.root", "data.unknown_root"),
-    *("encoder.init", "checkpoint", "detector", "images", "out", "explain"),
-)
 HYDRA_FLAGS = (
     *("--multirun", "-m", "--cfg", "-c", "--resolve", "--package", "-p", "--info", "-i", "--shell-completion", "-sc"),
     *("--config-dir", "-cd", "--debug", "--version"),
@@ -29,14 +27,20 @@ SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(s
 
 
 def run_command(name: str, summary: str, schema: type, run: Callable) -> None:
-    """Compose the config and call ``run`` with it. Bad input: one line, exit code 2; --debug shows the traceback."""
+    """Compose the config, check its values and call ``run`` with it.
+
+    Bad input: one line, exit code 2; --debug shows the traceback.
+
+    Args:
+        schema: the config's dataclass; each field is declared with :func:`gradmix.ssl.keys.key`.
+    """
     debug = "--debug" in sys.argv or os.environ.get("HYDRA_FULL_ERROR") == "1"
     if {"--help", "-h"} & set(sys.argv[1:]):
         print(help_text(name, summary, schema))
         return
-    refuse(name, sys.argv[1:])
+    refuse(name, schema, sys.argv[1:])
     typed = sys.argv
-    sys.argv = [typed[0], *(_quoted(argument) for argument in typed[1:] if argument != "--debug")]
+    sys.argv = [typed[0], *(_quoted(schema, argument) for argument in typed[1:] if argument != "--debug")]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises, and the lines below say it shorter
     register_configs()
     ConfigStore.instance().store(f"{name}_schema", schema)
@@ -59,7 +63,9 @@ def run_command(name: str, summary: str, schema: type, run: Callable) -> None:
             config = OmegaConf.merge(OmegaConf.structured(schema), plain)
             if missing := sorted(OmegaConf.missing_keys(config)):
                 raise ValueError(f"{missing[0]}: missing; give it as {missing[0]}=VALUE")
-            run(OmegaConf.to_object(config))
+            config = OmegaConf.to_object(config)
+            check_values(config)
+            run(config)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on", file=sys.stderr)
         sys.exit(130)
@@ -75,7 +81,7 @@ def run_command(name: str, summary: str, schema: type, run: Callable) -> None:
             signal.signal(number, handler)
 
 
-def refuse(name: str, arguments: list[str]) -> None:
+def refuse(name: str, schema: type, arguments: list[str]) -> None:
     """Hydra's own settings can name any function to be called, and --experimental-rerun reads a pickle. A flag that
     does not exist Hydra would answer with a page, and an empty path is the folder one stands in."""
     for argument in arguments:
@@ -84,7 +90,7 @@ def refuse(name: str, arguments: list[str]) -> None:
             wrong = "Hydra's own settings are fixed"
         elif argument.startswith("-") and flag not in HYDRA_FLAGS:
             wrong = f"no such flag; settings are given as {flag.lstrip('-') or 'KEY'}=VALUE, --help lists them"
-        elif flag in PATHS and equals and not value:
+        elif equals and not value and _is_path(schema, flag):
             wrong = "empty; give a path"
         else:
             continue
@@ -106,7 +112,7 @@ def explain(error: Exception, schema: type) -> str:
     unknown = re.search(r"Key '[^']+' (?:is )?not in .*\s+full_key: (\S+)", text)
     if unknown:
         wrong = unknown.group(1)
-        return f"{wrong}: no such key; {nearest(wrong, _keys(OmegaConf.structured(schema)))}"
+        return f"{wrong}: no such key; {nearest(wrong, _names(schema))}"
     missing_option = re.search(r"Could not find '([^']+)'\s+Available options in '([^']+)':\n((?:\t.*\n)+)", text)
     if missing_option:
         asked, group, options = missing_option.groups()
@@ -122,25 +128,26 @@ def explain(error: Exception, schema: type) -> str:
     return (f"{key.group(1)}: " if key else "") + (lines[0] if lines else type(error).__name__)
 
 
-def _keys(config, prefix: str = "") -> list[str]:
-    keys = []
-    for key in config:
-        keys.append(prefix + str(key))
-        if OmegaConf.is_dict(config._get_node(key)):
-            keys += _keys(config._get_node(key), f"{prefix}{key}.")
-    return keys
+def _names(schema: type) -> list[str]:
+    """Of every key and of every group of keys, in order."""
+    parts = [name.split(".") for name in keys_of(schema)]
+    return list(dict.fromkeys(".".join(part[:depth]) for part in parts for depth in range(1, len(part) + 1)))
 
 
-def _quoted(argument: str) -> str:
+def _is_path(schema: type, name: str) -> bool:
+    return name in keys_of(schema) and keys_of(schema)[name].path
+
+
+def _quoted(schema: type, argument: str) -> str:
     """Hydra's grammar reads blanks, commas, brackets and umlauts in values; a path or a class has to be quoted to
     survive it. Any argument of Lightning's Trainer may be given, also one that configs/pretrain.yaml does not list."""
     key, equals, value = argument.partition("=")
-    if equals and key.lstrip("+") in PATHS and not value.startswith(("'", '"')) and value != "null":
+    if equals and _is_path(schema, key.lstrip("+")) and not value.startswith(("'", '"')) and value != "null":
         return f"{key}={_quote(value)}"
     if key == "data.known" and value.startswith("[") and not {"'", '"'} & set(value):
         names = r"(?<=[\[,])(?!\d+[\],])[^\[\],]+"  # but no indices
         return "data.known=" + re.sub(names, lambda name: _quote(name[0].strip()), value)
-    if equals and key.startswith(("trainer.", "mix.options.", "detector_options.")):
+    if equals and key.startswith(tuple(f"{name}." for name, about in keys_of(schema).items() if about.is_dict)):
         return "++" + argument
     return argument
 

@@ -141,7 +141,6 @@ class OptimizerConfig:
     name: str = key(MISSING, "optimizer", choices=("adam", "adamw", "sgd", "lars"))
     base_lr: float = key(1e-3, "for a batch of 256; lr = base_lr * batch_size / 256", at_least=0)
     weight_decay: float = key(0.0, "on every parameter", at_least=0)
-    momentum: float = key(0.9, "of sgd and lars", at_least=0, at_most=1)
     warmup_epochs: float = key(0.0, "the learning rate rises linearly over them", at_least=0)
     final_lr: float = key(0.0, "where the cosine ends, as a share of lr", at_least=0)
 

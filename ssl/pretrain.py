@@ -297,6 +297,6 @@ def build_optimizer(config: Config, parameters) -> torch.optim.Optimizer:
         case "adamw":
             return torch.optim.AdamW(parameters, lr, weight_decay=weight_decay, fused=fused)
         case "sgd":
-            return torch.optim.SGD(parameters, lr, momentum=config.optimizer.momentum, weight_decay=weight_decay, fused=fused)
+            return torch.optim.SGD(parameters, lr, momentum=0.9, weight_decay=weight_decay, fused=fused)
         case "lars":
-            return LARS(parameters, lr, momentum=config.optimizer.momentum, weight_decay=weight_decay)
+            return LARS(parameters, lr, momentum=0.9, weight_decay=weight_decay)

@@ -39,45 +39,33 @@ class AugmentConfig:
 @dataclass
 class DataConfig:
     name: str = key(MISSING, "data set", role="data")
-    root: str | None = key(
-        None, "folder of the images; where torchvision's data sets are downloaded to", path=True, free=True
-    )
+    root: str | None = key(None, "folder of the images, or where torchvision downloads them to", path=True, free=True)
     image_size: int = key(32, "side in pixels that every image is brought to", at_least=1, role="data")
     split: int | str | None = key(
-        None, "0-4: the field's open-set splits; all: every one; null: all classes are known", role="unit"
+        None, "0-4: the field's splits; all: every one; null: all classes are known", role="unit"
     )
     known: list[Any] | None = key(None, "known classes by name or index, instead of a split", role="unit")
     pseudo_unknown: int = key(
         0, "to choose settings: the last so many known classes play the unknown, those are left out", at_least=0
     )
     unknown_root: str | None = key(
-        None,
-        "folder of images, any depth: the unknown images, instead of unknown classes",
-        path=True,
-        free=True,
-        role="data",
+        None, "folder, any depth: the unknown images, instead of unknown classes", path=True, free=True, role="data"
     )
     holdout: float = key(
         0.1,
-        "share of the known training images kept aside: thresholds, kNN while training",
+        "share of the training images kept aside, for thresholds and kNN checks",
         at_least=0,
         at_most=1,
         role="data",
     )
     test_fraction: float = key(
-        0.25,
-        "imagefolder without test/: share of the images that becomes the test set",
-        at_least=0,
-        at_most=1,
-        role="data",
+        0.25, "imagefolder without test/: share of the images for the test set", at_least=0, at_most=1, role="data"
     )
-    memory_gib: float = key(
-        4.0, "images that fit are decoded once and kept as uint8; larger sets stream", at_least=0, free=True
-    )
+    memory_gib: float = key(4.0, "images that fit are decoded once to uint8; larger sets stream", at_least=0, free=True)
     workers: int = key(2, "decoder processes, when streaming; never more than there are CPUs", at_least=0, free=True)
     on_bad_image: str = key(
         "error",
-        "a file that can't be read stops the run before training, or is left out (bad_images.json)",
+        "a file that can't be read: stop before training, or leave it out",
         choices=("error", "skip"),
         free=True,
     )
@@ -96,9 +84,7 @@ class MethodConfig:
     )
     smoothing: float = key(0.0, "of the targets' labels", at_least=0, at_most=1)
     temperature: float = key(0.1, "of all losses", above=0)
-    temperature_end: float | None = key(
-        None, "half a cosine over the training leads there (after arXiv 2505.18137)", above=0
-    )
+    temperature_end: float | None = key(None, "half a cosine over the training leads there (arXiv 2505.18137)", above=0)
     mixed_loss: str = key(
         "selfsup", "which loss the mixed images enter, at its weight", choices=("selfsup", "supervised", "targets")
     )
@@ -127,9 +113,7 @@ class EncoderConfig:
     stem: str | None = key(
         None, "small: 3x3 stride 1, no max-pool; imagenet; null: by image size (small up to 64), or init"
     )
-    init: str | None = key(
-        None, "weights to start from, trained anywhere: safetensors, or a torch checkpoint", path=True
-    )
+    init: str | None = key(None, "weights to start from, trained anywhere: safetensors or torch checkpoint", path=True)
     head_dim: int = key(128, "of the projections", at_least=1)
 
     def __str__(self) -> str:
@@ -176,9 +160,7 @@ class Config:
     seed: int = key(0, "everything random follows from it", at_least=0, at_most=2**32 - 1, role="unit")
     epochs: int = key(100, "passes over the training images", at_least=1)
     batch_size: int = key(256, "over all devices", at_least=1)
-    run_dir: str = key(
-        MISSING, "folder of the run; the same command with the same folder goes on", path=True, free=True
-    )
+    run_dir: str = key(MISSING, "the run's folder; the same command with the same folder goes on", path=True, free=True)
     data: DataConfig = field(default_factory=DataConfig)
     method: MethodConfig = field(default_factory=MethodConfig)
     mix: MixConfig = field(default_factory=MixConfig)
@@ -189,24 +171,14 @@ class Config:
     detector_options: dict[str, Any] = key({}, "parameters: detector_options.deep_knn.k=10", free=True, role="setting")
     knn_k: int = key(20, "neighbours that vote", at_least=1)
     knn_temperature: float = key(0.07, "of their weights, exp(similarity / temperature)", above=0)
-    knn_every: int = key(
-        10, "epochs between two kNN checks on the held-out images, 0 for none", at_least=0, role="none"
-    )
+    knn_every: int = key(10, "epochs between two kNN checks on held-out images, 0 for none", at_least=0, role="none")
     quality_every: int = key(
-        0,
-        "epochs between two measurements of feature quality, 0 for none; see eval/quality.py",
-        at_least=0,
-        role="none",
+        0, "epochs between two looks at feature quality (eval/quality.py), 0 for none", at_least=0, role="none"
     )
-    pictures_every: int = key(
-        25, "epochs between two pictures of views, maps and mixed images, 0 for none", at_least=0, role="none"
-    )
+    pictures_every: int = key(25, "epochs between pictures of views and mixing, 0 for none", at_least=0, role="none")
     checkpoint_seconds: float = key(30.0, "how much training a killed run may lose", at_least=0, free=True)
     on_nonfinite: str = key(
-        "error",
-        "a loss or gradient that is not finite stops the run, or its step is left out",
-        choices=("error", "skip"),
-        free=True,
+        "error", "a loss or gradient is not finite: stop, or leave the step out", choices=("error", "skip"), free=True
     )
     max_skipped_steps: int = key(10, "in all, with on_nonfinite=skip; one more is an error", at_least=0, free=True)
     trainer: dict[str, Any] = key({}, "handed to Lightning's Trainer", free=True, entries=TRAINER)

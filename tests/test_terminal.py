@@ -76,7 +76,7 @@ def test_help_has_a_line_for_every_option_and_key(command):
     for one in settings(Config):
         assert re.search(rf"^  {re.escape(one.name)}=", text, re.M), one.name
     assert re.search(r"^  epochs=100 +passes over the training images$", text, re.M)
-    assert re.search(r"^  optimizer.name=adam +optimizer: adam \| adamw \| sgd \| lars$", text, re.M)
+    assert re.search(r"^  optimizer.name=adam +optimizer \(adam \| adamw \| sgd \| lars\)$", text, re.M)
     assert all(len(line) <= 120 for line in text.splitlines())
     text = command("score", "-h").out
     assert all(re.search(rf"^  {one.name}=", text, re.M) for one in settings(ScoreConfig))

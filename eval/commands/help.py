@@ -35,8 +35,8 @@ class Setting:
 
     @property
     def meaning(self) -> str:
-        """With the words that it takes: ``A | B``."""
-        return f"{self.key.meaning}: {' | '.join(self.key.choices)}" if self.key.choices else self.key.meaning
+        """With the words that it takes: ``(A | B)``."""
+        return f"{self.key.meaning} ({' | '.join(self.key.choices)})" if self.key.choices else self.key.meaning
 
 
 def help_text(command: str, summary: str, schema: type) -> str:

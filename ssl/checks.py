@@ -25,7 +25,8 @@ def check_values(config: Any, prefix: str = "") -> None:
 
 def _given(config: Any) -> Iterator[tuple[str, Key, Any]]:
     """Every value with its key; the parts of a list, and the entries of a dict that are declared, one by one."""
-    for name, key in keys_of(type(config)).items():
+    schema: type = type(config)
+    for name, key in keys_of(schema).items():
         value = attrgetter(name)(config)
         if key.is_dict:
             yield from (

@@ -115,7 +115,7 @@ def keys_of(schema: type) -> Mapping[str, Key]:
 
 def _keys_of(schema: type, prefix: str) -> Iterator[tuple[str, Key]]:
     for one in fields(schema):
-        if is_dataclass(one.type):
+        if isinstance(one.type, type) and is_dataclass(one.type):
             yield from _keys_of(one.type, f"{prefix}{one.name}.")
         elif "key" in one.metadata:
             yield prefix + one.name, one.metadata["key"]

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException, OverrideParseException
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from gradmix.eval.commands.help import help_text
@@ -45,11 +45,11 @@ def run_command(name: str, summary: str, schema: type, run: Callable) -> None:
     register_configs()
     ConfigStore.instance().store(f"{name}_schema", schema)
 
-    composed = []
+    composed: list[DictConfig] = []
 
     # The work itself is done outside Hydra, which would add a line of its own to every error.
     @hydra.main(config_path="pkg://gradmix.configs", config_name=name, version_base="1.3")
-    def compose(config) -> None:
+    def compose(config: DictConfig) -> None:
         composed.append(config)
 
     # While training, Guard listens instead.
@@ -57,13 +57,12 @@ def run_command(name: str, summary: str, schema: type, run: Callable) -> None:
     try:
         compose()
         sys.argv = typed  # the report shows it
-        for config in composed:  # several with --multirun, none with --help
+        for one in composed:  # several with --multirun, none with --help
             # Once more into the schema, as plain values: Hydra's + adds any key.
-            plain = OmegaConf.to_container(config, resolve=True)
-            config = OmegaConf.merge(OmegaConf.structured(schema), plain)
-            if missing := sorted(OmegaConf.missing_keys(config)):
+            merged = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.to_container(one, resolve=True))
+            if missing := sorted(OmegaConf.missing_keys(merged)):
                 raise ValueError(f"{missing[0]}: missing; give it as {missing[0]}=VALUE")
-            config = OmegaConf.to_object(config)
+            config = OmegaConf.to_object(merged)
             check_values(config)
             run(config)
     except KeyboardInterrupt:
@@ -104,9 +103,8 @@ def explain(error: Exception, schema: type) -> str:
         key, equals, value = error.override.partition("=")
         hint = f"in quotes a value is taken as it is: '{key}=\"{value}\"'" if equals else "expected KEY=VALUE"
         return f"{error.override}: can't be read; {hint}"
-    if isinstance(error, HydraException) and error.__cause__ is not None:
-        error = error.__cause__  # Hydra says that it failed, OmegaConf why
-    text = str(error)
+    hides = isinstance(error, HydraException) and error.__cause__ is not None
+    text = str(error.__cause__ if hides else error)  # Hydra says that it failed, OmegaConf why
     if text.startswith("Caught "):  # in a DataLoader worker, whose traceback is the message
         text = text.splitlines()[-1].partition(": ")[2]
     unknown = re.search(r"Key '[^']+' (?:is )?not in .*\s+full_key: (\S+)", text)
@@ -120,12 +118,14 @@ def explain(error: Exception, schema: type) -> str:
         name = asked.split("/")[-1]
         return f"{group}: no option {name!r}; {nearest(name, options.split())}"
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    key = re.search(r"full_key: (\S+)", text)
-    if key and "is not a ListConfig" in text:
-        return f"{key.group(1)}: expected a list, {key.group(1)}=[A,B]"
-    if key and re.match(r"Cannot assign \w+ to Dict", text):
-        return f"{key.group(1)}: expected {key.group(1)}.NAME=VALUE"
-    return (f"{key.group(1)}: " if key else "") + (lines[0] if lines else type(error).__name__)
+    found = re.search(r"full_key: (\S+)", text)
+    if found and "is not a ListConfig" in text:
+        return f"{found[1]}: expected a list, {found[1]}=[A,B]"
+    if found and re.match(r"Cannot assign \w+ to Dict", text):
+        return f"{found[1]}: expected {found[1]}.NAME=VALUE"
+    return (f"{found[1]}: " if found else "") + (
+        lines[0] if lines else type(error.__cause__ if hides else error).__name__
+    )
 
 
 def _names(schema: type) -> list[str]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from operator import attrgetter
 from textwrap import wrap
+from typing import cast
 
 from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
@@ -45,17 +46,16 @@ def help_text(command: str, summary: str, schema: type) -> str:
     lines = [f"gradmix-{command}: {summary}", ""]
     with initialize_config_module("gradmix.configs", version_base="1.3"):
         found = {group: options(group) for group in _groups()} if command == "pretrain" else {}
-        defaults = OmegaConf.to_container(compose("pretrain")) if command == "pretrain" else {}
+        usual = flat(cast(dict, OmegaConf.to_container(compose("pretrain")))) if command == "pretrain" else {}
     if found:
         lines += ["Groups, GROUP=OPTION (* is the default):", ""]
     for group, choices in found.items():
-        chosen = (defaults.get(group) or {}).get("name")
+        chosen = usual.get(f"{group}.name")
         lines += [
             _line(f"  {group}={name}{' *' if name == chosen else ''}", meaning) for name, meaning in choices.items()
         ]
         lines.append("")
     lines += ["Keys, KEY=VALUE, with their defaults (??? must be given; a group may bring others):", ""]
-    usual = flat(defaults)
     for one in settings(schema):
         default = usual.get(one.name, one.default) if one.default == MISSING else one.default
         lines.append(_line(f"  {one.name}={default}", one.meaning))
@@ -76,7 +76,7 @@ def options(group: str) -> dict[str, str]:
     found: dict[str, str] = {}
     for source in GlobalHydra.instance().config_loader().get_search_path().get_path():
         if source.path.startswith(TimmEncoders.scheme()) and group == "encoder":
-            found["timm/NAME"] = TimmEncoders.__doc__
+            found["timm/NAME"] = TimmEncoders.__doc__ or ""
         elif source.path.startswith("pkg://") and source.provider != "hydra":
             folder = files(source.path.removeprefix("pkg://")) / group
             for file in sorted(folder.iterdir(), key=lambda file: file.name) if folder.is_dir() else ():

@@ -73,7 +73,7 @@ def group_runs(runs: Sequence[Run]) -> dict[str, list[Group]]:
             data["data.root"] = config["data.root"]
         sets[tuple(data.items())][tuple(_with_role("setting", config).items())].append((run, config))
     names = _labels([dict(data) for data in sets], ("data.name",))
-    result = {}
+    result: dict[str, list[Group]] = {}
     for name, groups in zip(names, sets.values(), strict=True):
         labels = _labels([dict(apart) for apart in groups], ("method.name", "mix.name"))
         result[name] = []
@@ -102,9 +102,9 @@ def _labels(configs: list[dict[str, Any]], alone: Sequence[str]) -> list[str]:
     names = [key for key in differing if key.endswith(".name")]
     # method=joint says all that its weights would; unless two groups then have the same label.
     short = [key for key in differing if key in names or key.split(".")[0] + ".name" not in names]
-    for keys in (short, differing):
+    for shown in (short, differing):
         labels = [
-            ", ".join(f"{key.removesuffix('.name')}={config.get(key, 'default')}" for key in keys or alone)
+            ", ".join(f"{key.removesuffix('.name')}={config.get(key, 'default')}" for key in shown or alone)
             for config in configs
         ]
         if len(set(labels)) == len(labels):

@@ -29,7 +29,12 @@ def on_page_markdown(markdown: str, **_) -> str:
 
 def table(schema: type) -> str:
     rows = [
-        f"| `{one.key}` | `{one.default}` | {one.meaning.replace('|', 'or').replace('<', '&lt;')} |"
-        for one in settings(schema())
+        f"| `{one.name}` | `{one.default}` | {as_text(one.key.values)} | {as_text(one.key.meaning)} |"
+        for one in settings(schema)
     ]
-    return "\n".join(["| key | default | meaning |", "| --- | --- | --- |", *rows])
+    return "\n".join(["| key | default | values | meaning |", "| --- | --- | --- | --- |", *rows])
+
+
+def as_text(words: str) -> str:
+    """Words for a cell of a table."""
+    return words.replace("|", "or").replace("<", "&lt;")

@@ -1,4 +1,4 @@
-"""Configuration of gradmix-eval and gradmix-score: every key with its type, default and meaning."""
+"""Configuration of gradmix-eval and gradmix-score: every key, and all that is true of it."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -6,55 +6,70 @@ from typing import Any
 from omegaconf import MISSING
 
 from gradmix.ssl.config import DataConfig
+from gradmix.ssl.keys import key
 
 
 @dataclass
 class EncoderName:
     """Which network a checkpoint is of."""
 
-    name: str = ""  # of the checkpoint's network
-    width: int | None = None  # null: read off conv1
-    stem: str | None = None  # null: read off conv1; padded: solo-learn's for CIFAR, which looks like small in the file
+    name: str = key("", "of the checkpoint's network")
+    width: int | None = key(None, "null: read off conv1", at_least=1)
+    stem: str | None = key(
+        None, "null: read off conv1; padded: solo-learn's for CIFAR, which looks like small in the file"
+    )
 
 
 @dataclass
 class TrainedProbe:
     """Training on augmented images, for protocols=[augmented] and [finetune]."""
 
-    optimizer: str = "sgd"  # sgd (Nesterov momentum 0.9) or lars
-    epochs: int = 90
-    batch_size: int = 256
-    base_lr: float | None = None  # for a batch of 256; null: 0.1 augmented, 0.02 finetune
-    weight_decay: float = 0.0
+    optimizer: str = key("sgd", "sgd has Nesterov momentum 0.9", choices=("sgd", "lars"))
+    epochs: int = key(90, "passes over the training images", at_least=1)
+    batch_size: int = key(256, "images of a step", at_least=2)
+    base_lr: float | None = key(None, "for a batch of 256; null: 0.1 augmented, 0.02 finetune", at_least=0)
+    weight_decay: float = key(0.0, "on every parameter", at_least=0)
 
 
 @dataclass
 class EvalConfig:
-    run: str | None = None  # folder of a trained run, or of a run with data.split=all
-    checkpoint: str | None = None  # instead of a run, weights trained anywhere; needs encoder=, data= and out=
+    run: str | None = key(None, "folder of a trained run, or of a run with data.split=all", path=True)
+    checkpoint: str | None = key(
+        None, "instead of a run, weights trained anywhere; needs encoder=, data= and out=", path=True
+    )
     encoder: EncoderName = field(default_factory=EncoderName)
     # other data than the run's own: features trained there, evaluated here
     data: DataConfig = field(default_factory=lambda: DataConfig(name="", holdout=0.0))
-    out: str | None = None  # folder for the results, instead of the run's own (with data=: RUN/transfer-DATA)
-    detectors: list[str] | None = None  # instead of the run's own, NAME or NAME@projections
-    detector_options: dict[str, Any] = field(default_factory=dict)  # over the run's own: detector_options.deep_knn.k=10
-    root: str | None = None  # where the run's data lies now, if it moved
-    unknown_root: str | None = None  # folder of images, any depth: the unknown images, instead of the run's own
-    knn_k: list[int] = field(default_factory=list)  # beside the run's own k: one search, many answers
-    knn_temperature: list[float] = field(default_factory=list)  # beside the run's own; every k with every temperature
-    protocols: list[str] = field(default_factory=list)  # beside the cached probe: augmented, finetune
+    out: str | None = key(
+        None, "folder for the results, instead of the run's own (with data=: RUN/transfer-DATA)", path=True
+    )
+    detectors: list[str] | None = key(None, "instead of the run's own, NAME or NAME@projections")
+    detector_options: dict[str, Any] = key({}, "over the run's own: detector_options.deep_knn.k=10")
+    root: str | None = key(None, "where the run's data lies now, if it moved", path=True)
+    unknown_root: str | None = key(
+        None, "folder of images, any depth: the unknown images, instead of the run's own", path=True
+    )
+    knn_k: list[int] = key([], "beside the run's own k: one search, many answers", at_least=1)
+    knn_temperature: list[float] = key([], "beside the run's own; every k with every temperature", above=0)
+    protocols: list[str] = key([], "beside the cached probe: augmented, finetune")
     probe: TrainedProbe = field(default_factory=TrainedProbe)
-    few_labels: list[Any] = field(default_factory=list)  # probes on few labels: 1%, 10%, or images per class
-    export: list[str] = field(default_factory=list)  # instead of evaluating: safetensors, onnx, torch_export
-    against: str | None = None  # folder of another run: compare the two, on what each said of the same test images
-    corruptions: str | None = None  # folder in CIFAR-10-C's or TinyImageNet-C's layout; make: the 15 kinds made here
+    few_labels: list[Any] = key([], "probes on few labels: 1%, 10%, or images per class")
+    export: list[str] = key([], "instead of evaluating: safetensors, onnx, torch_export")
+    against: str | None = key(
+        None, "folder of another run: compare the two, on what each said of the same test images", path=True
+    )
+    corruptions: str | None = key(
+        None, "folder in CIFAR-10-C's or TinyImageNet-C's layout; make: the 15 kinds made here", path=True
+    )
 
 
 @dataclass
 class ScoreConfig:
-    detector: str = MISSING  # a run's detector/ folder
-    images: str = MISSING  # an image, a folder or a pattern
-    out: str = "scores.csv"  # .csv, or .jsonl for JSON lines
-    batch_size: int = 256  # images per forward pass
-    explain: str | None = None  # folder for picture sheets: every image beside its 5 nearest training images
-    explain_limit: int = 200  # images on the sheets
+    detector: str = key(MISSING, "a run's detector/ folder", path=True)
+    images: str = key(MISSING, "an image, a folder or a pattern", path=True)
+    out: str = key("scores.csv", ".csv, or .jsonl for JSON lines", path=True)
+    batch_size: int = key(256, "images per forward pass", at_least=1)
+    explain: str | None = key(
+        None, "folder for picture sheets: every image beside its 5 nearest training images", path=True
+    )
+    explain_limit: int = key(200, "images on the sheets", at_least=1)

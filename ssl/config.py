@@ -1,4 +1,4 @@
-"""The run's configuration: every key with its type, default and meaning. configs/*.yaml hold only differences.
+"""The run's configuration: every key, and all that is true of it. configs/*.yaml hold only differences.
 
 Hydra composes it, so that types are checked and an unknown key is an error.
 """
@@ -16,38 +16,59 @@ from hydra.plugins.config_source import ConfigResult, ConfigSource
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import MISSING, OmegaConf
 
+from gradmix.ssl.keys import Key, key
+
 
 @dataclass
 class AugmentConfig:
     """The views of an image. Probabilities and strengths; 0 switches a step off."""
 
-    crop: tuple[float, float] = (0.2, 1.0)  # area of the random resized crop
-    ratio: tuple[float, float] = (0.75, 1.3333)  # aspect ratio of the crop
-    rotate: float = 0.0  # degrees, uniform in +-rotate
-    flip: float = 0.5  # probability of a horizontal flip
-    jitter: float = 0.8  # probability of the colour jitter
-    brightness: float = 0.4  # strength
-    contrast: float = 0.4  # strength
-    saturation: float = 0.4  # strength
-    hue: float = 0.1  # strength, in turns of the colour wheel
-    greyscale: float = 0.2  # probability
-    blur: float = 0.0  # probability of a Gaussian blur
+    crop: tuple[float, float] = key((0.2, 1.0), "area of the random resized crop", above=0, at_most=1)
+    ratio: tuple[float, float] = key((0.75, 1.3333), "aspect ratio of the crop", above=0)
+    rotate: float = key(0.0, "degrees, uniform in +-rotate", at_least=0)
+    flip: float = key(0.5, "probability of a horizontal flip", at_least=0, at_most=1)
+    jitter: float = key(0.8, "probability of the colour jitter", at_least=0, at_most=1)
+    brightness: float = key(0.4, "strength", at_least=0)
+    contrast: float = key(0.4, "strength", at_least=0)
+    saturation: float = key(0.4, "strength", at_least=0)
+    hue: float = key(0.1, "strength, in turns of the colour wheel", at_least=0, at_most=0.5)
+    greyscale: float = key(0.2, "probability", at_least=0, at_most=1)
+    blur: float = key(0.0, "probability of a Gaussian blur", at_least=0, at_most=1)
 
 
 @dataclass
 class DataConfig:
-    name: str = MISSING  # data set
-    root: str | None = None  # folder of the images; where torchvision's data sets are downloaded to
-    image_size: int = 32  # side in pixels that every image is brought to
-    split: int | str | None = None  # 0-4: the field's open-set splits; all: every one; null: all classes are known
-    known: list[Any] | None = None  # known classes by name or index, instead of a split
-    pseudo_unknown: int = 0  # to choose settings: the last so many known classes play the unknown, those are left out
-    unknown_root: str | None = None  # folder of images, any depth: the unknown images, instead of unknown classes
-    holdout: float = 0.1  # share of the known training images kept aside: thresholds, kNN while training
-    test_fraction: float = 0.25  # imagefolder without test/: share of the images that becomes the test set
-    memory_gib: float = 4.0  # images that fit are decoded once and kept as uint8; larger sets stream
-    workers: int = 2  # decoder processes, when streaming; never more than there are CPUs
-    on_bad_image: str = "error"  # error: stop before training and name them all; skip: leave them out, bad_images.json
+    name: str = key(MISSING, "data set", role="data")
+    root: str | None = key(None, "folder of the images, or where torchvision downloads them to", path=True, free=True)
+    image_size: int = key(32, "side in pixels that every image is brought to", at_least=1, role="data")
+    split: int | str | None = key(
+        None, "0-4: the field's splits; all: every one; null: all classes are known", role="unit"
+    )
+    known: list[Any] | None = key(None, "known classes by name or index, instead of a split", role="unit")
+    pseudo_unknown: int = key(
+        0, "to choose settings: the last so many known classes play the unknown, those are left out", at_least=0
+    )
+    unknown_root: str | None = key(
+        None, "folder, any depth: the unknown images, instead of unknown classes", path=True, free=True, role="data"
+    )
+    holdout: float = key(
+        0.1,
+        "share of the training images kept aside, for thresholds and kNN checks",
+        at_least=0,
+        at_most=1,
+        role="data",
+    )
+    test_fraction: float = key(
+        0.25, "imagefolder without test/: share of the images for the test set", at_least=0, at_most=1, role="data"
+    )
+    memory_gib: float = key(4.0, "images that fit are decoded once to uint8; larger sets stream", at_least=0, free=True)
+    workers: int = key(2, "decoder processes, when streaming; never more than there are CPUs", at_least=0, free=True)
+    on_bad_image: str = key(
+        "error",
+        "a file that can't be read: stop before training, or leave it out",
+        choices=("error", "skip"),
+        free=True,
+    )
     augment: AugmentConfig = field(default_factory=AugmentConfig)
 
 
@@ -55,35 +76,45 @@ class DataConfig:
 class MethodConfig:
     """loss = supervised * SupCon + selfsup * NT-Xent + targets * cross-entropy (+ the mixed term of one of them)."""
 
-    name: str = MISSING  # method
-    supervised: float = 0.0  # weight of SupCon
-    selfsup: float = 0.0  # weight of NT-Xent
-    targets: float = 0.0  # weight of cross-entropy to orthogonal class targets, after SpHOR (arXiv 2503.08049)
-    smoothing: float = 0.0  # of the targets' labels
-    temperature: float = 0.1  # of all losses
-    temperature_end: float | None = None  # half a cosine over the training leads there (after arXiv 2505.18137)
-    mixed_loss: str = "selfsup"  # which loss the mixed images enter, at its weight: selfsup | supervised | targets
-    attribution: str = "selfsup"  # whose gradient guides GradMix: selfsup | supervised | targets | joint
+    name: str = key(MISSING, "method")
+    supervised: float = key(0.0, "weight of SupCon", at_least=0)
+    selfsup: float = key(0.0, "weight of NT-Xent", at_least=0)
+    targets: float = key(
+        0.0, "weight of cross-entropy to orthogonal class targets, after SpHOR (arXiv 2503.08049)", at_least=0
+    )
+    smoothing: float = key(0.0, "of the targets' labels", at_least=0, at_most=1)
+    temperature: float = key(0.1, "of all losses", above=0)
+    temperature_end: float | None = key(None, "half a cosine over the training leads there (arXiv 2505.18137)", above=0)
+    mixed_loss: str = key(
+        "selfsup", "which loss the mixed images enter, at its weight", choices=("selfsup", "supervised", "targets")
+    )
+    attribution: str = key(
+        "selfsup", "whose gradient guides GradMix", choices=("selfsup", "supervised", "targets", "joint")
+    )
 
 
 @dataclass
 class MixConfig:
-    name: str = MISSING  # mixer
-    weight: float = 1.0  # of the mixed term
-    probability: float = 1.0  # that a batch is mixed
-    attribution_every: int = 1  # steps from one attribution to the next; boxes in between lie at random places
-    start_epoch: int = 0  # mix from this epoch on
-    end_epoch: int | None = None  # stop mixing at this epoch
-    options: dict[str, Any] = field(default_factory=dict)  # the mixer's own arguments
+    name: str = key(MISSING, "mixer")
+    weight: float = key(1.0, "of the mixed term", at_least=0)
+    probability: float = key(1.0, "that a batch is mixed", at_least=0, at_most=1)
+    attribution_every: int = key(
+        1, "steps from one attribution to the next; boxes in between lie at random places", at_least=1
+    )
+    start_epoch: int = key(0, "mix from this epoch on", at_least=0)
+    end_epoch: int | None = key(None, "stop mixing at this epoch", at_least=0)
+    options: dict[str, Any] = key({}, "the mixer's own arguments")
 
 
 @dataclass
 class EncoderConfig:
-    name: str = MISSING  # network; timm/NAME: one of timm's, which have no width and stem to set
-    width: int | None = 64  # channels of the first stage; null: 64, or init's
-    stem: str | None = None  # small: 3x3 stride 1, no max-pool; imagenet; null: by image size (small up to 64), or init
-    init: str | None = None  # weights to start from, trained anywhere: safetensors, or a torch checkpoint
-    head_dim: int = 128  # of the projections
+    name: str = key(MISSING, "network; timm/NAME: one of timm's, which have no width and stem to set")
+    width: int | None = key(64, "channels of the first stage; null: 64, or init's", at_least=1)
+    stem: str | None = key(
+        None, "small: 3x3 stride 1, no max-pool; imagenet; null: by image size (small up to 64), or init"
+    )
+    init: str | None = key(None, "weights to start from, trained anywhere: safetensors or torch checkpoint", path=True)
+    head_dim: int = key(128, "of the projections", at_least=1)
 
     def __str__(self) -> str:
         return self.name if self.width is None else f"{self.name} width {self.width}"
@@ -91,48 +122,69 @@ class EncoderConfig:
 
 @dataclass
 class OptimizerConfig:
-    name: str = MISSING  # optimizer
-    base_lr: float = 1e-3  # for a batch of 256; lr = base_lr * batch_size / 256
-    weight_decay: float = 0.0  # on every parameter
-    warmup_epochs: float = 0.0  # the learning rate rises linearly over them
-    final_lr: float = 0.0  # where the cosine ends, as a share of lr
+    name: str = key(MISSING, "optimizer", choices=("adam", "adamw", "sgd", "lars"))
+    base_lr: float = key(1e-3, "for a batch of 256; lr = base_lr * batch_size / 256", at_least=0)
+    weight_decay: float = key(0.0, "on weights; none on biases and normalisation", at_least=0)
+    warmup_epochs: float = key(0.0, "the learning rate rises linearly over them", at_least=0)
+    final_lr: float = key(0.0, "where the cosine ends, as a share of lr", at_least=0)
 
 
 @dataclass
 class SpeedConfig:
     """How fast, not what; benchmarks/throughput.py measures each. They move the last digits, so a run keeps them."""
 
-    channels_last: bool = True  # the layout that convolutions want; very narrow networks stay contiguous
-    fused: bool = True  # the optimizer updates all parameters in a few kernels (adam, adamw, sgd)
-    tf32: bool = True  # what stays fp32 is multiplied in TensorFloat-32, on GPUs that have it
-    compile: bool = False  # torch.compile of the encoder, stage by stage
-    micro_batch: int | None = None  # views per forward pass: large batches on small GPUs, for a step 1.4 times as long
+    channels_last: bool = key(True, "the layout that convolutions want; very narrow networks stay contiguous")
+    fused: bool = key(True, "the optimizer updates all parameters in a few kernels (adam, adamw, sgd)")
+    tf32: bool = key(True, "what stays fp32 is multiplied in TensorFloat-32, on GPUs that have it")
+    compile: bool = key(False, "torch.compile of the encoder, stage by stage")
+    micro_batch: int | None = key(
+        None,
+        "views per forward pass: large batches on small GPUs, for a step 1.4 times as long",
+        at_least=2,
+        because="BatchNorm has nothing to compare one with",
+    )
+
+
+# What of the Trainer's a training step works with: float32 weights, all of them in every process.
+TRAINER = {
+    "precision": Key(choices=("auto", "32-true", "bf16-mixed", "16-mixed", "32", "bf16", "16")),
+    "strategy": Key(choices=("auto", "ddp", "ddp_find_unused_parameters_true", "ddp_find_unused_parameters_false")),
+    "accumulate_grad_batches": Key(at_least=1),
+    "num_nodes": Key(at_least=1),
+    "gradient_clip_val": Key(at_least=0),
+}
 
 
 @dataclass
 class Config:
-    seed: int = 0  # everything random follows from it
-    epochs: int = 100  # passes over the training images
-    batch_size: int = 256  # over all devices
-    run_dir: str = MISSING  # folder of the run; the same command with the same folder goes on
+    seed: int = key(0, "everything random follows from it", at_least=0, at_most=2**32 - 1, role="unit")
+    epochs: int = key(100, "passes over the training images", at_least=1)
+    batch_size: int = key(256, "over all devices", at_least=1)
+    run_dir: str = key(MISSING, "the run's folder; the same command with the same folder goes on", path=True, free=True)
     data: DataConfig = field(default_factory=DataConfig)
     method: MethodConfig = field(default_factory=MethodConfig)
     mix: MixConfig = field(default_factory=MixConfig)
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     speed: SpeedConfig = field(default_factory=SpeedConfig)
-    detectors: list[str] = field(default_factory=lambda: ["deep_knn", "class_knn", "mahalanobis"])  # what is measured
-    detector_options: dict[str, Any] = field(default_factory=dict)  # parameters: detector_options.deep_knn.k=10
-    knn_k: int = 20  # neighbours that vote
-    knn_temperature: float = 0.07  # of their weights, exp(similarity / temperature)
-    knn_every: int = 10  # epochs between two kNN checks on the held-out images, 0 for none
-    test_every: int = 0  # epochs between two looks at the test images, 0 for none: curves; nothing is chosen by them
-    quality_every: int = 0  # epochs between two measurements of feature quality, 0 for none; see eval/quality.py
-    pictures_every: int = 25  # epochs between two pictures of views, maps and mixed images, 0 for none
-    checkpoint_seconds: float = 30.0  # how much training a killed run may lose
-    on_nonfinite: str = "error"  # a loss or gradient that is not finite: error stops the run, skip leaves the step out
-    max_skipped_steps: int = 10  # in all, with on_nonfinite=skip; one more is an error
-    trainer: dict[str, Any] = field(default_factory=dict)  # handed to Lightning's Trainer
+    detectors: list[str] = key(["deep_knn", "class_knn", "mahalanobis"], "what is measured", free=True)
+    detector_options: dict[str, Any] = key({}, "parameters: detector_options.deep_knn.k=10", free=True, role="setting")
+    knn_k: int = key(20, "neighbours that vote", at_least=1)
+    knn_temperature: float = key(0.07, "of their weights, exp(similarity / temperature)", above=0)
+    knn_every: int = key(10, "epochs between two kNN checks on held-out images, 0 for none", at_least=0, role="none")
+    test_every: int = key(
+        0, "epochs between two looks at the test images, 0 for none: curves only", at_least=0, free=True
+    )
+    quality_every: int = key(
+        0, "epochs between two looks at feature quality (eval/quality.py), 0 for none", at_least=0, role="none"
+    )
+    pictures_every: int = key(25, "epochs between pictures of views and mixing, 0 for none", at_least=0, role="none")
+    checkpoint_seconds: float = key(30.0, "how much training a killed run may lose", at_least=0, free=True)
+    on_nonfinite: str = key(
+        "error", "a loss or gradient is not finite: stop, or leave the step out", choices=("error", "skip"), free=True
+    )
+    max_skipped_steps: int = key(10, "in all, with on_nonfinite=skip; one more is an error", at_least=0, free=True)
+    trainer: dict[str, Any] = key({}, "handed to Lightning's Trainer", free=True, entries=TRAINER)
 
 
 class TimmEncoders(ConfigSource):
@@ -182,9 +234,9 @@ def register_configs() -> None:
 def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested dicts as one, with dotted keys; tuples as lists, as YAML has them."""
     leaves: dict[str, Any] = {}
-    for key, value in tree.items():
+    for name, value in tree.items():
         if isinstance(value, dict):
-            leaves |= flat(value, f"{prefix}{key}.")
+            leaves |= flat(value, f"{prefix}{name}.")
         else:
-            leaves[prefix + str(key)] = list(value) if isinstance(value, tuple) else value
+            leaves[prefix + str(name)] = list(value) if isinstance(value, tuple) else value
     return leaves

@@ -13,7 +13,6 @@ from torch.nn.utils import get_total_norm
 from gradmix.ssl.data.loader import Batch
 from gradmix.ssl.pretrain import Pretraining
 
-ON_NONFINITE = ("error", "skip")
 # What people send, what systems send, and what schedulers send before they preempt (Windows has no SIGUSR1).
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name))
 

@@ -11,8 +11,6 @@ from torch import nn
 from gradmix.ssl.config import Config
 from gradmix.ssl.machine import precision
 
-OPTIMIZERS = ("adam", "adamw", "sgd", "lars")
-
 
 def learning_rate(config: Config) -> float:
     """The linear scaling rule of arXiv 1706.02677."""

@@ -18,6 +18,7 @@ from gradmix.eval.config import TrainedProbe
 from gradmix.eval.features.cache import frozen
 from gradmix.eval.features.extraction import batches
 from gradmix.ssl.augment import TwoViews
+from gradmix.ssl.checks import check_values
 from gradmix.ssl.config import AugmentConfig
 from gradmix.ssl.data.images import ImageSet
 from gradmix.ssl.data.loader import TrainLoader, seed_of
@@ -39,11 +40,7 @@ class ImageProbe:
     def __init__(self, protocol: str, settings: TrainedProbe, augment: AugmentConfig, seed: int = 0):
         if protocol not in LEARNING_RATES:
             raise ValueError(f"protocols: expected some of cached, {', '.join(LEARNING_RATES)}, got {protocol!r}")
-        if settings.optimizer not in ("sgd", "lars"):
-            raise ValueError(f"probe.optimizer: expected sgd or lars, got {settings.optimizer!r}")
-        for key, least in (("epochs", 1), ("batch_size", 2)):
-            if getattr(settings, key) < least:
-                raise ValueError(f"probe.{key}: expected at least {least}, got {getattr(settings, key)}")
+        check_values(settings, "probe.")
         self.protocol, self.settings, self.seed = protocol, settings, seed
         self.augment = replace(augment, rotate=0.0, jitter=0.0, greyscale=0.0, blur=0.0)
 

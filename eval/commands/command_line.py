@@ -9,17 +9,15 @@ from collections.abc import Callable
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException, OverrideParseException
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from gradmix.eval.commands.help import help_text
 from gradmix.registry import nearest
+from gradmix.ssl.checks import check_values
 from gradmix.ssl.config import register_configs
+from gradmix.ssl.keys import keys_of
 
-PATHS = (
-    *("run", "run_dir", "against", "corruptions", "root", "unknown_root", "data.root", "data.unknown_root"),
-    *("encoder.init", "checkpoint", "detector", "images", "out", "explain"),
-)
 HYDRA_FLAGS = (
     *("--multirun", "-m", "--cfg", "-c", "--resolve", "--package", "-p", "--info", "-i", "--shell-completion", "-sc"),
     *("--config-dir", "-cd", "--debug", "--version"),
@@ -29,23 +27,29 @@ SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(s
 
 
 def run_command(name: str, summary: str, schema: type, run: Callable) -> None:
-    """Compose the config and call ``run`` with it. Bad input: one line, exit code 2; --debug shows the traceback."""
+    """Compose the config, check its values and call ``run`` with it.
+
+    Bad input: one line, exit code 2; --debug shows the traceback.
+
+    Args:
+        schema: the config's dataclass; each field is declared with :func:`gradmix.ssl.keys.key`.
+    """
     debug = "--debug" in sys.argv or os.environ.get("HYDRA_FULL_ERROR") == "1"
     if {"--help", "-h"} & set(sys.argv[1:]):
         print(help_text(name, summary, schema))
         return
-    refuse(name, sys.argv[1:])
+    refuse(name, schema, sys.argv[1:])
     typed = sys.argv
-    sys.argv = [typed[0], *(_quoted(argument) for argument in typed[1:] if argument != "--debug")]
+    sys.argv = [typed[0], *(_quoted(schema, argument) for argument in typed[1:] if argument != "--debug")]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises, and the lines below say it shorter
     register_configs()
     ConfigStore.instance().store(f"{name}_schema", schema)
 
-    composed = []
+    composed: list[DictConfig] = []
 
     # The work itself is done outside Hydra, which would add a line of its own to every error.
     @hydra.main(config_path="pkg://gradmix.configs", config_name=name, version_base="1.3")
-    def compose(config) -> None:
+    def compose(config: DictConfig) -> None:
         composed.append(config)
 
     # While training, Guard listens instead.
@@ -53,13 +57,14 @@ def run_command(name: str, summary: str, schema: type, run: Callable) -> None:
     try:
         compose()
         sys.argv = typed  # the report shows it
-        for config in composed:  # several with --multirun, none with --help
+        for one in composed:  # several with --multirun, none with --help
             # Once more into the schema, as plain values: Hydra's + adds any key.
-            plain = OmegaConf.to_container(config, resolve=True)
-            config = OmegaConf.merge(OmegaConf.structured(schema), plain)
-            if missing := sorted(OmegaConf.missing_keys(config)):
+            merged = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.to_container(one, resolve=True))
+            if missing := sorted(OmegaConf.missing_keys(merged)):
                 raise ValueError(f"{missing[0]}: missing; give it as {missing[0]}=VALUE")
-            run(OmegaConf.to_object(config))
+            config = OmegaConf.to_object(merged)
+            check_values(config)
+            run(config)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on", file=sys.stderr)
         sys.exit(130)
@@ -75,7 +80,7 @@ def run_command(name: str, summary: str, schema: type, run: Callable) -> None:
             signal.signal(number, handler)
 
 
-def refuse(name: str, arguments: list[str]) -> None:
+def refuse(name: str, schema: type, arguments: list[str]) -> None:
     """Hydra's own settings can name any function to be called, and --experimental-rerun reads a pickle. A flag that
     does not exist Hydra would answer with a page, and an empty path is the folder one stands in."""
     for argument in arguments:
@@ -84,7 +89,7 @@ def refuse(name: str, arguments: list[str]) -> None:
             wrong = "Hydra's own settings are fixed"
         elif argument.startswith("-") and flag not in HYDRA_FLAGS:
             wrong = f"no such flag; settings are given as {flag.lstrip('-') or 'KEY'}=VALUE, --help lists them"
-        elif flag in PATHS and equals and not value:
+        elif equals and not value and _is_path(schema, flag):
             wrong = "empty; give a path"
         else:
             continue
@@ -98,15 +103,14 @@ def explain(error: Exception, schema: type) -> str:
         key, equals, value = error.override.partition("=")
         hint = f"in quotes a value is taken as it is: '{key}=\"{value}\"'" if equals else "expected KEY=VALUE"
         return f"{error.override}: can't be read; {hint}"
-    if isinstance(error, HydraException) and error.__cause__ is not None:
-        error = error.__cause__  # Hydra says that it failed, OmegaConf why
-    text = str(error)
+    hides = isinstance(error, HydraException) and error.__cause__ is not None
+    text = str(error.__cause__ if hides else error)  # Hydra says that it failed, OmegaConf why
     if text.startswith("Caught "):  # in a DataLoader worker, whose traceback is the message
         text = text.splitlines()[-1].partition(": ")[2]
     unknown = re.search(r"Key '[^']+' (?:is )?not in .*\s+full_key: (\S+)", text)
     if unknown:
         wrong = unknown.group(1)
-        return f"{wrong}: no such key; {nearest(wrong, _keys(OmegaConf.structured(schema)))}"
+        return f"{wrong}: no such key; {nearest(wrong, _names(schema))}"
     missing_option = re.search(r"Could not find '([^']+)'\s+Available options in '([^']+)':\n((?:\t.*\n)+)", text)
     if missing_option:
         asked, group, options = missing_option.groups()
@@ -114,33 +118,36 @@ def explain(error: Exception, schema: type) -> str:
         name = asked.split("/")[-1]
         return f"{group}: no option {name!r}; {nearest(name, options.split())}"
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    key = re.search(r"full_key: (\S+)", text)
-    if key and "is not a ListConfig" in text:
-        return f"{key.group(1)}: expected a list, {key.group(1)}=[A,B]"
-    if key and re.match(r"Cannot assign \w+ to Dict", text):
-        return f"{key.group(1)}: expected {key.group(1)}.NAME=VALUE"
-    return (f"{key.group(1)}: " if key else "") + (lines[0] if lines else type(error).__name__)
+    found = re.search(r"full_key: (\S+)", text)
+    if found and "is not a ListConfig" in text:
+        return f"{found[1]}: expected a list, {found[1]}=[A,B]"
+    if found and re.match(r"Cannot assign \w+ to Dict", text):
+        return f"{found[1]}: expected {found[1]}.NAME=VALUE"
+    return (f"{found[1]}: " if found else "") + (
+        lines[0] if lines else type(error.__cause__ if hides else error).__name__
+    )
 
 
-def _keys(config, prefix: str = "") -> list[str]:
-    keys = []
-    for key in config:
-        keys.append(prefix + str(key))
-        if OmegaConf.is_dict(config._get_node(key)):
-            keys += _keys(config._get_node(key), f"{prefix}{key}.")
-    return keys
+def _names(schema: type) -> list[str]:
+    """Of every key and of every group of keys, in order."""
+    parts = [name.split(".") for name in keys_of(schema)]
+    return list(dict.fromkeys(".".join(part[:depth]) for part in parts for depth in range(1, len(part) + 1)))
 
 
-def _quoted(argument: str) -> str:
+def _is_path(schema: type, name: str) -> bool:
+    return name in keys_of(schema) and keys_of(schema)[name].path
+
+
+def _quoted(schema: type, argument: str) -> str:
     """Hydra's grammar reads blanks, commas, brackets and umlauts in values; a path or a class has to be quoted to
     survive it. Any argument of Lightning's Trainer may be given, also one that configs/pretrain.yaml does not list."""
     key, equals, value = argument.partition("=")
-    if equals and key.lstrip("+") in PATHS and not value.startswith(("'", '"')) and value != "null":
+    if equals and _is_path(schema, key.lstrip("+")) and not value.startswith(("'", '"')) and value != "null":
         return f"{key}={_quote(value)}"
     if key == "data.known" and value.startswith("[") and not {"'", '"'} & set(value):
         names = r"(?<=[\[,])(?!\d+[\],])[^\[\],]+"  # but no indices
         return "data.known=" + re.sub(names, lambda name: _quote(name[0].strip()), value)
-    if equals and key.startswith(("trainer.", "mix.options.", "detector_options.")):
+    if equals and key.startswith(tuple(f"{name}." for name, about in keys_of(schema).items() if about.is_dict)):
         return "++" + argument
     return argument
 

@@ -4,7 +4,6 @@ from pathlib import Path
 
 from gradmix.eval.commands.command_line import run_command
 from gradmix.eval.config import EvalConfig
-from gradmix.ssl.checks import check_values
 
 
 def main() -> None:
@@ -13,7 +12,6 @@ def main() -> None:
 
 
 def run_eval(config: EvalConfig) -> None:
-    check_values(config)
     from gradmix.eval.protocols.robustness import corruption_table
     from gradmix.eval.report.comparison import write_comparison
     from gradmix.eval.report.summary import over_splits, table

@@ -1,19 +1,19 @@
 """--help: every group, option and key of a command with one line each, read from the configs and their schema."""
 
-import dataclasses
-import inspect
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.resources import files
+from operator import attrgetter
 from textwrap import wrap
-from typing import Any
+from typing import cast
 
 from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import MISSING, OmegaConf
 
 from gradmix.ssl.config import TimmEncoders, flat, register_configs
+from gradmix.ssl.keys import Key, as_typed, keys_of
 
 FLAGS = {
     "--config-dir=DIR": "another folder with config files (DIR/data/mine.yaml makes data=mine)",
@@ -28,11 +28,16 @@ MEANING = 36  # the column where meanings begin
 
 @dataclass(frozen=True)
 class Setting:
-    """A key of a config: its full name, its default as text, and what it means."""
+    """A key of a config: its full name, its default as text, and what is true of it."""
 
-    key: str
+    name: str
     default: str
-    meaning: str
+    key: Key
+
+    @property
+    def meaning(self) -> str:
+        """With the words that it takes: ``(A | B)``."""
+        return f"{self.key.meaning} ({' | '.join(self.key.choices)})" if self.key.choices else self.key.meaning
 
 
 def help_text(command: str, summary: str, schema: type) -> str:
@@ -41,33 +46,29 @@ def help_text(command: str, summary: str, schema: type) -> str:
     lines = [f"gradmix-{command}: {summary}", ""]
     with initialize_config_module("gradmix.configs", version_base="1.3"):
         found = {group: options(group) for group in _groups()} if command == "pretrain" else {}
-        defaults = OmegaConf.to_container(compose("pretrain")) if command == "pretrain" else {}
+        usual = flat(cast(dict, OmegaConf.to_container(compose("pretrain")))) if command == "pretrain" else {}
     if found:
         lines += ["Groups, GROUP=OPTION (* is the default):", ""]
     for group, choices in found.items():
-        chosen = (defaults.get(group) or {}).get("name")
+        chosen = usual.get(f"{group}.name")
         lines += [
             _line(f"  {group}={name}{' *' if name == chosen else ''}", meaning) for name, meaning in choices.items()
         ]
         lines.append("")
     lines += ["Keys, KEY=VALUE, with their defaults (??? must be given; a group may bring others):", ""]
-    usual = flat(defaults)
-    for one in settings(schema()):
-        default = usual.get(one.key, one.default) if one.default == MISSING else one.default
-        lines.append(_line(f"  {one.key}={default}", one.meaning))
+    for one in settings(schema):
+        default = usual.get(one.name, one.default) if one.default == MISSING else one.default
+        lines.append(_line(f"  {one.name}={default}", one.meaning))
     flags = [(flag, meaning.replace("COMMAND", f"gradmix-{command}")) for flag, meaning in FLAGS.items()]
     lines += ["", "Flags:", "", *(_line(f"  {flag}", meaning) for flag, meaning in flags)]
     return "\n".join(lines)
 
 
-def settings(config: Any, prefix: str = "") -> Iterator[Setting]:
-    """Every key of a config dataclass's instance; the meaning is the comment on the field's line."""
-    comments = dict(re.findall(r"^    (\w+): [^#\n]*#\s*(.+)$", inspect.getsource(type(config)), re.M))
-    for name, value in ((field.name, getattr(config, field.name)) for field in dataclasses.fields(config)):
-        if dataclasses.is_dataclass(value):
-            yield from settings(value, f"{prefix}{name}.")
-        else:
-            yield Setting(prefix + name, _value(value), comments.get(name, ""))
+def settings(schema: type) -> Iterator[Setting]:
+    """Every key of a config dataclass, in order."""
+    defaults = schema()
+    for name, key in keys_of(schema).items():
+        yield Setting(name, as_typed(attrgetter(name)(defaults)), key)
 
 
 def options(group: str) -> dict[str, str]:
@@ -75,7 +76,7 @@ def options(group: str) -> dict[str, str]:
     found: dict[str, str] = {}
     for source in GlobalHydra.instance().config_loader().get_search_path().get_path():
         if source.path.startswith(TimmEncoders.scheme()) and group == "encoder":
-            found["timm/NAME"] = TimmEncoders.__doc__
+            found["timm/NAME"] = TimmEncoders.__doc__ or ""
         elif source.path.startswith("pkg://") and source.provider != "hydra":
             folder = files(source.path.removeprefix("pkg://")) / group
             for file in sorted(folder.iterdir(), key=lambda file: file.name) if folder.is_dir() else ():
@@ -88,12 +89,6 @@ def options(group: str) -> dict[str, str]:
 def _groups() -> list[str]:
     loader = GlobalHydra.instance().config_loader()
     return [group for group in loader.list_groups("") if group not in ("hydra", "recipe")]
-
-
-def _value(value: Any) -> str:
-    if isinstance(value, list | tuple):
-        return f"[{','.join(map(_value, value))}]"
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _line(left: str, meaning: str) -> str:

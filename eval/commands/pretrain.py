@@ -4,7 +4,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from gradmix.eval.commands.command_line import run_command
-from gradmix.ssl.checks import check_values
 from gradmix.ssl.config import Config
 
 
@@ -14,7 +13,6 @@ def main() -> None:
 
 
 def run_pretrain(config: Config) -> None:
-    check_values(config)
     # Imported here, so that --help and errors in the config answer at once.
     from gradmix.eval.protocols.evaluate import check_detectors
     from gradmix.eval.report.comparison import write_comparison

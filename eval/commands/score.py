@@ -4,7 +4,6 @@ from pathlib import Path
 
 from gradmix.eval.commands.command_line import run_command
 from gradmix.eval.config import ScoreConfig
-from gradmix.ssl.checks import check_values
 
 
 def main() -> None:
@@ -13,7 +12,6 @@ def main() -> None:
 
 
 def run_score(config: ScoreConfig) -> None:
-    check_values(config)
     from gradmix.eval.scoring.score_file import write_scores
     from gradmix.eval.scoring.scorer import Scorer, find_images
     from gradmix.eval.scoring.sheets import write_sheets

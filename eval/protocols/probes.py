@@ -30,9 +30,6 @@ def check_asked(asked: EvalConfig, run: Config, data: OpenSetData) -> None:
     for k in asked.knn_k:
         if not 1 <= k <= len(data.train):
             raise ValueError(f"knn_k: expected 1 to {len(data.train)}, the size of the training set, got {k}")
-    for temperature in asked.knn_temperature:
-        if temperature <= 0:
-            raise ValueError(f"knn_temperature: expected positive numbers, got {temperature}")
     for protocol in asked.protocols:
         if protocol != "cached":
             ImageProbe(protocol, asked.probe, run.data.augment)

@@ -20,9 +20,11 @@ from gradmix.eval.runs.foreign import ELSEWHERE
 from gradmix.ssl.config import Config, flat, register_configs
 from gradmix.ssl.data.images import ImageSet
 from gradmix.ssl.data.open_set import OpenSetData, load_data
+from gradmix.ssl.keys import as_typed, keys_of
 from gradmix.ssl.runs.folder import read_config
 
-GROUPS = ("data", "method", "mix", "encoder", "optimizer")  # config groups: the option's name is the group's .name
+# Config groups: the option's name is the group's .name.
+GROUPS = tuple(name.removesuffix(".name") for name in keys_of(Config) if name.endswith(".name"))
 
 
 @dataclass
@@ -184,14 +186,8 @@ def command(config: Config, changed: list[tuple[str, Any, Any]]) -> str:
         named = {**parts, "encoder.stem": config.encoder.stem, **roots, "out": config.run_dir}
         return shlex.join(["gradmix-eval", *(f"{key}={value}" for key, value in named.items())])
     groups = [f"{group}={getattr(config, group).name}" for group in GROUPS]
-    others = [f"{key}={_value(value)}" for key, _, value in changed]
+    others = [f"{key}={as_typed(value)}" for key, _, value in changed]
     return shlex.join(["gradmix-pretrain", *groups, *others])
-
-
-def _value(value: Any) -> str:
-    if isinstance(value, list | tuple):
-        return f"[{','.join(_value(part) for part in value)}]"
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _tensors(path: Path) -> dict[str, np.ndarray]:

@@ -9,12 +9,11 @@ from typing import Any
 import numpy as np
 
 from gradmix.eval.runs.folder import Run
-from gradmix.ssl.config import flat
-from gradmix.ssl.runs.folder import FREE_KEYS
+from gradmix.ssl.config import Config, flat
+from gradmix.ssl.keys import Role, key_of, keys_of
 
-UNIT = ("data.split", "data.known", "seed")  # what a pair shares
-DATA = ("data.name", "data.image_size", "data.holdout", "data.test_fraction", "data.unknown_root")
-WATCHING = ("knn_every", "quality_every", "pictures_every")  # change nothing that is measured
+UNIT = [name for name, key in keys_of(Config).items() if key.role == "unit"]
+UNIT.sort(key=lambda name: "." not in name)  # data.split, data.known, seed
 
 
 @dataclass
@@ -65,16 +64,16 @@ def find_runs(where: Sequence[str | Path]) -> list[Path]:
 
 
 def group_runs(runs: Sequence[Run]) -> dict[str, list[Group]]:
-    """Runs by data set, and within it by everything in the config but split, seed and where a run computes."""
+    """Runs by data set, and within it by their settings: every key says which of these it is (``role``)."""
     sets: dict[tuple, dict[tuple, list[tuple[Run, dict]]]] = defaultdict(lambda: defaultdict(list))
     for run in runs:
         config = _config(run)
-        keys = (*DATA, "data.root") if config["data.name"] == "imagefolder" else DATA
-        data = tuple((key, config[key]) for key in keys)
-        apart = {key: value for key, value in config.items() if not _shared(key)}
-        sets[data][tuple(apart.items())].append((run, config))
+        data = _with_role("data", config)
+        if config["data.name"] == "imagefolder":
+            data["data.root"] = config["data.root"]
+        sets[tuple(data.items())][tuple(_with_role("setting", config).items())].append((run, config))
     names = _labels([dict(data) for data in sets], ("data.name",))
-    result = {}
+    result: dict[str, list[Group]] = {}
     for name, groups in zip(names, sets.values(), strict=True):
         labels = _labels([dict(apart) for apart in groups], ("method.name", "mix.name"))
         result[name] = []
@@ -103,9 +102,9 @@ def _labels(configs: list[dict[str, Any]], alone: Sequence[str]) -> list[str]:
     names = [key for key in differing if key.endswith(".name")]
     # method=joint says all that its weights would; unless two groups then have the same label.
     short = [key for key in differing if key in names or key.split(".")[0] + ".name" not in names]
-    for keys in (short, differing):
+    for shown in (short, differing):
         labels = [
-            ", ".join(f"{key.removesuffix('.name')}={config.get(key, 'default')}" for key in keys or alone)
+            ", ".join(f"{key.removesuffix('.name')}={config.get(key, 'default')}" for key in shown or alone)
             for config in configs
         ]
         if len(set(labels)) == len(labels):
@@ -121,10 +120,8 @@ def _config(run: Run) -> dict[str, Any]:
     return {key: _frozen(value) for key, value in (usual | asked).items()}
 
 
-def _shared(key: str) -> bool:
-    """Whether a key says which data, which unit, or only where and how a run computes."""
-    free = {*FREE_KEYS, *UNIT, *DATA, *WATCHING} - {"detector_options"}  # a run may go on with others; numbers differ
-    return any(key == name or key.startswith(f"{name}.") for name in free)
+def _with_role(role: Role, config: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in config.items() if key_of(Config, name).role == role}
 
 
 def _frozen(value: Any) -> Any:

@@ -6,13 +6,12 @@ from pathlib import Path
 
 import torch
 
+from gradmix.ssl.checks import check_values
 from gradmix.ssl.config import DataConfig
 from gradmix.ssl.data.images import ImageSet
 from gradmix.ssl.data.scan import Scan
 from gradmix.ssl.data.sources import SOURCES, Source, existing_root, images_below, join, stratified
 from gradmix.ssl.data.splits import SPLITS
-
-ON_BAD_IMAGE = ("error", "skip")
 
 
 @dataclass(frozen=True)
@@ -54,10 +53,10 @@ def load_data(config: DataConfig, seed: int, scan_file: Path | None = None) -> O
         scan_file: where to keep which files can be read, so that they are not all decoded again.
 
     Raises:
-        ValueError: missing or empty folders, unreadable images, unknown splits or classes; one line each.
+        ValueError: missing or empty folders, unreadable images, unknown splits or classes, values that make no sense;
+            one line each.
     """
-    if config.on_bad_image not in ON_BAD_IMAGE:
-        raise ValueError(f"data.on_bad_image: expected {' or '.join(ON_BAD_IMAGE)}, got {config.on_bad_image!r}")
+    check_values(config, "data.")
     source = SOURCES.pick("data.name", config.name)(config, seed)
     limit = int(config.memory_gib * 2**30)
     if not source.classes:

@@ -10,6 +10,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torchvision.models import resnet
 
+from gradmix.ssl.checks import check_values
 from gradmix.ssl.config import EncoderConfig
 from gradmix.ssl.data.images import IMAGENET, Constants, decode, normalize, to_square
 from gradmix.ssl.networks.timm_encoders import PREFIX, check_timm, timm_encoder
@@ -115,8 +116,7 @@ def check_encoder(config: EncoderConfig) -> None:
         raise ValueError(f"encoder.name: expected one of {', '.join(RESNETS)}, {PREFIX}NAME, got {config.name!r}")
     if config.stem not in (*STEMS, None):
         raise ValueError(f"encoder.stem: expected {', '.join(STEMS)} or null, got {config.stem!r}")
-    if config.width is not None and config.width < 1:
-        raise ValueError(f"encoder.width: expected a positive number, got {config.width}")
+    check_values(config, "encoder.")
 
 
 def read_backbone(

@@ -14,21 +14,16 @@ from omegaconf import OmegaConf
 from safetensors import safe_open
 
 from gradmix.ssl.config import Config, flat
+from gradmix.ssl.keys import key_of
 from gradmix.ssl.runs.files import write_text
-
-# Where and how fast a run computes, not what: these may differ when a run goes on.
-FREE_KEYS = (
-    *("run_dir", "trainer", "checkpoint_seconds", "data.workers", "data.on_bad_image", "data.root", "data.memory_gib"),
-    *("on_nonfinite", "max_skipped_steps", "test_every"),
-    *("detectors", "detector_options", "data.unknown_root"),
-)
 
 
 def claim(run_dir: Path, config: Config) -> None:
     """Make ``run_dir`` this config's folder and write ``config.yaml``, or see that it already is.
 
     Raises:
-        ValueError: the folder belongs to a run with another config; the message names the differing keys.
+        ValueError: the folder belongs to a run with another config; the message names the differing keys, but for those
+            that are free.
     """
     path = run_dir / "config.yaml"
     if not path.exists():
@@ -38,7 +33,7 @@ def claim(run_dir: Path, config: Config) -> None:
     different = [
         f"{key} is {theirs.get(key)!r} there and {ours.get(key)!r} here"
         for key in sorted({*theirs, *ours})
-        if theirs.get(key) != ours.get(key) and not any(key == k or key.startswith(k + ".") for k in FREE_KEYS)
+        if theirs.get(key) != ours.get(key) and not key_of(Config, key).free
     ]
     if different:
         raise ValueError(

@@ -39,9 +39,9 @@ def test_many_knn_settings_are_scikit_learns(command, tmp_path, digits_run):
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ("knn_k=[0]", "knn_k: expected 1 to 646"),
+        ("knn_k=[0]", "knn_k: expected at least 1, got 0"),
         ("knn_k=[5000]", "knn_k: expected 1 to 646, the size of the training set, got 5000"),
-        ("knn_temperature=[0]", "knn_temperature: expected positive numbers, got 0"),
+        ("knn_temperature=[0]", "knn_temperature: expected a number above 0, got 0.0"),
         ("protocols=[linear]", "protocols: expected some of cached, augmented, finetune, got 'linear'"),
         ("few_labels=[5000]", "few_labels: 5000 images of each class asked for"),
         ("few_labels=[few]", "few_labels: expected a share such as 1%"),

@@ -1,0 +1,192 @@
+"""Every key of the three commands, by what it declares: bounds are held, paths need no quotes, free keys may change."""
+
+import math
+from copy import deepcopy
+from dataclasses import asdict, fields
+from operator import attrgetter
+from typing import get_args
+
+import pytest
+from omegaconf import MISSING, OmegaConf
+
+from gradmix.eval.commands.command_line import _quoted
+from gradmix.eval.config import EvalConfig, ScoreConfig
+from gradmix.ssl.checks import check_values
+from gradmix.ssl.config import Config, DataConfig, EncoderConfig, MethodConfig, MixConfig, OptimizerConfig, flat
+from gradmix.ssl.keys import keys_of
+from gradmix.ssl.runs.folder import claim, read_config
+
+SCHEMAS = (Config, EvalConfig, ScoreConfig)
+KEYS = [(schema, name) for schema in SCHEMAS for name in keys_of(schema)]
+BOUNDED = [
+    (s, n) for s, n in KEYS if any(getattr(keys_of(s)[n], b) is not None for b in ("at_least", "above", "at_most"))
+]
+CHOOSING = [(schema, name) for schema, name in KEYS if keys_of(schema)[name].choices]
+
+
+def named(cases):
+    return {"argvalues": cases, "ids": [f"{schema.__name__}-{name}" for schema, name in cases]}
+
+
+def usual(schema):
+    """A config in which nothing is wrong."""
+    if schema is not Config:
+        return schema()
+    groups = {
+        "data": DataConfig("digits"),
+        "method": MethodConfig("simclr"),
+        "mix": MixConfig("none"),
+        "encoder": EncoderConfig("resnet18"),
+    }
+    return Config(run_dir="run", optimizer=OptimizerConfig("adam"), **groups)
+
+
+def changed(config, name, value):
+    config = deepcopy(config)
+    group, _, last = name.rpartition(".")
+    setattr(attrgetter(group)(config) if group else config, last, value)
+    return config
+
+
+def type_of(schema, name):
+    *groups, last = name.split(".")
+    for group in groups:
+        schema = next(field.type for field in fields(schema) if field.name == group)
+    return next(field.type for field in fields(schema) if field.name == last)
+
+
+def just_inside_and_outside(schema, name):
+    """Numbers at each bound: those that are taken, and those that are not. Worked out from the declaration alone."""
+    key, kind = keys_of(schema)[name], type_of(schema, name)
+    whole = int in (kind, *get_args(kind)) and float not in get_args(kind)
+
+    def beside(bound, towards):
+        return bound + (1 if towards > bound else -1) if whole else math.nextafter(bound, towards)
+
+    inside, outside = [], [math.nan]
+    if key.at_least is not None:
+        inside.append(key.at_least)
+        outside.append(beside(key.at_least, -math.inf))
+    if key.above is not None:
+        inside.append(beside(key.above, math.inf))
+        outside.append(key.above)
+    if key.at_most is not None:
+        inside.append(key.at_most)
+        outside.append(beside(key.at_most, math.inf))
+    else:
+        outside.append(math.inf)
+    default = attrgetter(name)(usual(schema))
+    shaped = (
+        (lambda x: [x])
+        if isinstance(default, list)
+        else (lambda x: [x, x])
+        if isinstance(default, tuple)
+        else (lambda x: x)
+    )
+    return [shaped(x) for x in inside], [shaped(x) for x in outside]
+
+
+@pytest.mark.parametrize("schema", SCHEMAS)
+def test_every_key_means_something_in_one_line_and_its_default_is_fine(schema):
+    for name, key in keys_of(schema).items():
+        assert key.meaning.strip() == key.meaning != "" and "\n" not in key.meaning, name
+    check_values(usual(schema))
+
+
+@pytest.mark.parametrize(("schema", "name"), **named(BOUNDED))
+def test_bounds_are_held(schema, name):
+    inside, outside = just_inside_and_outside(schema, name)
+    for value in inside:
+        check_values(changed(usual(schema), name, value))
+    for value in outside:
+        with pytest.raises(ValueError, match=f"^{name}: expected .*, got "):
+            check_values(changed(usual(schema), name, value))
+
+
+@pytest.mark.parametrize(("schema", "name"), **named(CHOOSING))
+def test_nothing_but_the_choices_is_taken(schema, name):
+    for value in keys_of(schema)[name].choices:
+        check_values(changed(usual(schema), name, value))
+    with pytest.raises(ValueError, match=f"^{name}: expected .*, got 'something else'$"):
+        check_values(changed(usual(schema), name, "something else"))
+
+
+def test_declared_bounds_are_of_numbers_and_paths_are_text():
+    for schema, name in KEYS:
+        key, kind = keys_of(schema)[name], type_of(schema, name)
+        if (schema, name) in BOUNDED:
+            kinds = {part for whole in (kind, *get_args(kind)) for part in (whole, *get_args(whole))}
+            assert kinds & {int, float}, name
+        if key.path or key.choices:
+            assert str in (kind, *get_args(kind)), name
+
+
+def other_than(value, key):
+    """Another value of the same kind."""
+    if key.choices:
+        return next(choice for choice in key.choices if choice != value)
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int | float):
+        return value + 1
+    if isinstance(value, tuple):
+        return (value[0], value[1] + 1)
+    if isinstance(value, dict):
+        return {**value, "devices": 3}
+    return ["3"] if isinstance(value, list) else "3"
+
+
+def another(name):
+    value, kind = attrgetter(name)(usual(Config)), type_of(Config, name)
+    if value is None:
+        first = get_args(kind)[0]
+        value = first() if first in (int, float, str) else []
+    return other_than(value, keys_of(Config)[name])
+
+
+@pytest.mark.parametrize("name", keys_of(Config))
+def test_a_run_goes_on_with_other_free_keys_only(tmp_path, name):
+    config = usual(Config)
+    claim(tmp_path, config)
+    claim(tmp_path, config)
+    now = changed(config, name, another(name))
+    if keys_of(Config)[name].free:
+        claim(tmp_path, now)
+    else:
+        with pytest.raises(ValueError, match=f"belongs to another config \\({name}[. ]"):
+            claim(tmp_path, now)
+    assert flat(asdict(read_config(tmp_path))) == flat(asdict(config))  # the first one's stays
+
+
+def test_a_config_from_before_a_key_was_there_is_read(tmp_path):
+    """What it does not say is the default."""
+    tree = OmegaConf.to_container(OmegaConf.structured(usual(Config)))
+    for name in keys_of(Config):
+        *groups, last = name.split(".")
+        here = deepcopy(tree)
+        part = here
+        for group in groups:
+            part = part[group]
+        del part[last]
+        (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(here))
+        if attrgetter(name)(Config()) != MISSING:
+            read, default = (flat(asdict(one)).get(name) for one in (read_config(tmp_path), Config()))
+            assert read == default, name
+
+
+@pytest.mark.parametrize("schema", SCHEMAS)
+def test_paths_with_blanks_and_brackets_need_no_quotes_and_others_stay_as_they_are(schema):
+    for name, key in keys_of(schema).items():
+        typed = f"{name}=my photos (1), [a]"
+        assert (_quoted(schema, typed) == f"{name}='my photos (1), [a]'") == key.path, name
+        if key.is_dict:
+            assert _quoted(schema, f"{name}.x=1") == f"++{name}.x=1"
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [("pretrain", "run_dir="), ("pretrain", "encoder.init="), ("eval", "checkpoint="), ("score", "explain=")],
+)
+def test_an_empty_path_is_refused(command, name, arguments):
+    result = command(name, arguments)
+    assert (result.code, result.err) == (2, f"gradmix-{name}: {arguments[:-1]}: empty; give a path\n")

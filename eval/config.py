@@ -44,6 +44,7 @@ class EvalConfig:
     knn_temperature: list[float] = field(default_factory=list)  # beside the run's own; every k with every temperature
     protocols: list[str] = field(default_factory=list)  # beside the cached probe: augmented, finetune
     probe: TrainedProbe = field(default_factory=TrainedProbe)
+    measures: list[str] = field(default_factory=list)  # beside the usual: those of other packages, by name
     few_labels: list[Any] = field(default_factory=list)  # probes on few labels: 1%, 10%, or images per class
     export: list[str] = field(default_factory=list)  # instead of evaluating: safetensors, onnx, torch_export
     against: str | None = None  # folder of another run: compare the two, on what each said of the same test images

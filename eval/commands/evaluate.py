@@ -54,7 +54,8 @@ def run_eval(config: EvalConfig) -> None:
 
 
 def eval_one(config: EvalConfig, run_dir: Path, out: Path) -> dict:
-    from gradmix.eval.protocols.evaluate import check_detectors, device_of, evaluate
+    from gradmix.eval.protocols.evaluate import device_of, evaluate
+    from gradmix.eval.protocols.measures import choose_measures
     from gradmix.eval.protocols.robustness import evaluate_corruptions
     from gradmix.eval.report import write_report
     from gradmix.eval.report.tensorboard import write_tensorboard
@@ -71,7 +72,7 @@ def eval_one(config: EvalConfig, run_dir: Path, out: Path) -> dict:
     for key in ("root", "unknown_root"):
         if getattr(config, key) is not None:
             setattr(run.data, key, getattr(config, key))
-    check_detectors(run)
+    choose_measures(run, config)
     if not (run_dir / "training.json").exists():
         raise ValueError(f"run: {run_dir} has not finished training; gradmix-pretrain run_dir={run_dir} goes on")
     with alone_in(out, "run" if config.out is None else "out"):

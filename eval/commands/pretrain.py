@@ -16,14 +16,14 @@ def main() -> None:
 def run_pretrain(config: Config) -> None:
     check_values(config)
     # Imported here, so that --help and errors in the config answer at once.
-    from gradmix.eval.protocols.evaluate import check_detectors
+    from gradmix.eval.protocols.measures import choose_measures
     from gradmix.eval.report.comparison import write_comparison
     from gradmix.eval.report.summary import over_splits, table
     from gradmix.eval.runs.groups import find_runs
     from gradmix.ssl.data.open_set import splits_of
     from gradmix.ssl.runs.files import write_json
 
-    check_detectors(config)
+    choose_measures(config)
     config.run_dir = str(Path(config.run_dir).expanduser())
     if config.data.split != "all":
         result = pretrain_one(config)
@@ -50,13 +50,14 @@ def pretrain_one(config: Config) -> dict | None:
     from pytorch_lightning.utilities import rank_zero_only
 
     from gradmix.eval.features.extraction import extract_together
-    from gradmix.eval.protocols.evaluate import check_neighbours, device_of, evaluate
+    from gradmix.eval.protocols.evaluate import device_of, evaluate
+    from gradmix.eval.protocols.measures import check_measures
     from gradmix.eval.protocols.online import watchers
     from gradmix.eval.report import write_report
     from gradmix.eval.report.summary import describe
     from gradmix.eval.report.tensorboard import write_tensorboard
     from gradmix.ssl.data.open_set import load_data
-    from gradmix.ssl.losses import world_size
+    from gradmix.ssl.processes import world_size
     from gradmix.ssl.runs.files import read_json, remove_strays, replacing
     from gradmix.ssl.runs.folder import claim
     from gradmix.ssl.runs.lock import alone_in
@@ -77,7 +78,7 @@ def pretrain_one(config: Config) -> dict | None:
         data = load_data(config.data, config.seed, run_dir / "scan.json")
         if first:
             print(describe(config, data))
-        check_neighbours(config, data)
+        check_measures(config, data)
         if not (run_dir / "training.json").exists():
             train(config, data, watchers(data, config))
             if world_size() > 1:

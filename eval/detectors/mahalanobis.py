@@ -8,7 +8,7 @@ import numpy as np
 from gradmix.eval.detectors.base import Detector
 from gradmix.eval.detectors.class_mean import class_means
 from gradmix.eval.features.arrays import blocks
-from gradmix.eval.features.search import nearest
+from gradmix.eval.features.search import nearest_rows
 
 SMALLEST_VARIANCE = 1e-10  # relative to the largest
 
@@ -44,7 +44,7 @@ class Mahalanobis(Detector):
 
     def _assess(self, features):
         whitened = (features - self.centre_) @ self.whitening_
-        _, position = nearest(whitened, self.means_, k=1, metric="l2")
+        _, position = nearest_rows(whitened, self.means_, k=1, metric="l2")
         position = position[:, 0]
         # FAISS expands the square, which loses digits; the nearest distance is computed again in float64
         return np.square(whitened - self.means_[position]).sum(axis=1), position

@@ -28,7 +28,7 @@ def inner_product(queries, bank, k):
     return faiss.knn(queries, bank, k, faiss.METRIC_INNER_PRODUCT)
 
 
-def nearest(queries, bank, k, metric="cosine"):
+def nearest_rows(queries, bank, k, metric="cosine"):
     """The k rows of `bank` nearest to each query, exactly.
 
     Args:
@@ -48,8 +48,8 @@ def nearest(queries, bank, k, metric="cosine"):
         values, rows = Neighbours(bank, index="Flat").search(queries, k)
     elif metric == "l2":
         bank = float32(bank)
-        found = [faiss.knn(float32(queries[rows]), bank, k) for rows in blocks(queries.shape)]
-        values, rows = (np.concatenate(part) for part in zip(*found, strict=True))
+        parts = [faiss.knn(float32(queries[rows]), bank, k) for rows in blocks(queries.shape)]
+        values, rows = (np.concatenate(part) for part in zip(*parts, strict=True))
     else:
         raise ValueError(f"metric: expected cosine or l2, got {metric!r}")
     return like(values, reference), like(rows, reference)
@@ -119,8 +119,8 @@ class Neighbours:
             Inner products `[N, k]` float32, descending, and row numbers `[N, k]` int64.
         """
         check_k(k, len(self))
-        found = [self._search(unit_rows(queries[rows]), k) for rows in blocks(queries.shape)]
-        return tuple(np.concatenate(part) for part in zip(*found, strict=True))
+        parts = [self._search(unit_rows(queries[rows]), k) for rows in blocks(queries.shape)]
+        return tuple(np.concatenate(part) for part in zip(*parts, strict=True))
 
     def _search(self, queries, k):
         if self.index is None:

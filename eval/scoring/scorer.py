@@ -27,7 +27,7 @@ from gradmix.ssl.machine import usable_cpus
 from gradmix.ssl.networks.backbones import load_backbone
 from gradmix.ssl.runs.files import hash_file, hash_json, write_atomically, write_json, write_tensors
 
-UNKNOWN = "unknown"
+UNKNOWN_NAME = "unknown"  # what an unknown image is called, instead of a class
 THUMBNAILS = "thumbnails.safetensors"
 THUMBNAIL_SIZE = 32
 
@@ -162,7 +162,7 @@ class Scorer:
         for score, label, row in zip(scores.tolist(), labels, nearest.tolist(), strict=True):
             prediction = "" if label is None else self.classes[int(label)]
             if threshold is not None and score > threshold:
-                prediction = UNKNOWN
+                prediction = UNKNOWN_NAME
             margin = None if threshold is None else score - threshold
             near = self.training_name(row)
             yield lambda path, s=score, p=prediction, m=margin, n=near: Score(path, s, p, m, n)
@@ -178,12 +178,12 @@ def find_images(where: str) -> list[str]:
     if path.is_file():
         return [str(path)]
     if path.is_dir():
-        found = list_images(path)
+        names = list_images(path)
     else:
-        found = sorted(name for name in glob.glob(str(path), recursive=True) if Path(name).is_file())
-    if not found:
+        names = sorted(name for name in glob.glob(str(path), recursive=True) if Path(name).is_file())
+    if not names:
         raise ValueError(f"images: {where} names no image file (a file, a folder or a pattern such as 'photos/*.jpg')")
-    return found
+    return names
 
 
 def _shrink(images: Tensor) -> Tensor:

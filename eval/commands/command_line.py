@@ -14,6 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from gradmix.eval.commands.help import help_text
 from gradmix.registry import nearest
+from gradmix.ssl.checks import check_values
 from gradmix.ssl.config import register_configs
 
 PATHS = (
@@ -59,7 +60,9 @@ def run_command(name: str, summary: str, schema: type, run: Callable) -> None:
             config = OmegaConf.merge(OmegaConf.structured(schema), plain)
             if missing := sorted(OmegaConf.missing_keys(config)):
                 raise ValueError(f"{missing[0]}: missing; give it as {missing[0]}=VALUE")
-            run(OmegaConf.to_object(config))
+            config = OmegaConf.to_object(config)
+            check_values(config)
+            run(config)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on", file=sys.stderr)
         sys.exit(130)

@@ -12,6 +12,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from gradmix.eval import detectors
 from gradmix.eval.detectors import PRIMARY, Detector
@@ -106,9 +107,6 @@ def read_events(folder: Path, images: bool = True) -> tuple[dict, list[tuple[int
     """TensorBoard's scalars and ``mixing`` pictures; where a resumed run wrote a step twice, the later one."""
     if not any(folder.glob("events.out.tfevents.*")):
         return {}, []
-    # Imported here: it takes half a second.
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
     keep = {"scalars": 0, "images": 0 if images else 1}  # 0: all of them
     events = EventAccumulator(str(folder), size_guidance=keep).Reload()
     tags = events.Tags()

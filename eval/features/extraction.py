@@ -31,7 +31,7 @@ class Model:
         run_dir: folder with ``backbone.safetensors`` and ``head.safetensors``.
     """
 
-    def __init__(self, run_dir: Path, device: torch.device | str = "cpu"):
+    def __init__(self, run_dir: Path, device: torch.device | str = "cpu") -> None:
         self.device = torch.device(device)
         self.backbone: Backbone = load_backbone(run_dir).to(device)
         self.head: nn.Module | None = None

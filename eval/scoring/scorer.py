@@ -9,7 +9,7 @@ scorer.json                           class names, names of the training images,
 import glob
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,7 +88,7 @@ class Scorer:
         ValueError: the folder is no detector's, or a file in it is damaged.
     """
 
-    def __init__(self, folder: str | Path, device: str = "cpu"):
+    def __init__(self, folder: str | Path, device: str = "cpu") -> None:
         folder = Path(folder).expanduser()
         if not (folder / "scorer.json").is_file():
             hint = f"; did you mean {folder / 'detector'}?" if (folder / "detector/scorer.json").is_file() else ""
@@ -153,7 +153,7 @@ class Scorer:
             return str(error)
 
     @torch.inference_mode()
-    def _score(self, images: torch.Tensor):
+    def _score(self, images: torch.Tensor) -> Iterator[Callable[[str], Score]]:
         features = self.backbone(images.to(self.device)).cpu()
         detector = self.detector
         scores, nearest = detector.score(features), detector.neighbours(features, 1)[1][:, 0]

@@ -7,7 +7,7 @@ import torch
 
 from gradmix.eval.config import EvalConfig
 from gradmix.eval.features.cache import image_hashes
-from gradmix.eval.protocols.measures import check_measures, measure_all
+from gradmix.eval.protocols.measures import choose_measures, measure_all
 from gradmix.eval.protocols.subject import subject_of
 from gradmix.eval.scoring.scorer import save_scorer
 from gradmix.ssl.config import Config
@@ -42,7 +42,7 @@ def evaluate(
     """
     out = run_dir if out is None else out
     asked = EvalConfig() if asked is None else asked
-    measures = check_measures(config, data, asked)
+    measures = choose_measures(config, asked, data)
     subject = subject_of(run_dir, out, config, data, device, asked, data.sets())
     if data.bad:
         write_json(out / "bad_images.json", data.bad)

@@ -263,8 +263,11 @@ MEASURES: Registry[type[Measure]] = Registry(
 )
 
 
-def choose_measures(config: Config, asked: EvalConfig | None = None) -> list[Measure]:
+def choose_measures(config: Config, asked: EvalConfig | None = None, data: OpenSetData | None = None) -> list[Measure]:
     """All of our own measures, and those of other packages that ``measures`` names.
+
+    Args:
+        data: the images, once they are there: settings that they don't allow are then errors too.
 
     Raises:
         ValueError: unknown measures or detectors, or settings that make no sense.
@@ -275,18 +278,8 @@ def choose_measures(config: Config, asked: EvalConfig | None = None) -> list[Mea
     for measure in measures:
         if wrong := set(measure.needs) - set(NEEDS):
             raise ValueError(f"measures: {measure.name} needs {wrong.pop()!r}; expected some of {', '.join(NEEDS)}")
-    return measures
-
-
-def check_measures(config: Config, data: OpenSetData, asked: EvalConfig | None = None) -> list[Measure]:
-    """The measures that are asked for.
-
-    Raises:
-        ValueError: as :func:`choose_measures`; or settings that these images don't allow.
-    """
-    measures = choose_measures(config, asked)
-    for measure in measures:
-        measure.check(config, EvalConfig() if asked is None else asked, data)
+        if data is not None:
+            measure.check(config, asked, data)
     return measures
 
 

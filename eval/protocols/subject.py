@@ -47,21 +47,18 @@ class Subject:
 
     def lacks(self, need: str) -> str | None:
         """Why a need (one of :data:`gradmix.eval.protocols.measures.NEEDS`) can't be met; None: it can be."""
-        images = sum(map(raw_pixels_bytes, self.data.sets().values()))
-        reasons = {
-            "projections": ("projections" not in self.spaces, "the checkpoint has no projection head"),
-            "classes": (
-                not self.data.classes or not self.known.any(),
-                "the test set has no images of known classes" if self.data.classes else "the images have no classes",
-            ),
-            "pixels": (
-                "pixels" not in self.spaces and images > self.config.data.memory_gib * 2**30,
-                "they exceed data.memory_gib",
-            ),
-            "unknown images": (bool(self.known.all()), "the test set has no unknown classes"),
-        }
-        missing, why = reasons.get(need, (False, ""))
-        return why if missing else None
+        if need == "projections" and need not in self.spaces:
+            return "the checkpoint has no projection head"
+        if need == "classes" and not self.data.classes:
+            return "the images have no classes"
+        if need == "classes" and not self.known.any():
+            return "the test set has no images of known classes"
+        if need == "unknown images" and self.known.all():
+            return "the test set has no unknown classes"
+        size = sum(map(raw_pixels_bytes, self.data.sets().values()))
+        if need == "pixels" and need not in self.spaces and size > self.config.data.memory_gib * 2**30:
+            return "they exceed data.memory_gib"
+        return None
 
     def space(self, name: str) -> Space:
         """The images as ``features``, ``projections`` or ``pixels`` (in [0, 1], at most 32 x 32)."""

@@ -7,7 +7,7 @@ from pytorch_lightning.utilities import rank_zero_only
 
 from gradmix.eval.features.extraction import extract_together
 from gradmix.eval.protocols.evaluate import device_of, evaluate
-from gradmix.eval.protocols.measures import check_measures, choose_measures
+from gradmix.eval.protocols.measures import choose_measures
 from gradmix.eval.protocols.online import watchers
 from gradmix.eval.report import write_report
 from gradmix.eval.report.comparison import write_comparison
@@ -63,7 +63,7 @@ def pretrain_one(config: Config) -> dict | None:
         data = load_data(config.data, config.seed, run_dir / "scan.json")
         if first:
             print(describe(config, data))
-        check_measures(config, data)
+        choose_measures(config, data=data)
         if not (run_dir / "training.json").exists():
             train(config, data, watchers(data, config))
             if world_size() > 1:

@@ -20,7 +20,7 @@ from gradmix.eval.detectors import ViM
 from gradmix.eval.detectors.options import build_detector, parse_detector
 from gradmix.eval.features.extraction import raw_pixels
 from gradmix.eval.protocols.evaluate import evaluate
-from gradmix.eval.protocols.measures import check_measures
+from gradmix.eval.protocols.measures import choose_measures
 from gradmix.eval.report.summary import over_splits, table
 from gradmix.eval.runs.compare import compare
 from gradmix.ssl.data.images import ImageSet
@@ -131,14 +131,14 @@ def test_a_collapsed_network_has_no_class_spread(command, digits_run, tmp_path):
 def test_neighbours_that_are_not_there_are_refused_before_training(digits_run, key, k):
     config = read_config(digits_run)
     data = load_data(config.data, config.seed)
-    check_measures(config, data)
+    choose_measures(config, data=data)
     config.detectors = ["class_knn"]  # deep_knn is saved, whatever is measured
     if key == "knn_k":
         config.knn_k = k
     else:
         config.detector_options = {key.split(".")[1]: {"k": k}}
     with pytest.raises(ValueError, match=rf"{key}: expected 1 to 646, the size of the training set, got {k}"):
-        check_measures(config, data)
+        choose_measures(config, data=data)
 
 
 def test_the_interval_is_the_bootstraps(digits_run):

@@ -11,9 +11,9 @@ class KNNClassifier:
 
     Several settings from one search, because the search is what costs:
 
-        found = classifier.neighbours(features, k=200)
+        neighbours = classifier.neighbours(features, k=200)
         for k, temperature in settings:
-            probabilities = classifier.vote(*found, k=k, temperature=temperature)
+            probabilities = classifier.vote(*neighbours, k=k, temperature=temperature)
 
     Args:
         k: neighbours that vote.

@@ -141,8 +141,8 @@ class Neighbours:
         heap = faiss.ResultHeap(len(queries), k, keep_max=True)
         for rows in blocks(self.shape):
             block = self[rows]
-            values, found = inner_product(queries, block, min(k, len(block)))
-            heap.add_result(values, found + rows.start)
+            values, numbers = inner_product(queries, block, min(k, len(block)))
+            heap.add_result(values, numbers + rows.start)
         heap.finalize()
         return heap.D, heap.I
 
@@ -180,8 +180,8 @@ class Neighbours:
         effort = 1
         while True:
             setattr(part, knob, effort)
-            found = index.search(queries, k)[0][:, -1].astype(np.float64)
+            reached = index.search(queries, k)[0][:, -1].astype(np.float64)
             # d^2 = 2 - 2 cos: the cosine that is missed, over d^2, is the relative excess of the distance d
-            if effort == most or (exact - found).sum() <= DISTANCE_ERROR * scale:
+            if effort == most or (exact - reached).sum() <= DISTANCE_ERROR * scale:
                 break
             effort = min(effort + max(1, effort // 4), most)

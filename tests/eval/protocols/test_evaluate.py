@@ -17,7 +17,6 @@ from sklearn.preprocessing import normalize
 
 from gradmix.eval.classifiers.linear import LinearProbe
 from gradmix.eval.detectors import ViM
-from gradmix.eval.detectors.options import build_detector, parse_detector
 from gradmix.eval.features.extraction import raw_pixels
 from gradmix.eval.protocols.evaluate import evaluate
 from gradmix.eval.protocols.measures import choose_measures
@@ -215,38 +214,8 @@ def test_other_images_cannot_be_compared(digits_run, command, tmp_path):
         assert len(result.err.strip().splitlines()) == 1
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"deep_kn": {"k": 1}}, "detector_options: no 'deep_kn'; did you mean deep_knn?"),
-        ({"deep_knn": {"kk": 1}}, "detector_options.deep_knn.kk: no such parameter; did you mean k?"),
-        ({"deep_knn": {"k": "ten"}}, "detector_options.deep_knn.k: expected int, got 'ten'"),
-        ({"deep_knn": {"k": True}}, "detector_options.deep_knn.k: expected int, got True"),
-        ({"deep_knn": 3}, "detector_options.deep_knn: expected parameters"),
-    ],
-)
-def test_detector_options_are_checked(options, message):
-    with pytest.raises(ValueError) as caught:
-        build_detector(next(iter(options)), options)
-    assert message in str(caught.value)
-
-
-def test_detector_options_reach_the_detector():
-    assert build_detector("deep_knn", {"deep_knn": {"k": 7}}).k == 7
-    assert build_detector("vim", {"deep_knn": {"k": 7}, "vim": {"dimension": None}}).dimension is None
-    assert build_detector("mahalanobis", {"mahalanobis": {"shrinkage": 1}}).shrinkage == 1
-
-
 def test_large_images_are_averaged_down_for_the_pixel_baseline():
     images = torch.randint(0, 256, (3, 3, 64, 64)).to(torch.uint8)
     got = raw_pixels(ImageSet(torch.zeros(3).long(), 64, images)).view(3, 3, 32, 32)
     blocks = images.double().view(3, 3, 32, 2, 32, 2).mean((3, 5)) / 255
     torch.testing.assert_close(got.double(), blocks, atol=1e-6, rtol=0)
-
-
-def test_detector_entries():
-    assert parse_detector("deep_knn")[0::2] == ("deep_knn", "features")
-    assert parse_detector("class_knn")[0::2] == ("class_knn", "projections")
-    assert parse_detector("class_knn@features")[0::2] == ("class_knn_features", "features")
-    with pytest.raises(ValueError, match="expected @features or @projections"):
-        parse_detector("deep_knn@pixels")

@@ -53,6 +53,7 @@ class EvalConfig:
     knn_temperature: list[float] = key([], "beside the run's own; every k with every temperature", above=0)
     protocols: list[str] = key([], "beside the cached probe: augmented, finetune")
     probe: TrainedProbe = field(default_factory=TrainedProbe)
+    measures: list[str] = key([], "beside the usual: those of other packages, by name")
     few_labels: list[Any] = key([], "probes on few labels: 1%, 10%, or images per class")
     export: list[str] = key([], "instead of evaluating: safetensors, onnx, torch_export")
     against: str | None = key(

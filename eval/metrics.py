@@ -5,21 +5,25 @@ counted exactly: a pair of equal scores is half right. Empty or non-finite score
 the argument.
 """
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from sklearn.metrics import average_precision_score
 
+Scores = np.ndarray | torch.Tensor | Sequence[float]
+Rows = slice | np.ndarray
 
-def auroc(known_scores, unknown_scores):
+
+def auroc(known_scores: Scores, unknown_scores: Scores) -> float:
     """Probability that an unknown image scores above a known one, ties half."""
     known, unknown = _scores(known_scores, unknown_scores)
     below, equal = _counts(known, unknown)
     return float((2 * below.sum() + equal.sum()) / (2 * len(known) * len(unknown)))
 
 
-def aupr(known_scores, unknown_scores, positive="unknown"):
+def aupr(known_scores: Scores, unknown_scores: Scores, positive: str = "unknown") -> float:
     """Average precision (area under precision-recall in steps, as scikit-learn's) of one side.
 
     Args:
@@ -35,7 +39,7 @@ def aupr(known_scores, unknown_scores, positive="unknown"):
     return float(average_precision_score(target, scores))
 
 
-def fpr_at_tpr(known_scores, unknown_scores, tpr=0.95, positive="unknown"):
+def fpr_at_tpr(known_scores: Scores, unknown_scores: Scores, tpr: float = 0.95, positive: str = "unknown") -> float:
     """False-positive rate where at least `tpr` of the positive side is found. Both conventions of the field:
 
     positive="unknown": the share of known images rejected at the highest threshold that detects `tpr` of the
@@ -54,7 +58,7 @@ def fpr_at_tpr(known_scores, unknown_scores, tpr=0.95, positive="unknown"):
     return float((-known <= threshold_for(-unknown, tpr)).mean())
 
 
-def oscr(known_scores, unknown_scores, correct):
+def oscr(known_scores: Scores, unknown_scores: Scores, correct: Scores) -> float:
     """Area under the open-set classification rate curve (Dhamija et al., arXiv 1811.04110).
 
     The share of known images that are accepted and correctly classified, against the share of unknown images
@@ -73,7 +77,7 @@ def oscr(known_scores, unknown_scores, correct):
     return float((2 * below.sum() + equal.sum()) / (2 * len(known) * len(unknown)))
 
 
-def closed_set_accuracy(predicted, labels):
+def closed_set_accuracy(predicted: Scores, labels: Scores) -> float:
     """Share of known images whose closest known class is their own."""
     predicted, labels = _array(predicted), _array(labels)
     if labels.ndim != 1 or len(labels) == 0:
@@ -83,7 +87,7 @@ def closed_set_accuracy(predicted, labels):
     return float((predicted == labels).mean())
 
 
-def balanced_accuracy(known_scores, unknown_scores, threshold):
+def balanced_accuracy(known_scores: Scores, unknown_scores: Scores, threshold: float) -> float:
     """Mean of the shares of known images at or below the threshold and of unknown images above it."""
     known, unknown = _scores(known_scores, unknown_scores)
     return float(((known <= threshold).mean() + (unknown > threshold).mean()) / 2)
@@ -97,7 +101,15 @@ class Interval(NamedTuple):
     high: float
 
 
-def bootstrap(metric, known_scores, unknown_scores, *correct, samples=1000, level=0.95, seed=0):
+def bootstrap(
+    metric: Callable[..., float],
+    known_scores: Scores,
+    unknown_scores: Scores,
+    *correct: Scores,
+    samples: int = 1000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> Interval:
     """Percentile bootstrap interval of `metric(known_scores, unknown_scores, *correct)`.
 
     Known and unknown images are drawn with replacement, separately.
@@ -110,7 +122,14 @@ def bootstrap(metric, known_scores, unknown_scores, *correct, samples=1000, leve
     return _interval(lambda *rows: _evaluate(metric, run, *rows), run, samples, level, seed)
 
 
-def paired_bootstrap(metric, first, second, samples=1000, level=0.95, seed=0):
+def paired_bootstrap(
+    metric: Callable[..., float],
+    first: Sequence[Scores],
+    second: Sequence[Scores],
+    samples: int = 1000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> Interval:
     """Interval of `metric(second) - metric(first)` for two runs on the same images in the same order.
 
     Args:
@@ -122,20 +141,20 @@ def paired_bootstrap(metric, first, second, samples=1000, level=0.95, seed=0):
         if len(ours) != len(theirs):
             raise ValueError(f"{name}: {len(ours)} in the first run, {len(theirs)} in the second")
 
-    def difference(*rows):
+    def difference(*rows: Rows) -> float:
         return _evaluate(metric, second, *rows) - _evaluate(metric, first, *rows)
 
     return _interval(difference, first, samples, level, seed)
 
 
-def threshold_for(scores, share):
+def threshold_for(scores: np.ndarray, share: float) -> np.floating:
     """The lowest score such that at least `share` of `scores` are at or below it."""
     # the guard: 0.55 * 100 is 55.00000000000001 in floating point
     wanted = max(1, int(np.ceil(share * len(scores) - 1e-9)))
     return np.partition(scores, wanted - 1)[wanted - 1]
 
 
-def _scores(known_scores, unknown_scores):
+def _scores(known_scores: Scores, unknown_scores: Scores) -> tuple[np.ndarray, np.ndarray]:
     known = _array(known_scores)
     unknown = _array(unknown_scores)
     for name, scores in (("known_scores", known), ("unknown_scores", unknown)):
@@ -149,32 +168,39 @@ def _scores(known_scores, unknown_scores):
     return known.astype(np.float64), unknown.astype(np.float64)
 
 
-def _array(values):
+def _array(values: Scores) -> np.ndarray:
     return values.detach().cpu().numpy() if isinstance(values, torch.Tensor) else np.asarray(values)
 
 
-def _counts(known, unknown):
+def _counts(known: np.ndarray, unknown: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """For each unknown score, how many known ones are below it and how many are equal."""
     known = np.sort(known)
     below = np.searchsorted(known, unknown, "left")
     return below, np.searchsorted(known, unknown, "right") - below
 
 
-def _check_side(positive):
+def _check_side(positive: str) -> None:
     if positive not in ("unknown", "known"):
         raise ValueError(f"positive: expected unknown or known, got {positive!r}")
 
 
-def _run(known_scores, unknown_scores, correct):
+def _run(known_scores: Scores, unknown_scores: Scores, correct: Sequence[Scores]) -> tuple[np.ndarray, ...]:
     return *_scores(known_scores, unknown_scores), *(_array(part) for part in correct)
 
 
-def _evaluate(metric, run, known_rows=slice(None), unknown_rows=slice(None)):
+def _evaluate(
+    metric: Callable[..., float],
+    run: tuple[np.ndarray, ...],
+    known_rows: Rows = slice(None),
+    unknown_rows: Rows = slice(None),
+) -> float:
     known, unknown, *correct = run
     return metric(known[known_rows], unknown[unknown_rows], *(part[known_rows] for part in correct))
 
 
-def _interval(evaluate, run, samples, level, seed):
+def _interval(
+    evaluate: Callable[..., float], run: tuple[np.ndarray, ...], samples: int, level: float, seed: int
+) -> Interval:
     """Of `evaluate(known_rows, unknown_rows)`, by default of all rows; `run` says how many there are."""
     if samples < 1:
         raise ValueError(f"samples: expected at least 1, got {samples}")

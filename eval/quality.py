@@ -3,10 +3,10 @@
 import numpy as np
 
 from gradmix.eval.detectors.class_mean import class_means
-from gradmix.eval.features.arrays import blocks, check_features, check_labels, unit_rows
+from gradmix.eval.features.arrays import Array, blocks, check_features, check_labels, unit_rows
 
 
-def alignment(first, second):
+def alignment(first: Array, second: Array) -> float:
     """Mean squared distance of L2-normalised features of two views of the same images, both `[N, F]`; lower is closer.
 
     Wang & Isola, arXiv 2005.10242, alpha = 2.
@@ -18,7 +18,7 @@ def alignment(first, second):
     return float(np.square(unit_rows(first) - unit_rows(second)).sum(axis=1, dtype=np.float64).mean())
 
 
-def uniformity(features, most=4096):
+def uniformity(features: Array, most: int = 4096) -> float:
     """log of the mean of exp(-2 |x - y|^2) over all pairs of L2-normalised features `[N, F]`; lower is more spread out.
 
     Wang & Isola, arXiv 2005.10242, t = 2. Of more than `most` features, evenly spaced ones stand for all.
@@ -32,7 +32,7 @@ def uniformity(features, most=4096):
     return float(np.log((kernel.sum() - np.trace(kernel)) / pairs))
 
 
-def effective_rank(features):
+def effective_rank(features: Array) -> float:
     """exp of the entropy of the singular values of `[N, F]`, from 1 to F. RankMe, Garrido et al., arXiv 2210.02885."""
     rows = check_features("features", features)
     gram = np.zeros((rows.shape[1], rows.shape[1]))
@@ -46,7 +46,7 @@ def effective_rank(features):
     return float(np.exp(-(share * np.log(share)).sum()))
 
 
-def class_spread(features, labels):
+def class_spread(features: Array, labels: Array) -> float:
     """trace(within-class covariance times pseudo-inverse of the between-class one) / K; 0 when classes are points.
 
     NC1 of neural collapse, Papyan et al., arXiv 2008.08186. Features `[N, F]`, integer labels `[N]` of K classes.

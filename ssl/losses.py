@@ -13,12 +13,13 @@ anchors at a time, and once more in the backward pass.
 """
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from gradmix.ssl.processes import gather, mean_over_processes, world_size
 
 MaybeTensor = TypeVar("MaybeTensor", Tensor, Tensor | None)
 BLOCK = 2048  # anchors whose similarities are in memory at once; 128 MiB in fp32 against 16,384 rows
@@ -128,7 +129,7 @@ class SupConLoss(nn.Module):
                 return pair_loss.masked_fill(~same, 0).sum(1) / count.clamp(min=1), count > 0
 
             loss, has_positive = in_blocks(anchor_losses, z, labels, own)
-            return loss.sum() / _mean_over_processes(has_positive.sum()).clamp(min=1 / world_size())
+            return loss.sum() / mean_over_processes(has_positive.sum()).clamp(min=1 / world_size())
 
 
 def in_blocks(function: Callable[..., tuple[Tensor, ...]], *rows: Tensor) -> tuple[Tensor, ...]:
@@ -138,43 +139,6 @@ def in_blocks(function: Callable[..., tuple[Tensor, ...]], *rows: Tensor) -> tup
     blocks = zip(*(tensor.split(BLOCK) for tensor in rows), strict=True)
     parts = [checkpoint(function, *block, use_reentrant=False, preserve_rng_state=False) for block in blocks]
     return tuple(map(torch.cat, zip(*parts, strict=True)))
-
-
-def gather(rows: Tensor) -> tuple[Tensor, int]:
-    """Rows of all processes, in rank order, with gradients, and where this process's rows begin."""
-    if world_size() == 1:
-        return rows, 0
-    return _Gather.apply(rows), dist.get_rank() * len(rows)
-
-
-def world_size() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-class _Gather(torch.autograd.Function):
-    """Own function because torch.distributed.nn is deprecated, and most gathers in use drop the gradient that
-    other processes have for one's rows or scale it by 1 / world size."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor) -> Tensor:
-        ctx.count = len(rows)
-        parts = [torch.empty_like(rows, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, rows.contiguous())
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        gradient = gradient.contiguous().clone()
-        dist.all_reduce(gradient)  # sum: every process's loss counts these rows
-        first = dist.get_rank() * ctx.count
-        return gradient[first : first + ctx.count]
-
-
-def _mean_over_processes(value: Tensor) -> Tensor:
-    value = value.float()
-    if world_size() > 1:
-        dist.all_reduce(value)
-    return value / world_size()
 
 
 def _full_precision(tensor: MaybeTensor) -> MaybeTensor:

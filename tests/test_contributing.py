@@ -1,4 +1,5 @@
-"""CONTRIBUTING.md's package, built and installed as printed: a mixer, detector, data set and method from outside."""
+"""CONTRIBUTING.md's package, built and installed as printed: a mixer, detector, measure, data set and method from
+outside."""
 
 import json
 import re
@@ -9,6 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
+from sklearn.metrics import recall_score
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.preprocessing import normalize
 
 from gradmix.eval.detectors import DETECTORS, load
 
@@ -55,6 +60,16 @@ def test_the_commands_on_the_page(toys, tmp_path):
     again = json.loads((tmp_path / "runs/bars/metrics.json").read_text())
     assert "osr/deep_knn/auroc" not in again
     assert again["osr/mean_ratio/auroc"] == pytest.approx(first["osr/mean_ratio/auroc"])  # a power keeps the order
+
+    assert "knn/worst_class" not in first  # nobody asked for it
+    fit, test = (load_file(tmp_path / f"runs/bars/features/{name}.safetensors") for name in ("train", "test"))
+    vote = KNeighborsClassifier(5, weights=lambda d: np.exp((1 - d**2 / 2) / 0.07), algorithm="brute")
+    predicted = vote.fit(normalize(fit["features"]), fit["labels"]).predict(normalize(test["features"]))
+    known = test["labels"] >= 0
+    recalls = recall_score(test["labels"][known], predicted[known], average=None)
+    assert again["knn/worst_class"] == pytest.approx(recalls.min(), abs=0.04) and again["knn/top1"] >= recalls.min()
+    result = toys("eval", "run=runs/bars", "measures=[worst_clas]")
+    assert result.code == 2 and "measures: no 'worst_clas'; did you mean worst_class?" in result.err
 
 
 def test_a_detector_from_outside_is_saved_and_found_again(toys, tmp_path):

@@ -1,14 +1,16 @@
 """Linear probes on a few labelled images: 1 %, 10 %, or n of each class, in fixed subsets."""
 
 import numpy as np
+import torch
 
 from gradmix.eval.classifiers.linear import LinearProbe
+from gradmix.eval.features.arrays import Array
 from gradmix.eval.metrics import closed_set_accuracy
 
 SEEDS = 5
 
 
-def subset(labels, amount, seed):
+def subset(labels: Array, amount: str | int, seed: int) -> np.ndarray:
     """Rows of a subset, `[M]` int64, ascending: a function of the labels, the amount and the seed alone.
 
     Args:
@@ -38,7 +40,15 @@ def subset(labels, amount, seed):
     return np.sort(np.concatenate(rows))
 
 
-def few_labels(train, labels, test, test_labels, amount, seeds=SEEDS, device=None):
+def few_labels(
+    train: Array,
+    labels: np.ndarray,
+    test: Array,
+    test_labels: Array,
+    amount: str | int,
+    seeds: int = SEEDS,
+    device: str | torch.device | None = None,
+) -> np.ndarray:
     """Accuracies `[seeds]` on test features of cached probes that saw a subset of the training features each."""
     accuracies = []
     for seed in range(seeds):

@@ -37,7 +37,7 @@ class ImageProbe:
         seed: of the order, the crops and the classifier.
     """
 
-    def __init__(self, protocol: str, settings: TrainedProbe, augment: AugmentConfig, seed: int = 0):
+    def __init__(self, protocol: str, settings: TrainedProbe, augment: AugmentConfig, seed: int = 0) -> None:
         if protocol not in LEARNING_RATES:
             raise ValueError(f"protocols: expected some of cached, {', '.join(LEARNING_RATES)}, got {protocol!r}")
         check_values(settings, "probe.")

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from gradmix.eval.features.arrays import check_features, check_k, check_labels, like
+from gradmix.eval.features.arrays import Array, check_features, check_k, check_labels, like
 from gradmix.eval.features.search import Neighbours
 
 
@@ -11,9 +11,9 @@ class KNNClassifier:
 
     Several settings from one search, because the search is what costs:
 
-        found = classifier.neighbours(features, k=200)
+        neighbours = classifier.neighbours(features, k=200)
         for k, temperature in settings:
-            probabilities = classifier.vote(*found, k=k, temperature=temperature)
+            probabilities = classifier.vote(*neighbours, k=k, temperature=temperature)
 
     Args:
         k: neighbours that vote.
@@ -21,12 +21,12 @@ class KNNClassifier:
         index: how to search, see `gradmix.eval.features.search.Neighbours`.
     """
 
-    def __init__(self, k=20, temperature=0.07, index="auto"):
+    def __init__(self, k: int = 20, temperature: float = 0.07, index: str = "auto") -> None:
         if temperature <= 0:
             raise ValueError(f"temperature: expected a positive number, got {temperature}")
         self.k, self.temperature, self.index = k, temperature, index
 
-    def fit(self, features, labels):
+    def fit(self, features: Array, labels: Array) -> "KNNClassifier":
         """Keep training features `[N, F]` and integer labels `[N]`.
 
         Sets `classes_`: the labels that occur, sorted. Raises ValueError for bad arrays and for k > N.
@@ -38,22 +38,24 @@ class KNNClassifier:
         self._bank = Neighbours(features, self.index)
         return self
 
-    def predict_proba(self, features):
+    def predict_proba(self, features: Array) -> Array:
         """Shares of the vote `[N, len(classes_)]` float32, columns in the order of `classes_`."""
         return like(self.vote(*self.neighbours(features)).astype(np.float32), features)
 
-    def predict(self, features):
+    def predict(self, features: Array) -> Array:
         """The class with the largest share of the vote, `[N]` int64; the smallest label on a tie."""
         chosen = self.vote(*self.neighbours(features)).argmax(axis=1)
         return like(self.classes_[chosen], features)
 
-    def neighbours(self, features, k=None):
+    def neighbours(self, features: Array, k: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Numpy arrays `[N, k]`: cosines, descending, and the neighbours' positions in `classes_`."""
         features = check_features("features", features, width=self._bank.shape[1])
         similarity, rows = self._bank.search(features, self.k if k is None else k)
         return similarity, self._positions[rows]
 
-    def vote(self, similarity, positions, k=None, temperature=None):
+    def vote(
+        self, similarity: np.ndarray, positions: np.ndarray, k: int | None = None, temperature: float | None = None
+    ) -> np.ndarray:
         """Shares of the vote `[N, len(classes_)]` float64 of the first k neighbours of a search."""
         k = self.k if k is None else k
         check_k(k, similarity.shape[1])
@@ -61,7 +63,7 @@ class KNNClassifier:
         return vote(similarity[:, :k], positions[:, :k], len(self.classes_), temperature)
 
 
-def vote(similarity, positions, classes, temperature):
+def vote(similarity: np.ndarray, positions: np.ndarray, classes: int, temperature: float | None) -> np.ndarray:
     """Sum of exp(similarity / temperature) per class, divided by the sum over classes.
 
     Args:

@@ -1,16 +1,19 @@
 """Linear probe, protocol ``cached``: a softmax classifier on features that were extracted once."""
 
+from collections.abc import Sequence
 from itertools import product
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from gradmix.eval.features.arrays import blocks, check_features, check_labels, like
+from gradmix.eval.features.arrays import Array, blocks, check_features, check_labels, like
 
 SELECTION = 0.25  # length of the training that chooses, as a share of the final one
 LEAST_STEPS = 2000  # of the final training, whatever the number of epochs; small sets need them to converge
 MOMENTUM = 0.9
+Settings = float | Sequence[float]
 
 
 class LinearProbe:
@@ -40,14 +43,14 @@ class LinearProbe:
 
     def __init__(
         self,
-        lr=(0.1, 0.3, 1, 3),
-        weight_decay=(0.1, 0.01, 1e-3, 1e-4, 1e-5),
-        epochs=100,
-        batch_size=256,
-        holdout=0.2,
-        seed=0,
-        device=None,
-    ):
+        lr: Settings = (0.1, 0.3, 1, 3),
+        weight_decay: Settings = (0.1, 0.01, 1e-3, 1e-4, 1e-5),
+        epochs: int = 100,
+        batch_size: int = 256,
+        holdout: float = 0.2,
+        seed: int = 0,
+        device: str | torch.device | None = None,
+    ) -> None:
         self.lr, self.weight_decay = np.atleast_1d(lr).tolist(), np.atleast_1d(weight_decay).tolist()
         if not self.lr or min(self.lr) <= 0:
             raise ValueError(f"lr: expected numbers > 0, got {lr}")
@@ -59,7 +62,7 @@ class LinearProbe:
             raise ValueError(f"epochs, batch_size: expected at least 1, got {epochs}, {batch_size}")
         self.epochs, self.batch_size, self.holdout, self.seed, self.device = epochs, batch_size, holdout, seed, device
 
-    def fit(self, features, labels):
+    def fit(self, features: Array, labels: Array) -> "LinearProbe":
         """Fit to training features `[N, F]` and integer labels `[N]` of at least two classes."""
         device = self.device or (features.device if isinstance(features, torch.Tensor) else "cpu")
         rows = check_features("features", features)
@@ -86,26 +89,26 @@ class LinearProbe:
         self.bias_ = bias[0].cpu().double().numpy() - self.weight_ @ x.mean
         return self
 
-    def predict_proba(self, features):
+    def predict_proba(self, features: Array) -> Array:
         """Softmax probabilities `[N, K]` float32, columns in the order of `classes_`."""
         logits = self._logits(features)
         odds = np.exp(logits - logits.max(axis=1, keepdims=True))
         return like((odds / odds.sum(axis=1, keepdims=True)).astype(np.float32), features)
 
-    def predict(self, features):
+    def predict(self, features: Array) -> Array:
         """The class with the largest logit, `[N]` int64."""
         return like(self.classes_[self._logits(features).argmax(axis=1)], features)
 
-    def __str__(self):
+    def __str__(self) -> str:
         tried = len(self.lr) * len(self.weight_decay)
         how = "nothing could be held out to choose by" if self.held_out_accuracy_ is None else "best on held-out images"
         return f"cached: lr {self.lr_:.3g}, weight decay {self.weight_decay_:.3g}, of {tried} settings, {how}"
 
-    def _logits(self, features):
+    def _logits(self, features: Array) -> np.ndarray:
         rows = check_features("features", features, width=self.weight_.shape[1])
         return np.concatenate([rows[block] @ self.weight_.T + self.bias_ for block in blocks(rows.shape)])
 
-    def _held_out(self, positions):
+    def _held_out(self, positions: np.ndarray) -> np.ndarray:
         generator = np.random.default_rng(self.seed)
         held = np.zeros(len(positions), dtype=bool)
         for position in range(len(self.classes_)):
@@ -114,7 +117,9 @@ class LinearProbe:
         return held
 
     @torch.no_grad()
-    def _train(self, x, y, rows, settings, share):
+    def _train(
+        self, x: "_Standardised", y: Tensor, rows: np.ndarray, settings: Tensor, share: float
+    ) -> tuple[Tensor, Tensor]:
         """Weights `[S, K, F]` and biases `[S, K]` of S settings (lr, weight decay), trained on some rows of x."""
         heads, classes = len(settings), len(self.classes_)
         weight = torch.zeros(heads * classes, x.shape[1], device=y.device)
@@ -147,7 +152,7 @@ class LinearProbe:
 class _Standardised:
     """Rows of features with mean 0 and deviation 1, float32 on a device; memory-mapped ones are read when asked for."""
 
-    def __init__(self, rows, device):
+    def __init__(self, rows: np.ndarray, device: str | torch.device | None) -> None:
         self.shape, self.device = rows.shape, device
         self.mean = rows.mean(axis=0, dtype=np.float64)
         # numpy's own std would hold all deviations in float64 at once
@@ -162,10 +167,10 @@ class _Standardised:
                 ready[block] = (rows[block] - self.mean) / self.scale
             self.ready = torch.from_numpy(ready).to(device)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return self.shape[0]
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: np.ndarray) -> Tensor:
         """Rows by number (numpy int64)."""
         if self.ready is not None:
             return self.ready[torch.from_numpy(index).to(self.device)]
@@ -173,7 +178,7 @@ class _Standardised:
         return torch.from_numpy(block.astype(np.float32)).to(self.device)
 
 
-def _largest_curvature(x):
+def _largest_curvature(x: Tensor) -> float:
     """Half of the largest eigenvalue of x'x / N, by power iteration: softmax cross-entropy's Hessian has no larger."""
     vector = torch.ones(x.shape[1], device=x.device)
     for _ in range(30):
@@ -181,7 +186,7 @@ def _largest_curvature(x):
     return max(0.5 * vector.norm().item() / len(x), 0.5)  # the bias's own is 0.5
 
 
-def _merits(heads, x, y, rows):
+def _merits(heads: tuple[Tensor, Tensor], x: _Standardised, y: Tensor, rows: np.ndarray) -> list[tuple[float, float]]:
     """(accuracy, -log loss) of every setting on some rows; a setting that diverged is worth least."""
     weight, bias = heads
     right, loss = torch.zeros(len(weight), device=y.device), torch.zeros(len(weight), device=y.device)

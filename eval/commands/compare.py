@@ -4,6 +4,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from gradmix.eval.commands import later
+
 
 def main() -> None:
     """gradmix-compare."""
@@ -14,14 +16,8 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder, or a folder of runs at any depth")
     parser.add_argument("--out", default="compare.html", help="the page with the curves (default: compare.html)")
     arguments = parser.parse_args()
-    # Imported here, so that --help answers at once.
-    from gradmix.eval.report.comparison import text, write_comparison
-    from gradmix.eval.runs.groups import find_runs
-
     try:
-        out = Path(arguments.out).expanduser()
-        print(text(write_comparison(find_runs(arguments.runs), out)))
-        print(f"\n{out}: the curves")
+        later("compare:run_compare")(arguments.runs, Path(arguments.out).expanduser())
     except (ValueError, OSError) as error:
         print(f"gradmix-compare: {error}", file=sys.stderr)
         sys.exit(2)

@@ -1,89 +1,10 @@
 """gradmix-eval: evaluate a run again."""
 
-from pathlib import Path
-
+from gradmix.eval.commands import later
 from gradmix.eval.commands.command_line import run_command
 from gradmix.eval.config import EvalConfig
 
 
 def main() -> None:
     """gradmix-eval."""
-    run_command("eval", "evaluate a trained run again.", EvalConfig, run_eval)
-
-
-def run_eval(config: EvalConfig) -> None:
-    from gradmix.eval.protocols.robustness import corruption_table
-    from gradmix.eval.report.comparison import write_comparison
-    from gradmix.eval.report.summary import over_splits, table
-    from gradmix.eval.runs.compare import compare, comparison_table
-    from gradmix.eval.runs.export import export_backbone
-    from gradmix.eval.runs.foreign import adopt
-    from gradmix.eval.runs.groups import find_runs
-    from gradmix.ssl.runs.files import write_json
-
-    if (config.run is None) == (config.checkpoint is None):
-        raise ValueError("run: missing; give run=DIR, or checkpoint=FILE with encoder=, data= and out=")
-    run_dir = adopt(config) if config.run is None else Path(config.run).expanduser()
-    out = run_dir / f"transfer-{config.data.name}" if config.run and config.data.name else run_dir
-    out = out if config.out is None else Path(config.out).expanduser()
-    parts = [path.name for path in sorted(run_dir.glob("split-*"))] if not (run_dir / "config.yaml").exists() else []
-    if config.against is not None:
-        other = Path(config.against).expanduser()
-        for part in parts or [""]:
-            print(comparison_table(run_dir / part, other / part, compare(run_dir / part, other / part)))
-        return
-    if config.export:
-        for part in parts or [""]:
-            for path in export_backbone(run_dir / part, config.export, out / part / "export"):
-                print(f"{path}: written")
-        return
-    name = "metrics.json" if config.corruptions is None else "metrics_corruptions.json"
-    as_text = table if config.corruptions is None else corruption_table
-    results = [eval_one(config, run_dir / part, out / part) for part in parts or [""]]
-    if parts:
-        write_json(out / name, over_splits(results))
-    if parts and out == run_dir:
-        write_comparison(find_runs([run_dir]), run_dir / "report.html")
-    print(as_text(over_splits(results) if parts else results[0]))
-    print(
-        f"\n{out / name}: every number"
-        + (f"; mean ± standard deviation over {len(parts)} splits" if len(parts) > 1 else "")
-    )
-
-
-def eval_one(config: EvalConfig, run_dir: Path, out: Path) -> dict:
-    from gradmix.eval.protocols.evaluate import check_detectors, device_of, evaluate
-    from gradmix.eval.protocols.robustness import evaluate_corruptions
-    from gradmix.eval.report import write_report
-    from gradmix.eval.report.tensorboard import write_tensorboard
-    from gradmix.eval.runs.foreign import check_transfer_classes, transfer
-    from gradmix.ssl.data.open_set import load_data
-    from gradmix.ssl.runs.files import remove_strays, replacing
-    from gradmix.ssl.runs.folder import check_classes, read_config
-    from gradmix.ssl.runs.lock import alone_in
-
-    run = read_config(run_dir)
-    run.detectors = run.detectors if config.detectors is None else config.detectors
-    run.detector_options |= config.detector_options
-    transfer(run, config)
-    for key in ("root", "unknown_root"):
-        if getattr(config, key) is not None:
-            setattr(run.data, key, getattr(config, key))
-    check_detectors(run)
-    if not (run_dir / "training.json").exists():
-        raise ValueError(f"run: {run_dir} has not finished training; gradmix-pretrain run_dir={run_dir} goes on")
-    with alone_in(out, "run" if config.out is None else "out"):
-        remove_strays(out)
-        data = load_data(run.data, run.seed, out / "scan.json")
-        if config.data.name:
-            check_transfer_classes(run, data)
-        else:
-            check_classes(run_dir, data.classes)
-        if config.corruptions is not None:
-            return evaluate_corruptions(run_dir, run, data, config.corruptions, device_of(run), out)
-        with replacing(out, "metrics.json") as new:
-            result = evaluate(run_dir, run, data, device_of(run), new, config)
-        if out == run_dir:  # elsewhere lies no config.yaml to report on
-            write_tensorboard(run_dir, run, result, data)
-            write_report(run_dir, data)
-        return result
+    run_command("eval", "evaluate a trained run again.", EvalConfig, later("evaluate:run_eval"))

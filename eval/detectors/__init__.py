@@ -32,7 +32,7 @@ PRIMARY = DeepKNN.NAME  # on backbone features: the detector that claims are mad
 __all__ = ["DETECTORS", "PRIMARY", "Detector", "load", *(kind.__name__ for kind in KINDS)]
 
 
-def load(folder, mmap=False):
+def load(folder: str | Path, mmap: bool = False) -> Detector:
     """The detector that `.save(folder)` wrote, of whichever kind; arguments and errors as `Detector.load`."""
     name = read_manifest(Path(folder))["detector"]
     return DETECTORS.pick(f"{folder}: detector", name).load(folder, mmap=mmap)

@@ -8,7 +8,7 @@ from typing import ClassVar
 import numpy as np
 
 from gradmix.eval.detectors import store
-from gradmix.eval.features.arrays import blocks, check_features, check_labels, like
+from gradmix.eval.features.arrays import Array, blocks, check_features, check_labels, like
 from gradmix.eval.features.search import Neighbours
 from gradmix.eval.metrics import threshold_for
 
@@ -33,7 +33,7 @@ class Detector:
     ARRAYS: ClassVar[tuple[str, ...]]
     NEEDS_LABELS: ClassVar[bool] = True
 
-    def fit(self, features, labels=None):
+    def fit(self, features: Array, labels: Array | None = None) -> "Detector":
         """Fit to known training features `[N, F]` and labels `[N]`, integers >= 0, gaps allowed.
 
         Only some detectors do without labels (`NEEDS_LABELS`); then they cannot `classify`.
@@ -53,21 +53,21 @@ class Detector:
         self._fit(features, positions)
         return self
 
-    def score(self, features):
+    def score(self, features: Array) -> Array:
         """How unknown each image is, `[N]` float32; higher is more unknown."""
         return like(self._assess_all(features)[0], features)
 
-    def classify(self, features):
+    def classify(self, features: Array) -> Array:
         """The closest known class of each image, `[N]` int64 training labels, however unknown it is."""
         if self.classes_ is None:
             raise ValueError(f"{type(self).__name__} was fitted without labels and cannot name a class")
         return like(self.classes_[self._assess_all(features)[1]], features)
 
-    def predict(self, features):
+    def predict(self, features: Array) -> Array:
         """The closest known class `[N]` int64 of each image, or -1 where its score is above the threshold."""
         return self.assess(features)[1]
 
-    def assess(self, features):
+    def assess(self, features: Array) -> tuple[Array, Array]:
         """`score` and `predict` from one pass. Raises ValueError before `calibrate`."""
         if self.threshold is None:
             raise ValueError("no threshold yet: call calibrate(held_out_known_features) first")
@@ -77,7 +77,7 @@ class Detector:
         label = np.where(score > self.threshold, UNKNOWN, self.classes_[positions])
         return like(score, features), like(label, features)
 
-    def calibrate(self, features, accept=0.95):
+    def calibrate(self, features: Array, accept: float = 0.95) -> "Detector":
         """Set `threshold` to the lowest score that accepts at least the share `accept` of these images.
 
         They should be known and not trained on: training images score too low. An image that scores exactly
@@ -88,7 +88,7 @@ class Detector:
         self.threshold = float(threshold_for(self._assess_all(features)[0], accept))
         return self
 
-    def save(self, folder):
+    def save(self, folder: str | Path) -> None:
         """Write parameters, fitted arrays and threshold to a folder, see `gradmix.eval.detectors.store`."""
         self._check_fitted()
         manifest = {
@@ -102,7 +102,7 @@ class Detector:
         store.write(folder, manifest, {name: getattr(self, name) for name in names}, index)
 
     @classmethod
-    def load(cls, folder, mmap=False):
+    def load(cls, folder: str | Path, mmap: bool = False) -> "Detector":
         """The detector that `save` wrote; scores are the same bits.
 
         Args:
@@ -123,19 +123,19 @@ class Detector:
             detector.bank_ = Neighbours.restore(detector.bank_, index)
         return detector
 
-    def _fit(self, features, positions):
+    def _fit(self, features: np.ndarray, positions: np.ndarray | None) -> None:
         """Fit to checked numpy features `[N, F]` and positions in `classes_` `[N]`, None without labels."""
         raise NotImplementedError
 
-    def _assess(self, features):
+    def _assess(self, features: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
         """Scores `[N]` and positions in `classes_` `[N]` (or None) of a block of float32 features."""
         raise NotImplementedError
 
-    def _check_fitted(self):
+    def _check_fitted(self) -> None:
         if not hasattr(self, "width_"):
             raise ValueError(f"{type(self).__name__} is not fitted yet: call fit(features, labels) first")
 
-    def _assess_all(self, features):
+    def _assess_all(self, features: Array) -> tuple[np.ndarray, np.ndarray | None]:
         self._check_fitted()
         features = check_features("features", features, width=self.width_)
         parts = [self._assess(np.asarray(features[rows], np.float32)) for rows in blocks(features.shape)]

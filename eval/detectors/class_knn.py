@@ -34,13 +34,13 @@ class ClassKNN(Detector):
     NAME: ClassVar[str] = "class_knn"
     ARRAYS: ClassVar[tuple[str, ...]] = ("rows_", "starts_")
 
-    def _fit(self, features, positions):
+    def _fit(self, features: np.ndarray, positions: np.ndarray) -> None:
         check_k(self.k, len(features))
         order = np.argsort(positions, kind="stable")  # each class in one piece
         self.rows_ = unit_rows(features[order])
         self.starts_ = np.searchsorted(positions[order], np.arange(len(self.classes_) + 1))
 
-    def _assess(self, features):
+    def _assess(self, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         queries = unit_rows(features)
         similarity = np.empty((len(queries), len(self.classes_)))
         for position in range(len(self.classes_)):

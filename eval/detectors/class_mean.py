@@ -1,5 +1,6 @@
 """Cosine similarity to the class means, the nearest-prototype baseline."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -21,15 +22,17 @@ class ClassMean(Detector):
     NAME: ClassVar[str] = "class_mean"
     ARRAYS: ClassVar[tuple[str, ...]] = ("means_",)
 
-    def _fit(self, features, positions):
+    def _fit(self, features: np.ndarray, positions: np.ndarray) -> None:
         self.means_ = unit_rows(class_means(features, positions, len(self.classes_), prepare=unit_rows))
 
-    def _assess(self, features):
+    def _assess(self, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         cosine, position = inner_product(unit_rows(features), self.means_, 1)
         return -cosine[:, 0], position[:, 0]
 
 
-def class_means(features, positions, classes, prepare=np.asarray):
+def class_means(
+    features: np.ndarray, positions: np.ndarray, classes: int, prepare: Callable[[np.ndarray], np.ndarray] = np.asarray
+) -> np.ndarray:
     """Means `[classes, F]` in float64 of `prepare(features)`, block by block."""
     sums = np.zeros((classes, features.shape[1]))
     for rows in blocks(features.shape):

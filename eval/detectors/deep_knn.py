@@ -7,7 +7,7 @@ import numpy as np
 
 from gradmix.eval.classifiers.knn import vote
 from gradmix.eval.detectors.base import Detector
-from gradmix.eval.features.arrays import check_features, check_k, like, unit_rows
+from gradmix.eval.features.arrays import Array, check_features, check_k, like, unit_rows
 from gradmix.eval.features.search import Neighbours
 
 
@@ -30,17 +30,17 @@ class DeepKNN(Detector):
     ARRAYS: ClassVar[tuple[str, ...]] = ("bank_", "positions_")
     NEEDS_LABELS: ClassVar[bool] = False
 
-    def neighbours(self, features, k=1):
+    def neighbours(self, features: Array, k: int = 1) -> tuple[Array, Array]:
         """Cosines `[N, k]`, descending, and row numbers `[N, k]` of the nearest training features."""
         queries = check_features("features", features, width=self.width_)
         similarity, rows = self.bank_.search(queries, k)
         return like(similarity, features), like(rows, features)
 
-    def _fit(self, features, positions):
+    def _fit(self, features: np.ndarray, positions: np.ndarray | None) -> None:
         check_k(self.k, len(features))
         self.bank_, self.positions_ = Neighbours(features, self.index), positions
 
-    def _assess(self, features):
+    def _assess(self, features: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
         similarity, rows = self.bank_.search(features, self.k)
         # 2 - 2 cos cancels for near duplicates, so the one distance that matters is computed from the rows
         distance = np.linalg.norm(unit_rows(features) - self.bank_[rows[:, -1]], axis=1)

@@ -32,13 +32,13 @@ class GaussianMixture(Detector):
     NAME: ClassVar[str] = "gaussian_mixture"
     ARRAYS: ClassVar[tuple[str, ...]] = ("centre_", "starts_", "weights_", "means_", "variances_")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.components < 1:
             raise ValueError(f"components: expected at least 1, got {self.components}")
         if self.regularisation <= 0:
             raise ValueError(f"regularisation: expected a positive number, got {self.regularisation}")
 
-    def _fit(self, features, positions):
+    def _fit(self, features: np.ndarray, positions: np.ndarray) -> None:
         self.centre_ = features.mean(axis=0, dtype=np.float64)
         added = self.regularisation * (within_variance(features, positions, len(self.classes_)) or 1.0)
         fitted = [
@@ -51,7 +51,7 @@ class GaussianMixture(Detector):
         self.means_ = np.concatenate([part.means_ for part in fitted])
         self.variances_ = np.concatenate([part.covariances_ for part in fitted])
 
-    def _fit_class(self, features, added):
+    def _fit_class(self, features: np.ndarray, added: float) -> mixture.GaussianMixture:
         components = min(self.components, len(np.unique(features, axis=0)))
         if len(features) == 1:
             features = np.repeat(features, 2, axis=0)  # scikit-learn wants two
@@ -60,7 +60,7 @@ class GaussianMixture(Detector):
         )
         return model.fit(features)
 
-    def _assess(self, features):
+    def _assess(self, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         x, precision = features - self.centre_, 1 / self.variances_
         # (x - m)^2 / v, multiplied out so that no array is [N, components, F]
         distance = x**2 @ precision.T - 2 * x @ (self.means_ * precision).T + (self.means_**2 * precision).sum(axis=1)
@@ -69,7 +69,7 @@ class GaussianMixture(Detector):
         return -density.max(axis=1), density.argmax(axis=1)
 
 
-def within_variance(features, positions, classes):
+def within_variance(features: np.ndarray, positions: np.ndarray, classes: int) -> float:
     """Mean over images and dimensions of the squared deviation from the class mean."""
     means = class_means(features, positions, classes)
     return (

@@ -3,8 +3,12 @@
 import numpy as np
 import torch
 
+from gradmix.eval.features.arrays import Array
 
-def check_head(head, classes, width):
+Head = tuple[Array, Array]  # weight [K, F] and bias [K] of a linear classifier
+
+
+def check_head(head: Head, classes: int, width: int) -> np.ndarray:
     """`(weight [K, F], bias [K])` as one float64 array `[K, F + 1]`, bias last; ValueError if it isn't."""
     arrays = [part.detach().cpu() if isinstance(part, torch.Tensor) else part for part in head]
     weight, bias = (np.asarray(part, np.float64) for part in arrays)
@@ -17,12 +21,12 @@ def check_head(head, classes, width):
     return np.concatenate([weight, bias[:, None]], axis=1)
 
 
-def logits(head, features):
+def logits(head: np.ndarray, features: np.ndarray) -> np.ndarray:
     """`[N, K]` in float64."""
     return features @ head[:, :-1].T + head[:, -1]
 
 
-def logsumexp(values):
+def logsumexp(values: np.ndarray) -> np.ndarray:
     """log of the sum of exponentials along the last axis: the (negative) energy of logits."""
     largest = values.max(axis=-1, keepdims=True)
     return np.log(np.exp(values - largest).sum(axis=-1)) + largest[..., 0]

@@ -8,7 +8,7 @@ import numpy as np
 from gradmix.eval.detectors.base import Detector
 from gradmix.eval.detectors.class_mean import class_means
 from gradmix.eval.features.arrays import blocks
-from gradmix.eval.features.search import nearest
+from gradmix.eval.features.search import nearest_rows
 
 SMALLEST_VARIANCE = 1e-10  # relative to the largest
 
@@ -32,19 +32,19 @@ class Mahalanobis(Detector):
     NAME: ClassVar[str] = "mahalanobis"
     ARRAYS: ClassVar[tuple[str, ...]] = ("centre_", "whitening_", "means_")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 0 <= self.shrinkage <= 1:
             raise ValueError(f"shrinkage: expected 0 to 1, got {self.shrinkage}")
 
-    def _fit(self, features, positions):
+    def _fit(self, features: np.ndarray, positions: np.ndarray) -> None:
         self.centre_ = features.mean(axis=0, dtype=np.float64)
         means = class_means(features, positions, len(self.classes_))
         self.whitening_ = whitening(covariance(features, means, positions), self.shrinkage)
         self.means_ = (means - self.centre_) @ self.whitening_
 
-    def _assess(self, features):
+    def _assess(self, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         whitened = (features - self.centre_) @ self.whitening_
-        _, position = nearest(whitened, self.means_, k=1, metric="l2")
+        _, position = nearest_rows(whitened, self.means_, k=1, metric="l2")
         position = position[:, 0]
         # FAISS expands the square, which loses digits; the nearest distance is computed again in float64
         return np.square(whitened - self.means_[position]).sum(axis=1), position
@@ -62,17 +62,17 @@ class RelativeMahalanobis(Mahalanobis):
     NAME: ClassVar[str] = "relative_mahalanobis"
     ARRAYS: ClassVar[tuple[str, ...]] = ("centre_", "whitening_", "means_", "background_")
 
-    def _fit(self, features, positions):
+    def _fit(self, features: np.ndarray, positions: np.ndarray) -> None:
         super()._fit(features, positions)
         everything = np.zeros(len(features), dtype=np.int64)
         self.background_ = whitening(covariance(features, self.centre_[None], everything), self.shrinkage)
 
-    def _assess(self, features):
+    def _assess(self, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         distance, position = super()._assess(features)
         return distance - np.square((features - self.centre_) @ self.background_).sum(axis=1), position
 
 
-def covariance(features, means, positions):
+def covariance(features: np.ndarray, means: np.ndarray, positions: np.ndarray) -> np.ndarray:
     """Mean outer product of the deviations from `means[positions]`, `[F, F]` in float64."""
     total = np.zeros((features.shape[1],) * 2)
     for rows in blocks(features.shape):
@@ -81,7 +81,7 @@ def covariance(features, means, positions):
     return total / len(features)
 
 
-def whitening(covariance, shrinkage=0.0):
+def whitening(covariance: np.ndarray, shrinkage: float = 0.0) -> np.ndarray:
     """`[F, R]` such that |x @ whitening|^2 = x^T C^+ x, where C is the shrunk covariance of rank R.
 
     For a covariance of zero one column of zeros: all distances are 0.

@@ -31,11 +31,11 @@ class MeanShift(Detector):
     ARRAYS: ClassVar[tuple[str, ...]] = ("bank_", "positions_")
     NEEDS_LABELS: ClassVar[bool] = False
 
-    def _fit(self, features, positions):
+    def _fit(self, features: np.ndarray, positions: np.ndarray | None) -> None:
         check_k(self.k, len(features))
         self.bank_, self.positions_ = Neighbours(features, self.index), positions
 
-    def _assess(self, features):
+    def _assess(self, features: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
         similarity, rows = self.bank_.search(features, self.k)
         # one column at a time: [N, k, F] would be k times a block
         mean = sum(self.bank_[rows[:, column]].astype(np.float64) for column in range(self.k)) / self.k

@@ -7,8 +7,8 @@ import numpy as np
 
 from gradmix.eval.classifiers.linear import LinearProbe
 from gradmix.eval.detectors.base import Detector
-from gradmix.eval.detectors.head import check_head, logits, logsumexp
-from gradmix.eval.features.arrays import blocks, check_k
+from gradmix.eval.detectors.head import Head, check_head, logits, logsumexp
+from gradmix.eval.features.arrays import Array, blocks, check_k
 from gradmix.eval.features.search import Neighbours
 
 
@@ -32,7 +32,7 @@ class NNGuide(Detector):
     NAME: ClassVar[str] = "nnguide"
     ARRAYS: ClassVar[tuple[str, ...]] = ("bank_", "head_")
 
-    def fit(self, features, labels=None, head=None):
+    def fit(self, features: Array, labels: Array | None = None, head: Head | None = None) -> Detector:
         """As `Detector.fit`.
 
         Args:
@@ -42,7 +42,7 @@ class NNGuide(Detector):
         self._given = head
         return super().fit(features, labels)
 
-    def _fit(self, features, positions):
+    def _fit(self, features: np.ndarray, positions: np.ndarray) -> None:
         check_k(self.k, len(features))
         head = self._given
         if head is None:
@@ -51,13 +51,13 @@ class NNGuide(Detector):
         energy = [logsumexp(logits(self.head_, features[rows])) for rows in blocks(features.shape)]
         self.bank_ = Neighbours(features, self.index, weight=np.concatenate(energy))
 
-    def _assess(self, features):
+    def _assess(self, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         values = logits(self.head_, features)
         guidance, _ = self.bank_.search(features, self.k)
         return -logsumexp(values) * guidance.mean(axis=1, dtype=np.float64), values.argmax(axis=1)
 
 
-def fit_head(features, positions, classes):
+def fit_head(features: np.ndarray, positions: np.ndarray, classes: int) -> Head:
     """Weight and bias of a linear probe; of one class alone, zeros: the logit that a softmax ignores."""
     if classes == 1:
         return np.zeros((1, features.shape[1])), np.zeros(1)

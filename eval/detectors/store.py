@@ -13,20 +13,23 @@ The hashes find damage, not malice: who can write the folder can write the hashe
 import json
 import platform
 from pathlib import Path
+from typing import Any
 
 import faiss
 import numpy as np
 import torch
 
+from gradmix.eval.features.array_file import DTYPES, Arrays, map_arrays, write_arrays
 from gradmix.eval.features.arrays import blocks
 from gradmix.ssl.runs.files import hash_file, hash_json, write_atomically, write_text
 
 FORMAT = 1
 MANIFEST, TENSORS, INDEX = "detector.json", "detector.safetensors", "detector.faiss"
-DTYPES = {"F64": np.float64, "F32": np.float32, "I64": np.int64}  # the safetensors names we write
 
 
-def write(folder, manifest, arrays, index=None):
+def write(
+    folder: str | Path, manifest: dict[str, Any], arrays: dict[str, Any], index: faiss.Index | None = None
+) -> None:
     """Write `arrays` (name -> numpy array, or anything with shape and dtype that is sliced by rows) and
     index.
 
@@ -34,7 +37,7 @@ def write(folder, manifest, arrays, index=None):
     an older detector leaves hashes that don't match, which `read` refuses.
     """
     folder = Path(folder)
-    write_atomically(folder / TENSORS, lambda path: _write_tensors(path, arrays))
+    _write_arrays(folder / TENSORS, arrays)
     files = [TENSORS]
     if index is not None:
         write_atomically(folder / INDEX, lambda path: _write_index(path, index))
@@ -57,7 +60,7 @@ def write(folder, manifest, arrays, index=None):
     write_text(folder / MANIFEST, text)
 
 
-def read_manifest(folder):
+def read_manifest(folder: str | Path) -> dict[str, Any]:
     """The manifest, its own hash and format checked.
 
     Raises:
@@ -79,7 +82,7 @@ def read_manifest(folder):
     return manifest
 
 
-def read(folder, mmap=False):
+def read(folder: str | Path, mmap: bool = False) -> tuple[dict[str, Any], dict[str, np.ndarray], faiss.Index | None]:
     """Manifest, arrays by name, and FAISS index or None, everything checked against the hashes.
 
     Args:
@@ -97,40 +100,26 @@ def read(folder, mmap=False):
         if path.stat().st_size != stated["bytes"] or hash_file(path) != stated["sha256"]:
             raise ValueError(f"{path}: damaged, its content doesn't match the manifest's hash")
     index = faiss.read_index(str(folder / INDEX)) if INDEX in manifest["files"] else None
-    return manifest, _read_tensors(folder / TENSORS, mmap), index
+    arrays = map_arrays(folder / TENSORS, "r")[1]
+    return manifest, arrays if mmap else {name: np.array(array) for name, array in arrays.items()}, index
 
 
-def _write_tensors(path, arrays):
+def _write_arrays(path: Path, arrays: dict[str, Any]) -> None:
     # widest types first keeps every array aligned, so that it can be used in the mapped file
     names = sorted(arrays, key=lambda name: -np.dtype(arrays[name].dtype).itemsize)
-    header, end = {}, 0
-    for name in names:
-        dtype, shape = np.dtype(arrays[name].dtype), arrays[name].shape
-        start, end = end, end + dtype.itemsize * int(np.prod(shape))
-        code = next(code for code, known in DTYPES.items() if dtype == known)
-        header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name in names:
-            array = arrays[name]
-            for rows in blocks((len(array), max(1, int(np.prod(array.shape[1:]))))):
-                file.write(np.ascontiguousarray(array[rows]).tobytes())
+    codes = {dtype: code for code, dtype in DTYPES.items()}
+    shapes = {name: (codes[np.dtype(arrays[name].dtype)], arrays[name].shape) for name in names}
+
+    def fill(mapped: Arrays) -> None:
+        for name, into in mapped.items():
+            for rows in blocks((len(into), max(1, int(np.prod(into.shape[1:]))))):
+                into[rows] = arrays[name][rows]
+
+    write_arrays(path, shapes, fill)
 
 
-def _write_index(path, index):
+def _write_index(path: Path, index: faiss.Index) -> None:
     try:
         faiss.write_index(index, str(path))
     except RuntimeError as error:  # what FAISS makes of a full disk
         raise OSError(str(error)) from error
-
-
-def _read_tensors(path, mmap):
-    data = np.memmap(path, np.uint8, "r") if mmap else np.fromfile(path, np.uint8)
-    start = 8 + int.from_bytes(data[:8].tobytes(), "little")
-    arrays = {}
-    for name, entry in json.loads(data[8:start].tobytes()).items():
-        first, last = entry["data_offsets"]
-        arrays[name] = data[start + first : start + last].view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
-    return arrays

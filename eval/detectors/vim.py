@@ -1,5 +1,6 @@
 """Virtual-logit matching (Wang et al., arXiv 2203.10807)."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -7,9 +8,9 @@ import numpy as np
 
 from gradmix.eval.detectors.base import Detector
 from gradmix.eval.detectors.class_mean import class_means
-from gradmix.eval.detectors.head import check_head, logits, logsumexp
+from gradmix.eval.detectors.head import Head, check_head, logits, logsumexp
 from gradmix.eval.detectors.mahalanobis import SMALLEST_VARIANCE, covariance
-from gradmix.eval.features.arrays import blocks, unit_rows
+from gradmix.eval.features.arrays import Array, blocks, unit_rows
 from gradmix.eval.features.search import inner_product
 
 
@@ -34,7 +35,7 @@ class ViM(Detector):
     ARRAYS: ClassVar[tuple[str, ...]] = ("origin_", "residual_space_", "alpha_", "head_", "means_")
     NEEDS_LABELS: ClassVar[bool] = False
 
-    def fit(self, features, labels=None, head=None):
+    def fit(self, features: Array, labels: Array | None = None, head: Head | None = None) -> Detector:
         """As `Detector.fit`.
 
         Args:
@@ -46,7 +47,7 @@ class ViM(Detector):
         self._given = head
         return super().fit(features, labels)
 
-    def _fit(self, features, positions):
+    def _fit(self, features: np.ndarray, positions: np.ndarray | None) -> None:
         count, width = features.shape
         self.head_ = self.alpha_ = self.means_ = None
         self.origin_ = features.mean(axis=0, dtype=np.float64)
@@ -64,7 +65,7 @@ class ViM(Detector):
             largest = block_mean(lambda block: logits(self.head_, block).max(axis=1), features)
             self.alpha_ = np.array([largest / residual if residual > 0 else 1.0])
 
-    def _assess(self, features):
+    def _assess(self, features: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
         residual = self._residual(features)
         if self.head_ is not None:
             values = logits(self.head_, features)
@@ -73,10 +74,10 @@ class ViM(Detector):
             return residual, inner_product(unit_rows(features), self.means_, 1)[1][:, 0]
         return residual, None
 
-    def _residual(self, features):
+    def _residual(self, features: np.ndarray) -> np.ndarray:
         return np.linalg.norm((features - self.origin_) @ self.residual_space_, axis=1)
 
-    def _dimension(self, variance):
+    def _dimension(self, variance: np.ndarray) -> int:
         """Of the principal space, for ascending eigenvalues `[F]`."""
         width = len(variance)
         rank = int((variance > SMALLEST_VARIANCE * variance[-1]).sum())
@@ -88,6 +89,6 @@ class ViM(Detector):
         return self.dimension
 
 
-def block_mean(values, features):
+def block_mean(values: Callable[[np.ndarray], np.ndarray], features: np.ndarray) -> float:
     """Mean of `values(features)`, block by block."""
     return sum(values(features[rows]).sum() for rows in blocks(features.shape)) / len(features)

@@ -4,12 +4,14 @@ Features are `[N, F]`: numpy arrays, memory-mapped ones too, or tensors on any d
 """
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
+Array = np.ndarray | torch.Tensor
 BLOCK = 2**23  # values per block: 32 MiB in float32, 16,384 rows of 512
 
 
-def check_features(name, features, width=None):
+def check_features(name: str, features: Array, width: int | None = None) -> np.ndarray:
     """Features as a numpy array `[N, F]` of any number type, without a copy where that is possible.
 
     Raises ValueError, with `name` and the value in it, unless they are two-dimensional, non-empty, finite in
@@ -32,7 +34,7 @@ def check_features(name, features, width=None):
     return features
 
 
-def _check_finite(name, features):
+def _check_finite(name: str, features: np.ndarray) -> None:
     count, first = 0, None
     for rows in blocks(features.shape):
         bad = ~np.isfinite(float32(features[rows]))
@@ -44,7 +46,7 @@ def _check_finite(name, features):
         raise ValueError(f"{name}: {count} non-finite {values}, first in row {first}")
 
 
-def check_labels(name, labels, count):
+def check_labels(name: str, labels: Array, count: int) -> np.ndarray:
     """Integer labels `[count]` as numpy int64. Raises ValueError otherwise."""
     labels = labels.detach().cpu().numpy() if isinstance(labels, torch.Tensor) else np.asarray(labels)
     if labels.dtype.kind not in "iu":
@@ -54,7 +56,7 @@ def check_labels(name, labels, count):
     return labels.astype(np.int64)
 
 
-def check_k(k, count):
+def check_k(k: int, count: int) -> None:
     """Raises ValueError unless k is a whole number, 1 <= k <= count."""
     if k < 1:
         raise ValueError(f"k={k} is smaller than 1")
@@ -64,20 +66,20 @@ def check_k(k, count):
         raise ValueError(f"k={k} is larger than the number of reference features, {count}")
 
 
-def like(values, reference):
+def like(values: np.ndarray, reference: Array) -> Array:
     """Numpy `values` as what `reference` is: numpy, or a tensor on the same device."""
     if isinstance(reference, torch.Tensor):
         return torch.from_numpy(values).to(reference.device)
     return values
 
 
-def blocks(shape):
+def blocks(shape: tuple[int, ...]) -> list[slice]:
     """Slices that cut `shape[0]` rows into blocks of at most `BLOCK` values."""
     step = max(1, BLOCK // shape[1])
     return [slice(start, min(start + step, shape[0])) for start in range(0, shape[0], step)]
 
 
-def unit_rows(features):
+def unit_rows(features: np.ndarray) -> np.ndarray:
     """Rows scaled to length 1, float32. A row of zeros stays zero: its cosine with everything is 0."""
     unit = np.empty(features.shape, np.float32)
     for rows in blocks(features.shape):
@@ -88,6 +90,6 @@ def unit_rows(features):
     return unit
 
 
-def float32(values):
+def float32(values: npt.ArrayLike) -> np.ndarray:
     with np.errstate(over="ignore"):  # what doesn't fit becomes infinite, which is then reported
         return np.ascontiguousarray(values, dtype=np.float32)

@@ -1,43 +1,24 @@
-"""Feature files: safetensors that are written row by row and read memory-mapped, keyed by what made them."""
+"""What a network's features depend on, as keys; the features of a key; and a watch that the network stays as it was."""
 
 import hashlib
-import json
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from gradmix.eval.features.array_file import Arrays, map_arrays
 from gradmix.ssl.data.images import Constants, ImageSet
-from gradmix.ssl.runs.files import write_atomically
-
-DTYPES = {"F32": np.dtype("<f4"), "I64": np.dtype("<i8")}
-Arrays = dict[str, np.memmap]
 
 
-def fingerprint(module: nn.Module) -> str:
+def weights_key(module: nn.Module) -> str:
     """SHA-256 of every parameter and buffer, by name, type, shape and bits."""
     digest = hashlib.sha256()
     for name, tensor in module.state_dict().items():
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-@contextmanager
-def frozen(module: nn.Module) -> Iterator[None]:
-    """Nothing inside may change a bit of the weights or of BatchNorm's statistics.
-
-    Raises:
-        RuntimeError: something did.
-    """
-    before = fingerprint(module)
-    yield
-    if fingerprint(module) != before:
-        raise RuntimeError("the evaluation changed weights or BatchNorm statistics of a network that must be frozen")
 
 
 def images_key(images: ImageSet, constants: Constants) -> str:
@@ -53,43 +34,16 @@ def images_key(images: ImageSet, constants: Constants) -> str:
     return digest.hexdigest()
 
 
-def write_arrays(path: Path, key: str, shapes: dict[str, tuple[str, tuple[int, ...]]], fill: Callable) -> None:
-    """Write a safetensors file without ever holding it in memory.
-
-    Args:
-        shapes: name to (key of ``DTYPES``, shape); names of 8-byte types first, so that all stay aligned.
-        fill: is given the arrays, by name, to write into.
-    """
-    header: dict[str, dict] = {"__metadata__": {"key": key}}
-    end = 0
-    for name, (kind, shape) in shapes.items():
-        start, end = end, end + DTYPES[kind].itemsize * int(np.prod(shape))
-        header[name] = {"dtype": kind, "shape": shape, "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-
-    def write(temporary: Path) -> None:
-        with open(temporary, "wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            file.flush()
-            _reserve(file.fileno(), 8 + len(text) + end)
-        arrays = map_arrays(temporary, "r+")[1]
-        fill(arrays)
-        for array in arrays.values():
-            array.flush()
-
-    write_atomically(path, write)
-
-
-def _reserve(descriptor: int, size: int) -> None:
-    """Room for ``size`` bytes: where a file only claims them, writing to its map dies of SIGBUS on a full disk."""
-    if hasattr(os, "posix_fallocate"):
-        os.posix_fallocate(descriptor, 0, size)
+def image_hashes(images: ImageSet) -> Tensor:
+    """Which images these are, ``[N]`` int64: of the file's bytes, or of the pixels where there never was a file."""
+    if images.files is not None:
+        contents = (Path(path).read_bytes() for path in images.files)
     else:
-        os.truncate(descriptor, size)
+        contents = (image.numpy().tobytes() for image in images.images)
+    return torch.tensor([int.from_bytes(hashlib.sha256(c).digest()[:8], "big", signed=True) for c in contents])
 
 
-def read_arrays(path: Path, key: str) -> Arrays | None:
+def cached_arrays(path: Path, key: str) -> Arrays | None:
     """The arrays of a file with this key, mapped; writing to them does not reach the file. None: there is no such."""
     try:
         metadata, arrays = map_arrays(path)
@@ -98,22 +52,17 @@ def read_arrays(path: Path, key: str) -> Arrays | None:
     return arrays if metadata.get("key") == key else None
 
 
-def map_arrays(path: Path, mode: str = "c") -> tuple[dict, Arrays]:
-    """A file's metadata and arrays, mapped in a mode of ``np.memmap``: writing to "c" does not reach the file.
+@contextmanager
+def frozen(network: nn.Module) -> Iterator[None]:
+    """The network in eval mode; afterwards every part of it is in the mode that it had.
 
     Raises:
-        OSError, ValueError, KeyError, TypeError: missing or damaged.
+        RuntimeError: a bit of its weights or of BatchNorm's statistics changed meanwhile.
     """
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if length > path.stat().st_size:
-            raise ValueError(f"{path}: damaged")
-        header = json.loads(file.read(length))
-    metadata = header.pop("__metadata__", {})
-    arrays = {
-        name: np.memmap(
-            path, DTYPES[entry["dtype"]], mode, 8 + length + entry["data_offsets"][0], tuple(entry["shape"])
-        )
-        for name, entry in header.items()
-    }
-    return metadata, arrays
+    before, modes = weights_key(network), {module: module.training for module in network.modules()}
+    network.eval()
+    yield
+    if weights_key(network) != before:
+        raise RuntimeError("the evaluation changed weights or BatchNorm statistics of a network that must be frozen")
+    for module, training in modes.items():
+        module.training = training

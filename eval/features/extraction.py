@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from gradmix.eval.features.cache import Arrays, fingerprint, frozen, images_key, read_arrays, write_arrays
+from gradmix.eval.features.array_file import Arrays, write_arrays
+from gradmix.eval.features.cache import cached_arrays, frozen, images_key, weights_key
 from gradmix.ssl.data.images import ImageSet
-from gradmix.ssl.losses import gather, world_size
 from gradmix.ssl.machine import usable_cpus
 from gradmix.ssl.networks.backbones import Backbone, load_backbone
 from gradmix.ssl.networks.weights import load_weights
+from gradmix.ssl.processes import gather, world_size
 from gradmix.ssl.runs.files import write_atomically
 
 BATCH = 256  # images at a time
@@ -30,7 +31,7 @@ class Model:
         run_dir: folder with ``backbone.safetensors`` and ``head.safetensors``.
     """
 
-    def __init__(self, run_dir: Path, device: torch.device | str = "cpu"):
+    def __init__(self, run_dir: Path, device: torch.device | str = "cpu") -> None:
         self.device = torch.device(device)
         self.backbone: Backbone = load_backbone(run_dir).to(device)
         self.head: nn.Module | None = None
@@ -54,20 +55,20 @@ class Model:
             limit: ``features`` of more bytes are an ``np.memmap``, which kNN, probe and detectors read in blocks.
         """
         parts = [self.backbone, *([] if self.head is None else [self.head])]
-        key = " ".join([*map(fingerprint, parts), images_key(images, self.backbone.encoder.constants)])
-        arrays = read_arrays(path, key)
+        key = " ".join([*map(weights_key, parts), images_key(images, self.backbone.encoder.constants)])
+        arrays = cached_arrays(path, key)
         for other in others:
-            if arrays is None and read_arrays(other, key) is not None:
+            if arrays is None and cached_arrays(other, key) is not None:
                 write_atomically(path, partial(shutil.copyfile, other))
-                arrays = read_arrays(path, key)
+                arrays = cached_arrays(path, key)
         if arrays is None:
             shapes = {"labels": ("I64", (len(images),)), "features": ("F32", (len(images), self.backbone.num_features))}
             if self.head is not None:
                 shapes["projections"] = ("F32", (len(images), self.head[-1].out_features))
-            write_arrays(path, key, shapes, partial(self.fill, images, workers))
-            arrays = read_arrays(path, key)
-        found = {name: torch.from_numpy(array) for name, array in arrays.items()}
-        return found if arrays["features"].nbytes <= limit else found | {"features": arrays["features"]}
+            write_arrays(path, shapes, partial(self.fill, images, workers), {"key": key})
+            arrays = cached_arrays(path, key)
+        tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        return tensors if arrays["features"].nbytes <= limit else tensors | {"features": arrays["features"]}
 
     @torch.inference_mode()
     def fill(self, images: ImageSet, workers: int, arrays: Arrays | None) -> None:
@@ -146,9 +147,10 @@ def raw_pixels(images: ImageSet, path: Path | None = None, limit: int = 2**62) -
         fill_pixels(images, pixels.numpy())
         return pixels
     key = "raw pixels " + images_key(images, ((0, 0, 0), (1, 1, 1)))
-    if read_arrays(path, key) is None:
-        write_arrays(path, key, {"pixels": ("F32", shape)}, lambda arrays: fill_pixels(images, arrays["pixels"]))
-    return read_arrays(path, key)["pixels"]
+    if cached_arrays(path, key) is None:
+        shapes = {"pixels": ("F32", shape)}
+        write_arrays(path, shapes, lambda arrays: fill_pixels(images, arrays["pixels"]), {"key": key})
+    return cached_arrays(path, key)["pixels"]
 
 
 def fill_pixels(images: ImageSet, pixels: np.ndarray) -> None:

@@ -4,10 +4,12 @@ On the CPU in float32, because that is what the FAISS of the package index offer
 memory-mapped, are read in blocks (`gradmix.eval.features.arrays`).
 """
 
+from typing import Any
+
 import faiss
 import numpy as np
 
-from gradmix.eval.features.arrays import blocks, check_features, check_k, float32, like, unit_rows
+from gradmix.eval.features.arrays import Array, blocks, check_features, check_k, float32, like, unit_rows
 
 # past it an inverted file answers faster (1.4 x at 200,000, 4 x at 500,000); from about 500,000 on, 10,000 images repay
 # its building: benchmarks/detectors.py
@@ -16,19 +18,19 @@ DISTANCE_ERROR = 1e-4  # mean relative excess of the 10th distance that an index
 TRAINED_ON = 2**16  # rows that an index is trained on, or 40 per inverted list if that is more
 
 
-def limit_threads(count):
+def limit_threads(count: int) -> None:
     """Let FAISS use at most `count` threads in this process (its default: every core it sees)."""
     if count < 1:
         raise ValueError(f"threads: expected at least 1, got {count}")
     faiss.omp_set_num_threads(count)
 
 
-def inner_product(queries, bank, k):
+def inner_product(queries: np.ndarray, bank: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     """The k largest inner products `[N, k]`, descending, and their rows of the bank, of float32 arrays."""
     return faiss.knn(queries, bank, k, faiss.METRIC_INNER_PRODUCT)
 
 
-def nearest(queries, bank, k, metric="cosine"):
+def nearest_rows(queries: Array, bank: Array, k: int, metric: str = "cosine") -> tuple[Array, Array]:
     """The k rows of `bank` nearest to each query, exactly.
 
     Args:
@@ -48,14 +50,14 @@ def nearest(queries, bank, k, metric="cosine"):
         values, rows = Neighbours(bank, index="Flat").search(queries, k)
     elif metric == "l2":
         bank = float32(bank)
-        found = [faiss.knn(float32(queries[rows]), bank, k) for rows in blocks(queries.shape)]
-        values, rows = (np.concatenate(part) for part in zip(*found, strict=True))
+        parts = [faiss.knn(float32(queries[rows]), bank, k) for rows in blocks(queries.shape)]
+        values, rows = (np.concatenate(part) for part in zip(*parts, strict=True))
     else:
         raise ValueError(f"metric: expected cosine or l2, got {metric!r}")
     return like(values, reference), like(rows, reference)
 
 
-def inverted_file(count):
+def inverted_file(count: int) -> str:
     """The factory string that "auto" takes for `count` rows past `EXACT_UP_TO`: about 4 sqrt(count) lists."""
     return f"IVF{2 ** round(np.log2(4 * count**0.5))},Flat"
 
@@ -76,7 +78,9 @@ class Neighbours:
         seed: of the k-means behind an inverted file.
     """
 
-    def __init__(self, features, index="auto", weight=None, seed=0):
+    def __init__(
+        self, features: np.ndarray, index: str = "auto", weight: np.ndarray | None = None, seed: int = 0
+    ) -> None:
         self.features, self.weight, self.prepared = features, weight, False
         if not isinstance(features, np.memmap):
             self.features = self[:]
@@ -87,7 +91,7 @@ class Neighbours:
         self.index = None if index == "Flat" else self._build(index, seed)
 
     @classmethod
-    def restore(cls, bank, index):
+    def restore(cls, bank: np.ndarray, index: faiss.Index | None) -> "Neighbours":
         """A bank whose rows are prepared already (what `[:]` gave), and its FAISS index, None for "Flat"."""
         neighbours = cls.__new__(cls)
         neighbours.features, neighbours.weight, neighbours.prepared = bank, None, True
@@ -95,34 +99,34 @@ class Neighbours:
         return neighbours
 
     @property
-    def shape(self):
+    def shape(self) -> tuple[int, ...]:
         return self.features.shape
 
     @property
-    def dtype(self):
+    def dtype(self) -> np.dtype:
         return np.dtype(np.float32)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.features)
 
-    def __getitem__(self, rows):
+    def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
         """Prepared rows, float32, by slice or by row numbers."""
         if self.prepared:
             return self.features[rows]
         unit = unit_rows(self.features[rows])
         return unit if self.weight is None else unit * self.weight[rows, None].astype(np.float32)
 
-    def search(self, queries, k):
+    def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """The largest inner products of unit-length queries `[N, F]` with the bank.
 
         Returns:
             Inner products `[N, k]` float32, descending, and row numbers `[N, k]` int64.
         """
         check_k(k, len(self))
-        found = [self._search(unit_rows(queries[rows]), k) for rows in blocks(queries.shape)]
-        return tuple(np.concatenate(part) for part in zip(*found, strict=True))
+        parts = [self._search(unit_rows(queries[rows]), k) for rows in blocks(queries.shape)]
+        return tuple(np.concatenate(part) for part in zip(*parts, strict=True))
 
-    def _search(self, queries, k):
+    def _search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         if self.index is None:
             return self._exact(queries, k)
         values, rows = self.index.search(queries, k)
@@ -131,18 +135,18 @@ class Neighbours:
             values[short], rows[short] = self._exact(queries[short], k)
         return values, rows
 
-    def _exact(self, queries, k):
+    def _exact(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         if not isinstance(self.features, np.memmap):
             return inner_product(queries, self.features, k)
         heap = faiss.ResultHeap(len(queries), k, keep_max=True)
         for rows in blocks(self.shape):
             block = self[rows]
-            values, found = inner_product(queries, block, min(k, len(block)))
-            heap.add_result(values, found + rows.start)
+            values, numbers = inner_product(queries, block, min(k, len(block)))
+            heap.add_result(values, numbers + rows.start)
         heap.finalize()
         return heap.D, heap.I
 
-    def _build(self, factory, seed):
+    def _build(self, factory: str, seed: int) -> faiss.Index:
         try:
             index = faiss.index_factory(self.shape[1], factory, faiss.METRIC_INNER_PRODUCT)
         except RuntimeError as error:
@@ -166,7 +170,7 @@ class Neighbours:
             self._choose_effort(index, index.hnsw, "efSearch", 4096, order)
         return index
 
-    def _choose_effort(self, index, part, knob, most, order):
+    def _choose_effort(self, index: faiss.Index, part: Any, knob: str, most: int, order: np.ndarray) -> None:
         """Set `part.knob`, at most `most`, within a quarter of the smallest that `DISTANCE_ERROR` allows."""
         # halfway between rows is between clusters, as unknown images are; rows themselves are too easy
         queries = unit_rows(self[order[:256]] + self[order[-256:]])
@@ -176,8 +180,8 @@ class Neighbours:
         effort = 1
         while True:
             setattr(part, knob, effort)
-            found = index.search(queries, k)[0][:, -1].astype(np.float64)
+            reached = index.search(queries, k)[0][:, -1].astype(np.float64)
             # d^2 = 2 - 2 cos: the cosine that is missed, over d^2, is the relative excess of the distance d
-            if effort == most or (exact - found).sum() <= DISTANCE_ERROR * scale:
+            if effort == most or (exact - reached).sum() <= DISTANCE_ERROR * scale:
                 break
             effort = min(effort + max(1, effort // 4), most)

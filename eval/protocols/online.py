@@ -1,20 +1,19 @@
-"""Evaluation while training: kNN accuracy on held-out and on test images, open-set AUROC, and feature quality."""
+"""Measures while training: kNN accuracy on held-out and on test images, open-set AUROC, and feature quality."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from pytorch_lightning import Callback, Trainer
 
-from gradmix.eval.classifiers.knn import KNNClassifier
-from gradmix.eval.detectors import DeepKNN
+from gradmix.eval.detectors import PRIMARY
+from gradmix.eval.detectors.options import build_detector
 from gradmix.eval.features.cache import frozen
 from gradmix.eval.features.extraction import extract
-from gradmix.eval.metrics import auroc, closed_set_accuracy
-from gradmix.eval.protocols.probes import quality_numbers, two_views
+from gradmix.eval.protocols.measures import KNN, OpenSet, Quality, measure_all
+from gradmix.eval.protocols.subject import Subject
 from gradmix.ssl.callbacks import EpochCallback, Progress
 from gradmix.ssl.config import Config
-from gradmix.ssl.data.images import ImageSet, normalize
+from gradmix.ssl.data.images import ImageSet
 from gradmix.ssl.data.open_set import OpenSetData
 from gradmix.ssl.pretrain import Pretraining
 
@@ -24,10 +23,9 @@ BANK = 5000  # training images compared with; enough to watch a trend
 class OnlineKNN(EpochCallback):
     """Logs ``knn/held_out`` every so many epochs. Nothing is chosen by it: the last weights are the result."""
 
-    def __init__(self, data: OpenSetData, every_epochs: int, k: int, temperature: float):
-        rows = torch.linspace(0, len(data.train) - 1, min(BANK, len(data.train))).long()
-        self.bank, self.held_out = data.train.select(rows), data.held_out
-        self.every_epochs, self.k, self.temperature = every_epochs, min(k, len(rows)), temperature
+    def __init__(self, data: OpenSetData, config: Config):
+        self.data, self.every_epochs = watched(data, data.held_out), config.knn_every
+        self.config = replace(config, knn_k=min(config.knn_k, len(self.data.train)))
 
     def on_epoch(self, trainer: Trainer, module: Pretraining) -> None:
         accuracy = self.accuracy(module)
@@ -38,9 +36,8 @@ class OnlineKNN(EpochCallback):
 
     def accuracy(self, module: Pretraining) -> float:
         """kNN accuracy of the backbone as it is, in [0, 1]."""
-        with evaluated(module):
-            knn = KNNClassifier(self.k, self.temperature).fit(features_now(module, self.bank), self.bank.labels)
-            return closed_set_accuracy(knn.predict(features_now(module, self.held_out)), self.held_out.labels)
+        with frozen(module.backbone):
+            return dict(KNN().measure(subject_now(module, self.config, self.data)))["knn/top1"]
 
 
 class OnlineTest(EpochCallback):
@@ -48,58 +45,54 @@ class OnlineTest(EpochCallback):
     if it ended there. For curves; nothing is chosen by them, the last weights are the result.
     """
 
-    def __init__(self, data: OpenSetData, every_epochs: int, k: int, temperature: float):
-        self.train, self.test = data.train, data.test
-        self.every_epochs, self.k, self.temperature = every_epochs, min(k, len(data.train)), temperature
+    KEYS = ("knn/top1", f"osr/{PRIMARY}/auroc")
+
+    def __init__(self, data: OpenSetData, config: Config):
+        no_images = data.test.select(torch.zeros(0, dtype=torch.int64))
+        self.data, self.config, self.every_epochs = replace(data, held_out=no_images), config, config.test_every
+        self.measures = [KNN(), OpenSet(PRIMARY, build_detector(PRIMARY, config.detector_options), "features")]
 
     def on_epoch(self, trainer: Trainer, module: Pretraining) -> None:
-        with evaluated(module):
-            bank, features = features_now(module, self.train), features_now(module, self.test)
-        known = self.test.labels >= 0
-        knn = KNNClassifier(self.k, self.temperature).fit(bank, self.train.labels)
-        numbers = {"test/knn/top1": closed_set_accuracy(knn.predict(features[known]), self.test.labels[known])}
-        if not known.all():
-            scores = DeepKNN().fit(bank, self.train.labels).score(features)
-            numbers["test/osr/deep_knn/auroc"] = auroc(scores[known], scores[~known])
-        module.logger.log_metrics(numbers, module.steps)
+        with frozen(module.backbone):
+            numbers, _ = measure_all(self.measures, subject_now(module, self.config, self.data))
+        curves = {f"test/{key}": numbers[key] for key in self.KEYS if key in numbers}
+        module.logger.log_metrics(curves, module.steps)
 
 
 class OnlineQuality(EpochCallback):
     """Logs ``quality/...`` of the training images (see :mod:`gradmix.eval.quality`) every so many epochs."""
 
-    def __init__(self, data: OpenSetData, every_epochs: int):
-        rows = torch.linspace(0, len(data.train) - 1, min(BANK, len(data.train))).long()
-        self.images, self.every_epochs = data.train.select(rows), every_epochs
-        self.labels = self.images.labels if data.classes else None
+    def __init__(self, data: OpenSetData, config: Config):
+        nothing = data.test.select(torch.zeros(0, dtype=torch.int64))
+        self.data, self.config, self.every_epochs = watched(data, nothing), config, config.quality_every
 
     def on_epoch(self, trainer: Trainer, module: Pretraining) -> None:
-        with evaluated(module):
-            pair = two_views(module.backbone, self.images, module.config.data.augment, module.device)
-            numbers = quality_numbers(features_now(module, self.images), self.labels, pair)
+        with frozen(module.backbone):
+            numbers, _ = measure_all([Quality()], subject_now(module, self.config, self.data))
         module.logger.log_metrics(numbers, module.steps)
 
 
-@contextmanager
-def evaluated(module: Pretraining) -> Iterator[None]:
-    """The backbone in eval mode, and not a bit of it changed."""
-    was_training = module.backbone.training
-    module.backbone.eval()
-    with frozen(module.backbone):
-        yield
-    module.backbone.train(was_training)
+def watched(data: OpenSetData, test: ImageSet) -> OpenSetData:
+    """Up to ``BANK`` evenly spaced training images, and others in the place of the test images."""
+    rows = torch.linspace(0, len(data.train) - 1, min(BANK, len(data.train))).long()
+    return replace(data, train=data.train.select(rows), held_out=test.select(rows[:0]), test=test)
 
 
-def features_now(module: Pretraining, images: ImageSet) -> torch.Tensor:
-    return extract(lambda batch: module.backbone(normalize(batch, module.backbone.constants)), images, module.device)
+def subject_now(module: Pretraining, config: Config, data: OpenSetData) -> Subject:
+    """The backbone as it is, with the features of ``data``; for as long as it is frozen."""
+    subject = Subject(config, data, module.backbone, module.device, {})
+    sets = data.sets().items()
+    subject.spaces["features"] = {name: extract(subject.look, images, module.device) for name, images in sets}
+    return subject
 
 
 def watchers(data: OpenSetData, config: Config) -> list[Callback]:
     """What a config asks to be measured while training, as far as there are classes and held-out images."""
     callbacks: list[Callback] = []
     if config.knn_every and data.classes and len(data.held_out):
-        callbacks.append(OnlineKNN(data, config.knn_every, config.knn_k, config.knn_temperature))
+        callbacks.append(OnlineKNN(data, config))
     if config.test_every and data.classes and len(data.test):
-        callbacks.append(OnlineTest(data, config.test_every, config.knn_k, config.knn_temperature))
+        callbacks.append(OnlineTest(data, config))
     if config.quality_every:
-        callbacks.append(OnlineQuality(data, config.quality_every))
+        callbacks.append(OnlineQuality(data, config))
     return callbacks

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from gradmix.eval.classifiers.knn import KNNClassifier
-from gradmix.eval.features.extraction import Model, raw_pixels
+from gradmix.eval.config import EvalConfig
+from gradmix.eval.features.extraction import raw_pixels
 from gradmix.eval.protocols.corruptions import CORRUPTIONS, SEVERITIES, corrupt
-from gradmix.eval.protocols.evaluate import classifiers
+from gradmix.eval.protocols.measures import KNN, KNNOnPixels, Linear
+from gradmix.eval.protocols.subject import subject_of
 from gradmix.ssl.config import Config
 from gradmix.ssl.data.images import ImageSet, from_array, list_images
 from gradmix.ssl.data.open_set import OpenSetData
@@ -23,7 +24,8 @@ from gradmix.ssl.runs.files import write_json
 from gradmix.ssl.runs.folder import provenance
 
 CHUNK = 256  # images corrupted at once; the seed of made corruptions counts chunks, so it is part of the result
-METHODS = ("knn", "linear", "knn_pixels")
+METHODS = {"knn": KNN(), "linear": Linear(), "knn_pixels": KNNOnPixels()}
+LEARNED = ("knn", "linear")  # those that are compared with kNN on raw pixels
 Batches = Iterator[tuple[str, int, Tensor, Tensor]]  # kind, severity, images [n, 3, S, S] uint8, labels [n]
 
 
@@ -56,20 +58,19 @@ def evaluate_corruptions(
     if not len(test):
         raise ValueError("corruptions: the run's test set has no images of known classes")
     batches = find_batches(where, data, test)  # bad input is said before anything is computed
-    model = Model(run_dir, device)
-    folder, limit = (run_dir if out is None else out) / "features", int(config.data.memory_gib * 2**30)
-    others = [run_dir / "features/train.safetensors"]
-    train = model.features(data.train, folder / "train.safetensors", others, config.data.workers, limit)
-    knn, probe = classifiers(config, train, model.device)
-    pixels = raw_pixels(data.train, folder / "train_pixels.safetensors", limit)
-    on_pixels = KNNClassifier(config.knn_k, config.knn_temperature).fit(pixels, data.train.labels)
+    out = run_dir if out is None else out
+    subject = subject_of(run_dir, out, config, data, device, EvalConfig(), ["train"])
+    limit = int(config.data.memory_gib * 2**30)
+    train_pixels = raw_pixels(data.train, out / "features" / "train_pixels.safetensors", limit)
+    subject.spaces["pixels"] = {"train": train_pixels}
+    classifiers = {measure: measure.fit(subject) for measure in METHODS.values()}
 
     def correct(images: Tensor, labels: Tensor) -> np.ndarray:
         """Numbers of right answers: in the order of METHODS, then the number of images."""
-        pixels = raw_pixels(ImageSet(labels, config.data.image_size, images))
         with torch.inference_mode():
-            features = model.backbone(images.to(model.device)).float().cpu()
-        answers = knn.predict(features), probe.predict(features), on_pixels.predict(pixels)
+            features = subject.look(images.to(subject.device)).float().cpu()
+        seen = {"features": features, "pixels": raw_pixels(ImageSet(labels, config.data.image_size, images))}
+        answers = [classifier.predict(seen[measure.SPACE]) for measure, classifier in classifiers.items()]
         return np.array([*((answer == labels).sum().item() for answer in answers), len(labels)])
 
     clean = sum(correct(*images_of(test, rows)) for rows in torch.arange(len(test)).split(CHUNK))
@@ -79,7 +80,7 @@ def evaluate_corruptions(
     if not counts:
         raise ValueError(f"corruptions: {where} holds no images of the known classes {', '.join(data.classes[:10])}")
     result = summarise(clean, counts) | {"corruptions/source": where} | provenance()
-    write_json((run_dir if out is None else out) / "metrics_corruptions.json", result)
+    write_json(out / "metrics_corruptions.json", result)
     return result
 
 
@@ -96,14 +97,12 @@ def summarise(clean: np.ndarray, counts: dict[tuple[str, int], np.ndarray]) -> d
         result |= {f"corruptions/{kind}/{m}": float(v) for m, v in zip(METHODS, means, strict=True)}
         errors = sum(1 - values for values in accuracy.values())  # summed over severities
         reference = max(errors[-1], 1 / max(right[-1] for right in per_severity.values()))
-        result |= {
-            f"corruptions/{kind}/ce/{m}": float(e / reference) for m, e in zip(METHODS[:2], errors, strict=False)
-        }
+        result |= {f"corruptions/{kind}/ce/{m}": float(e / reference) for m, e in zip(LEARNED, errors, strict=False)}
     for i, method in enumerate(METHODS):
         result[f"corruptions/clean/{method}"] = float(clean[i] / clean[-1])
         mean = np.mean([result[f"corruptions/{kind}/{method}"] for kind in kinds])
         result[f"corruptions/mean_error/{method}"] = float(1 - mean)
-    for method in METHODS[:2]:
+    for method in LEARNED:
         result[f"corruptions/mce/{method}"] = float(np.mean([result[f"corruptions/{k}/ce/{method}"] for k in kinds]))
     return result
 
@@ -120,9 +119,9 @@ def find_batches(where: str, data: OpenSetData, test: ImageSet) -> Batches:
     if not root.is_dir():
         raise ValueError(f"corruptions: {root} is not a folder (make makes the corruptions from the run's test images)")
     if (root / "labels.npy").is_file():
-        return read_arrays(root, data, test.size)
+        return read_cifar_layout(root, data, test.size)
     if any(folder.is_dir() for kind in CORRUPTIONS for folder in (root / kind / str(s) for s in SEVERITIES)):
-        return read_folders(root, data, test.size)
+        return read_imagenet_layout(root, data, test.size)
     raise ValueError(
         f"corruptions: {root} is in no layout known here: CIFAR-10-C's (labels.npy and gaussian_noise.npy, ...) "
         "or TinyImageNet-C's (gaussian_noise/1/<class>/, ...)"
@@ -141,7 +140,7 @@ def make(test: ImageSet) -> Batches:
                 yield kind, severity, corrupt(images, kind, severity, seed=chunk), labels
 
 
-def read_arrays(root: Path, data: OpenSetData, size: int) -> Batches:
+def read_cifar_layout(root: Path, data: OpenSetData, size: int) -> Batches:
     """CIFAR-10-C's layout: per kind one array [5 * n, 32, 32, 3], severity by severity; ``labels.npy`` alike.
 
     Labels count the classes in the data set's own order, as they do in CIFAR-10.
@@ -168,16 +167,16 @@ def read_arrays(root: Path, data: OpenSetData, size: int) -> Batches:
                     yield kind, severity, from_array(arrays[part.numpy()], size), labels[part]
 
 
-def read_folders(root: Path, data: OpenSetData, size: int) -> Batches:
+def read_imagenet_layout(root: Path, data: OpenSetData, size: int) -> Batches:
     """TinyImageNet-C's layout: ``kind/severity/<class>/*.JPEG``; classes that are not known are left out."""
     for kind in CORRUPTIONS:
         for severity in SEVERITIES:
             files, labels = [], []
             for label, name in enumerate(data.classes):
                 folder = root / kind / str(severity) / name
-                found = list_images(folder) if folder.is_dir() else []
-                files += found
-                labels += [label] * len(found)
+                inside = list_images(folder) if folder.is_dir() else []
+                files += inside
+                labels += [label] * len(inside)
             images = ImageSet(torch.tensor(labels, dtype=torch.int64), size, files=files)
             for rows in torch.arange(len(images)).split(CHUNK):
                 if len(rows):
@@ -202,7 +201,7 @@ def corruption_table(result: dict[str, Any]) -> str:
         values = [100 * result[f"corruptions/{name}/{method}"] for method in METHODS]
         lines.append(f"  {name:<20}{values[0]:>14.2f}{values[1]:>14.2f}{values[2]:>16.2f}")
     mean = [100 * result[f"corruptions/mean_error/{method}"] for method in METHODS]
-    mce = [100 * result[f"corruptions/mce/{method}"] for method in METHODS[:2]]
+    mce = [100 * result[f"corruptions/mce/{method}"] for method in LEARNED]
     lines += [
         f"  {'mean error':<20}{mean[0]:>14.2f}{mean[1]:>14.2f}{mean[2]:>16.2f}",
         f"  {'mCE':<20}{mce[0]:>14.2f}{mce[1]:>14.2f}{100:>16.2f}",

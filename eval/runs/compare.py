@@ -1,6 +1,5 @@
 """Which of two runs is better, on the same test images: paired bootstrap of what each detector said of each image."""
 
-import hashlib
 from pathlib import Path
 
 import torch
@@ -9,16 +8,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from gradmix.eval import metrics
-from gradmix.ssl.data.images import ImageSet
-
-
-def image_hashes(images: ImageSet) -> Tensor:
-    """Which images these are, ``[N]`` int64: of the file's bytes, or of the pixels where there never was a file."""
-    if images.files is not None:
-        contents = (Path(path).read_bytes() for path in images.files)
-    else:
-        contents = (image.numpy().tobytes() for image in images.images)
-    return torch.tensor([int.from_bytes(hashlib.sha256(c).digest()[:8], "big", signed=True) for c in contents])
 
 
 def compare(first: Path, second: Path) -> dict[str, metrics.Interval]:

@@ -12,10 +12,11 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from gradmix.eval import detectors
 from gradmix.eval.detectors import PRIMARY, Detector
-from gradmix.eval.features.cache import Arrays, map_arrays
+from gradmix.eval.features.array_file import Arrays, map_arrays
 from gradmix.eval.runs.foreign import ELSEWHERE
 from gradmix.ssl.config import Config, flat, register_configs
 from gradmix.ssl.data.images import ImageSet
@@ -108,9 +109,6 @@ def read_events(folder: Path, images: bool = True) -> tuple[dict, list[tuple[int
     """TensorBoard's scalars and ``mixing`` pictures; where a resumed run wrote a step twice, the later one."""
     if not any(folder.glob("events.out.tfevents.*")):
         return {}, []
-    # Imported here: it takes half a second.
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
     keep = {"scalars": 0, "images": 0 if images else 1}  # 0: all of them
     events = EventAccumulator(str(folder), size_guidance=keep).Reload()
     tags = events.Tags()
@@ -131,9 +129,9 @@ def read_scores(path: Path, features: dict, detector: Detector | None) -> dict[s
     if (path / "features/scores.safetensors").is_file():
         saved = _tensors(path / "features/scores.safetensors")
         names = [key.removesuffix("/score") for key in saved if key.endswith("/score")]
-        found = {name: (saved[f"{name}/score"], saved[f"{name}/correct"].astype(bool)) for name in names}
-        if all(len(score) == len(labels) for score, _ in found.values()):
-            return dict(sorted(found.items(), key=lambda item: (item[0] != PRIMARY, item[0] == "pixels", item[0])))
+        scores = {name: (saved[f"{name}/score"], saved[f"{name}/correct"].astype(bool)) for name in names}
+        if all(len(score) == len(labels) for score, _ in scores.values()):
+            return dict(sorted(scores.items(), key=lambda item: (item[0] != PRIMARY, item[0] == "pixels", item[0])))
     if detector is None or detector.classes_ is None:
         return {}
     test = features["test"]["features"]

@@ -30,8 +30,8 @@ class Group:
 
     def values(self, key: str) -> dict[tuple, float]:
         """A number by unit; the mean where a unit was run several times."""
-        found = {unit: [run.numbers[key] for run in runs if key in run.numbers] for unit, runs in self.runs.items()}
-        return {unit: float(np.mean(values)) for unit, values in found.items() if values}
+        values = {unit: [run.numbers[key] for run in runs if key in run.numbers] for unit, runs in self.runs.items()}
+        return {unit: float(np.mean(of_unit)) for unit, of_unit in values.items() if of_unit}
 
 
 @dataclass
@@ -50,7 +50,7 @@ def find_runs(where: Sequence[str | Path]) -> list[Path]:
     Raises:
         ValueError: a folder holds none.
     """
-    found: dict[Path, Path] = {}
+    by_place: dict[Path, Path] = {}
     for folder in map(Path, where):
         folder = folder.expanduser()
         inner = [
@@ -59,8 +59,8 @@ def find_runs(where: Sequence[str | Path]) -> list[Path]:
         runs = [folder] if (folder / "config.yaml").is_file() else inner
         if not runs:
             raise ValueError(f"{folder}: no evaluated run there; a run's folder holds config.yaml and metrics.json")
-        found |= {path.resolve(): path for path in runs}
-    return list(found.values())
+        by_place |= {path.resolve(): path for path in runs}
+    return list(by_place.values())
 
 
 def group_runs(runs: Sequence[Run]) -> dict[str, list[Group]]:

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from gradmix.eval.scoring.scorer import UNKNOWN, Score, Scorer
+from gradmix.eval.scoring.scorer import UNKNOWN_NAME, Score, Scorer
 from gradmix.ssl.runs.files import put_in_place
 from gradmix.ssl.runs.lock import lock
 
@@ -126,7 +126,7 @@ def whole_batches(file: BinaryIO, as_json: bool, images: int, batch_size: int) -
 
 def count(row: Mapping[str, Any]) -> np.ndarray:
     """One row; whether the image is called unknown; whether the file could not be read."""
-    return np.array([1, row["prediction"] == UNKNOWN, bool(row["error"])])
+    return np.array([1, row["prediction"] == UNKNOWN_NAME, bool(row["error"])])
 
 
 def encode(rows: Sequence[Mapping[str, Any]], as_json: bool, header: bool) -> bytes:

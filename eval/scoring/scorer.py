@@ -9,7 +9,7 @@ scorer.json                           class names, names of the training images,
 import glob
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +27,7 @@ from gradmix.ssl.machine import usable_cpus
 from gradmix.ssl.networks.backbones import load_backbone
 from gradmix.ssl.runs.files import hash_file, hash_json, write_atomically, write_json, write_tensors
 
-UNKNOWN = "unknown"
+UNKNOWN_NAME = "unknown"  # what an unknown image is called, instead of a class
 THUMBNAILS = "thumbnails.safetensors"
 THUMBNAIL_SIZE = 32
 
@@ -88,7 +88,7 @@ class Scorer:
         ValueError: the folder is no detector's, or a file in it is damaged.
     """
 
-    def __init__(self, folder: str | Path, device: str = "cpu"):
+    def __init__(self, folder: str | Path, device: str = "cpu") -> None:
         folder = Path(folder).expanduser()
         if not (folder / "scorer.json").is_file():
             hint = f"; did you mean {folder / 'detector'}?" if (folder / "detector/scorer.json").is_file() else ""
@@ -153,7 +153,7 @@ class Scorer:
             return str(error)
 
     @torch.inference_mode()
-    def _score(self, images: torch.Tensor):
+    def _score(self, images: torch.Tensor) -> Iterator[Callable[[str], Score]]:
         features = self.backbone(images.to(self.device)).cpu()
         detector = self.detector
         scores, nearest = detector.score(features), detector.neighbours(features, 1)[1][:, 0]
@@ -162,7 +162,7 @@ class Scorer:
         for score, label, row in zip(scores.tolist(), labels, nearest.tolist(), strict=True):
             prediction = "" if label is None else self.classes[int(label)]
             if threshold is not None and score > threshold:
-                prediction = UNKNOWN
+                prediction = UNKNOWN_NAME
             margin = None if threshold is None else score - threshold
             near = self.training_name(row)
             yield lambda path, s=score, p=prediction, m=margin, n=near: Score(path, s, p, m, n)
@@ -178,12 +178,12 @@ def find_images(where: str) -> list[str]:
     if path.is_file():
         return [str(path)]
     if path.is_dir():
-        found = list_images(path)
+        names = list_images(path)
     else:
-        found = sorted(name for name in glob.glob(str(path), recursive=True) if Path(name).is_file())
-    if not found:
+        names = sorted(name for name in glob.glob(str(path), recursive=True) if Path(name).is_file())
+    if not names:
         raise ValueError(f"images: {where} names no image file (a file, a folder or a pattern such as 'photos/*.jpg')")
-    return found
+    return names
 
 
 def _shrink(images: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
-from gradmix.eval.scoring.scorer import UNKNOWN, Score, Scorer
+from gradmix.eval.scoring.scorer import UNKNOWN_NAME, Score, Scorer
 from gradmix.ssl.runs.files import write_atomically
 
 SIDE, GAP, CAPTION, MARGIN = 112, 10, 34, 14  # pixels: a picture, the space around it, its two lines of text
@@ -51,7 +51,7 @@ def _write(folder: Path, number: int, rows: list[list[Image.Image]]) -> None:
 def _row(scorer: Scorer, score: Score, k: int) -> list[Image.Image]:
     image = scorer.backbone.transform(score.path)
     distances, rows = scorer.neighbours(image[None], k)
-    colour = (190, 30, 30) if score.prediction == UNKNOWN else (30, 120, 60)
+    colour = (190, 30, 30) if score.prediction == UNKNOWN_NAME else (30, 120, 60)
     tiles = [_tile(image, os.path.basename(score.path), f"{score.prediction}, {score.score:.3f}".lstrip(", "), colour)]
     for distance, row in zip(distances[0].tolist(), rows[0].tolist(), strict=True):
         try:

@@ -6,7 +6,7 @@ from sklearn.datasets import load_digits
 
 from gradmix.eval.classifiers.finetune import ImageProbe
 from gradmix.eval.config import TrainedProbe
-from gradmix.eval.features.cache import fingerprint
+from gradmix.eval.features.cache import weights_key
 from gradmix.ssl.config import AugmentConfig
 from gradmix.ssl.data.images import ImageSet, from_array
 from gradmix.ssl.networks.backbones import Backbone, ResNet
@@ -36,12 +36,12 @@ def accuracy(probe, images):
 @pytest.mark.parametrize(("protocol", "optimizer", "lr"), [("augmented", "sgd", 1.0), ("finetune", "sgd", 0.1)])
 def test_learns_and_leaves_the_backbone_bit_identical(digits, protocol, optimizer, lr):
     network, (train, test) = backbone(), digits
-    before, state = fingerprint(network), torch.get_rng_state()
+    before, state = weights_key(network), torch.get_rng_state()
     settings = TrainedProbe(optimizer, epochs=8, batch_size=64, base_lr=lr)
     probe = ImageProbe(protocol, settings, AUGMENT).fit(network, train, 3)
-    assert fingerprint(network) == before and torch.equal(torch.get_rng_state(), state)
+    assert weights_key(network) == before and torch.equal(torch.get_rng_state(), state)
     assert accuracy(probe, test) > 0.6  # a third is chance
-    assert (fingerprint(probe.backbone) == before) == (protocol == "augmented")
+    assert (weights_key(probe.backbone) == before) == (protocol == "augmented")
     again = ImageProbe(protocol, settings, AUGMENT).fit(network, train, 3)
     assert torch.equal(again.head[1].weight, probe.head[1].weight)
     assert str(probe) == f"{protocol}: sgd, 8 epochs, lr {lr / 4:.3g}, weight decay 0, last weights"

@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from gradmix.eval.classifiers.knn import KNNClassifier
 from gradmix.eval.classifiers.linear import LinearProbe
-from gradmix.eval.features.cache import fingerprint, frozen, read_arrays, write_arrays
+from gradmix.eval.features.array_file import write_arrays
+from gradmix.eval.features.cache import cached_arrays, frozen, weights_key
 from gradmix.eval.features.extraction import Model, extract_together, raw_pixels, raw_pixels_bytes
 from gradmix.ssl.data.images import ImageSet, normalize
 from gradmix.ssl.networks.backbones import Backbone, ResNet, backbone_metadata
@@ -104,15 +105,15 @@ def test_features_beyond_the_limit_are_mapped_and_evaluated_alike(model, tmp_pat
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path):
     path, shapes = tmp_path / "a.safetensors", {"x": ("F32", (2,))}
-    write_arrays(path, "key", shapes, lambda arrays: arrays["x"].fill(1))
+    write_arrays(path, shapes, lambda arrays: arrays["x"].fill(1), {"key": "key"})
 
     def power_cut(arrays):
         arrays["x"].fill(2)
         raise RuntimeError("power cut")
 
     with pytest.raises(RuntimeError, match="power cut"):
-        write_arrays(path, "new", shapes, power_cut)
-    assert read_arrays(path, "key")["x"].tolist() == [1, 1] and read_arrays(path, "new") is None
+        write_arrays(path, shapes, power_cut, {"key": "new"})
+    assert cached_arrays(path, "key")["x"].tolist() == [1, 1] and cached_arrays(path, "new") is None
 
 
 def test_room_is_there_before_anything_is_written(tmp_path):
@@ -120,7 +121,7 @@ def test_room_is_there_before_anything_is_written(tmp_path):
         (temporary,) = tmp_path.iterdir()
         assert temporary.stat().st_blocks * 512 >= 4 * 10**6
 
-    write_arrays(tmp_path / "x", "key", {"features": ("F32", (1000, 1000))}, fill)
+    write_arrays(tmp_path / "x", {"features": ("F32", (1000, 1000))}, fill)
 
 
 def test_frozen_notices_every_bit():
@@ -132,9 +133,17 @@ def test_frozen_notices_every_bit():
     with pytest.raises(RuntimeError), frozen(network):
         network[0].bias.data[1] = -network[0].bias.data[1]
     network[0].bias.data[0] = 0.0
-    zero = fingerprint(network)
+    zero = weights_key(network)
     network[0].bias.data[0] = -0.0
-    assert fingerprint(network) != zero  # equal numbers, other bits
+    assert weights_key(network) != zero  # equal numbers, other bits
+
+
+def test_frozen_gives_every_part_its_mode_back():
+    network = torch.nn.Sequential(torch.nn.BatchNorm2d(3).eval(), torch.nn.BatchNorm2d(3))
+    assert network.training
+    with frozen(network):
+        assert not any(module.training for module in network.modules())
+    assert [module.training for module in network.modules()] == [True, False, True]
 
 
 COUNTS = {"train": 700, "held_out": 1, "test": 512}  # uneven turns, fewer images than processes, whole batches
@@ -158,7 +167,7 @@ def test_processes_extract_a_share_each(model, in_processes, tmp_path):
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[key], expected[key]) for key in found)
         key = safe_open(tmp_path / f"features/{name}.safetensors", "pt").metadata()["key"]
-        assert read_arrays(tmp_path / "alone" / f"{name}.safetensors", key) is not None  # evaluate finds them by it
+        assert cached_arrays(tmp_path / "alone" / f"{name}.safetensors", key) is not None  # evaluate finds them by it
     # batches of 256: 700 are 3, the single image 1, 512 are 2
     assert [torch.load(tmp_path / f"{rank}.pt") for rank in range(3)] == [[256 + 1 + 256], [256 + 256], [700 - 512]]
 

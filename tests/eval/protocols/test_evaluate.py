@@ -18,7 +18,8 @@ from sklearn.preprocessing import normalize
 from gradmix.eval.classifiers.linear import LinearProbe
 from gradmix.eval.detectors import ViM
 from gradmix.eval.features.extraction import raw_pixels
-from gradmix.eval.protocols.evaluate import build_detector, check_neighbours, evaluate, parse_detector
+from gradmix.eval.protocols.evaluate import evaluate
+from gradmix.eval.protocols.measures import choose_measures
 from gradmix.eval.report.summary import over_splits, table
 from gradmix.eval.runs.compare import compare
 from gradmix.ssl.data.images import ImageSet
@@ -129,14 +130,14 @@ def test_a_collapsed_network_has_no_class_spread(command, digits_run, tmp_path):
 def test_neighbours_that_are_not_there_are_refused_before_training(digits_run, key, k):
     config = read_config(digits_run)
     data = load_data(config.data, config.seed)
-    check_neighbours(config, data)
+    choose_measures(config, data=data)
     config.detectors = ["class_knn"]  # deep_knn is saved, whatever is measured
     if key == "knn_k":
         config.knn_k = k
     else:
         config.detector_options = {key.split(".")[1]: {"k": k}}
     with pytest.raises(ValueError, match=rf"{key}: expected 1 to 646, the size of the training set, got {k}"):
-        check_neighbours(config, data)
+        choose_measures(config, data=data)
 
 
 def test_the_interval_is_the_bootstraps(digits_run):
@@ -213,38 +214,8 @@ def test_other_images_cannot_be_compared(digits_run, command, tmp_path):
         assert len(result.err.strip().splitlines()) == 1
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"deep_kn": {"k": 1}}, "detector_options: no 'deep_kn'; did you mean deep_knn?"),
-        ({"deep_knn": {"kk": 1}}, "detector_options.deep_knn.kk: no such parameter; did you mean k?"),
-        ({"deep_knn": {"k": "ten"}}, "detector_options.deep_knn.k: expected int, got 'ten'"),
-        ({"deep_knn": {"k": True}}, "detector_options.deep_knn.k: expected int, got True"),
-        ({"deep_knn": 3}, "detector_options.deep_knn: expected parameters"),
-    ],
-)
-def test_detector_options_are_checked(options, message):
-    with pytest.raises(ValueError) as caught:
-        build_detector(next(iter(options)), options)
-    assert message in str(caught.value)
-
-
-def test_detector_options_reach_the_detector():
-    assert build_detector("deep_knn", {"deep_knn": {"k": 7}}).k == 7
-    assert build_detector("vim", {"deep_knn": {"k": 7}, "vim": {"dimension": None}}).dimension is None
-    assert build_detector("mahalanobis", {"mahalanobis": {"shrinkage": 1}}).shrinkage == 1
-
-
 def test_large_images_are_averaged_down_for_the_pixel_baseline():
     images = torch.randint(0, 256, (3, 3, 64, 64)).to(torch.uint8)
     got = raw_pixels(ImageSet(torch.zeros(3).long(), 64, images)).view(3, 3, 32, 32)
     blocks = images.double().view(3, 3, 32, 2, 32, 2).mean((3, 5)) / 255
     torch.testing.assert_close(got.double(), blocks, atol=1e-6, rtol=0)
-
-
-def test_detector_entries():
-    assert parse_detector("deep_knn")[0::2] == ("deep_knn", "features")
-    assert parse_detector("class_knn")[0::2] == ("class_knn", "projections")
-    assert parse_detector("class_knn@features")[0::2] == ("class_knn_features", "features")
-    with pytest.raises(ValueError, match="expected @features or @projections"):
-        parse_detector("deep_knn@pixels")

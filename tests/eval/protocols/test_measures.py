@@ -1,4 +1,4 @@
-"""What gradmix-eval adds when asked, and feature quality while training."""
+"""The loop over measures, what gradmix-eval adds when asked, and feature quality while training."""
 
 import json
 
@@ -10,9 +10,15 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import normalize
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from gradmix.eval.detectors import Detector
+from gradmix.eval.protocols.evaluate import evaluate
+from gradmix.eval.protocols.measures import Measure, Skipped, measure_all
 from gradmix.eval.protocols.online import OnlineQuality, watchers
+from gradmix.eval.protocols.subject import Subject
 from gradmix.eval.quality import class_spread, effective_rank
-from gradmix.ssl.data.open_set import load_data
+from gradmix.ssl.config import Config, DataConfig
+from gradmix.ssl.data.images import ImageSet
+from gradmix.ssl.data.open_set import OpenSetData, load_data
 from gradmix.ssl.runs.folder import read_config
 from gradmix.ssl.train import train
 
@@ -79,3 +85,51 @@ def test_features_beyond_memory_give_the_same_numbers(command, tmp_path, digits_
     assert {"knn/top1", "linear/top1", "osr/vim/auroc", "quality/class_spread"} < set(numbers)
     for key in numbers:
         assert mapped[key] == pytest.approx(whole[key], abs=0.006), key
+
+
+class Wants(Measure):
+    def __init__(self, kind, *needs):
+        self.KIND, self.needs = kind, needs
+
+    def measure(self, subject):
+        yield f"{self.KIND}/a", 1.0
+        yield f"{self.KIND}/b", Skipped("too far")
+
+
+def subject_with(labels, spaces=("features",), classes=("a",), memory=1.0):
+    images = ImageSet(torch.tensor(labels), 8, torch.zeros(len(labels), 3, 8, 8, dtype=torch.uint8))
+    config = Config(data=DataConfig(name="x", memory_gib=memory))
+    data = OpenSetData(images, images, images, list(classes), [], [0])
+    return Subject(config, data, None, torch.device("cpu"), {space: {} for space in spaces})
+
+
+def test_what_is_missing_is_said_once_for_all_measures_that_need_it():
+    measures = [
+        Wants("one", "features", "classes"),
+        Wants("two", "classes", "pixels"),
+        Wants("two", "projections", "classes"),
+        Wants("three", "unknown images", "classes", "features"),
+    ]
+    everything = subject_with([0, -1], ("features", "projections"))
+    result, skipped = measure_all(measures, everything)
+    assert list(result) == ["one/a", "two/a", "three/a"]
+    assert skipped == dict.fromkeys(["one/b", "two/b", "three/b"], "too far")
+    _, skipped = measure_all(measures, subject_with([-1, -1], classes=(), memory=1e-9))
+    assert skipped == {
+        "two": "the checkpoint has no projection head",
+        "one, two, three": "the images have no classes",
+    }
+    result, skipped = measure_all(measures, subject_with([0, 0], ("features", "projections"), memory=1e-9))
+    assert list(result) == ["one/a", "two/a"]
+    assert skipped["raw pixels"] == "they exceed data.memory_gib"
+    assert skipped["three"] == "the test set has no unknown classes"
+    _, skipped = measure_all(measures[:1], subject_with([-1, -1]))
+    assert skipped == {"one": "the test set has no images of known classes"}
+
+
+def test_each_detector_is_fitted_once(digits_run, tmp_path, monkeypatch):
+    fits, fit = [], Detector.fit
+    monkeypatch.setattr(Detector, "fit", lambda self, *args, **more: fits.append(self.NAME) or fit(self, *args, **more))
+    config = read_config(digits_run)
+    evaluate(digits_run, config, load_data(config.data, config.seed), out=tmp_path / "out")
+    assert sorted(fits) == ["class_knn", "deep_knn", "deep_knn", "mahalanobis"]  # deep_knn on the raw pixels too

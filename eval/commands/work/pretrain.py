@@ -1,0 +1,77 @@
+"""What gradmix-pretrain does: train, then evaluate; one run, or one for each split."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from pytorch_lightning.utilities import rank_zero_only
+
+from gradmix.eval.features.extraction import extract_together
+from gradmix.eval.protocols.evaluate import device_of, evaluate
+from gradmix.eval.protocols.measures import choose_measures
+from gradmix.eval.protocols.online import watchers
+from gradmix.eval.report import write_report
+from gradmix.eval.report.comparison import write_comparison
+from gradmix.eval.report.summary import describe, over_splits, table
+from gradmix.eval.report.tensorboard import write_tensorboard
+from gradmix.eval.runs.groups import find_runs
+from gradmix.ssl.config import Config
+from gradmix.ssl.data.open_set import load_data, splits_of
+from gradmix.ssl.processes import world_size
+from gradmix.ssl.runs.files import read_json, remove_strays, replacing, write_json
+from gradmix.ssl.runs.folder import claim
+from gradmix.ssl.runs.lock import alone_in
+from gradmix.ssl.train import check, train
+
+
+def run_pretrain(config: Config) -> None:
+    choose_measures(config)
+    config.run_dir = str(Path(config.run_dir).expanduser())
+    if config.data.split != "all":
+        result = pretrain_one(config)
+        if result is None:
+            return
+        print(table(result))
+        print(f"\n{config.run_dir}: report.html, metrics.json, weights, detector and TensorBoard events")
+        return
+    results = []
+    for split in range(len(splits_of(config.data))):
+        one = replace(config, data=replace(config.data, split=split), run_dir=f"{config.run_dir}/split-{split}")
+        results.append(pretrain_one(one))
+    if None in results:
+        return
+    summary, folder = over_splits(results), Path(config.run_dir)
+    write_json(folder / "metrics.json", summary)
+    write_comparison(find_runs([folder]), folder / "report.html")
+    print(table(summary))
+    print(f"\nmean ± standard deviation over {len(results)} splits; {folder}: report.html, and the runs in split-*")
+
+
+def pretrain_one(config: Config) -> dict | None:
+    """The run's numbers; None on all but the first process, which go on to the next run while it evaluates."""
+    run_dir, first = Path(config.run_dir), rank_zero_only.rank == 0
+    check(config)
+    with alone_in(run_dir):
+        if (run_dir / "config.yaml").exists():
+            claim(run_dir, config)  # before anything is written there
+        if first:
+            remove_strays(run_dir)
+        if (run_dir / "report.html").exists():  # the last thing to be written
+            if not first:
+                return None
+            print(f"{run_dir}: finished already; gradmix-eval run={run_dir} evaluates again")
+            return read_json(run_dir / "metrics.json")
+        data = load_data(config.data, config.seed, run_dir / "scan.json")
+        if first:
+            print(describe(config, data))
+        choose_measures(config, data=data)
+        if not (run_dir / "training.json").exists():
+            train(config, data, watchers(data, config))
+            if world_size() > 1:
+                extract_together(run_dir, data.sets(), device_of(config), config.data.workers)
+        if not first:
+            return None
+        with replacing(run_dir, "metrics.json") as new:
+            result = evaluate(run_dir, config, data, device_of(config), new)
+        write_tensorboard(run_dir, config, result, data)
+        write_report(run_dir, data)
+        return result

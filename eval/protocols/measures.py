@@ -1,0 +1,311 @@
+"""What is measured on a run: each measure says what it needs, and yields names and values.
+
+To add one, write a class here and put it into ``MEASURES``; another package declares its own as an entry point of the
+group ``gradmix.measures``, and ``gradmix-eval measures=[NAME]`` asks for it.
+"""
+
+import inspect
+import math
+from collections.abc import Iterator
+from typing import Any, ClassVar, NamedTuple
+
+from gradmix.eval import metrics, quality
+from gradmix.eval.classifiers.few_labels import few_labels, subset
+from gradmix.eval.classifiers.finetune import ImageProbe
+from gradmix.eval.classifiers.knn import KNNClassifier
+from gradmix.eval.classifiers.linear import LinearProbe
+from gradmix.eval.config import EvalConfig
+from gradmix.eval.detectors import PRIMARY, Detector
+from gradmix.eval.detectors.options import build_detector, parse_detector
+from gradmix.eval.metrics import closed_set_accuracy
+from gradmix.eval.protocols.subject import Subject
+from gradmix.registry import Registry
+from gradmix.ssl.config import Config
+from gradmix.ssl.data.open_set import OpenSetData
+from gradmix.ssl.networks.backbones import Backbone
+
+# classes: of the images, with test images among the known ones. All have features.
+NEEDS = ("features", "projections", "classes", "pixels", "unknown images")
+
+
+class Skipped(NamedTuple):
+    """Instead of a value: why there is none."""
+
+    why: str
+
+
+class Measure:
+    """One thing to measure.
+
+    A measure implements ``measure``, which is called once all its ``needs`` are met.
+    """
+
+    KIND: ClassVar[str]  # what the list of things that were not measured calls it
+    needs: tuple[str, ...] = ("features",)  # some of NEEDS
+
+    @classmethod
+    def asked_for(cls, config: Config, asked: EvalConfig) -> "list[Measure]":
+        """The measures of this class that a run's config and gradmix-eval's ask for.
+
+        Raises:
+            ValueError: settings that make no sense.
+        """
+        return [cls()]
+
+    def check(self, config: Config, asked: EvalConfig, data: OpenSetData) -> None:
+        """
+        Raises:
+            ValueError: settings that these images don't allow; said before anything is computed.
+        """
+
+    def measure(self, subject: Subject) -> Iterator[tuple[str, Any]]:
+        """Names of ``metrics.json`` with numbers or texts, or with :class:`Skipped`."""
+        raise NotImplementedError
+
+    @property
+    def name(self) -> str:
+        """``KIND``, or longer where there are several of a kind."""
+        return self.KIND
+
+
+class KNN(Measure):
+    """``knn/top1`` with the run's own k and temperature, ``knn/k=K,t=T/top1`` with those asked for; one search."""
+
+    KIND = "knn"
+    SPACE: ClassVar[str] = "features"
+    needs = ("features", "classes")
+
+    def check(self, config: Config, asked: EvalConfig, data: OpenSetData) -> None:
+        for k in [*asked.knn_k, *([config.knn_k] if data.classes else [])]:
+            check_neighbours("knn_k", k, data)
+
+    def fit(self, subject: Subject) -> KNNClassifier:
+        knn = KNNClassifier(subject.config.knn_k, subject.config.knn_temperature)
+        return knn.fit(subject.space(self.SPACE)["train"], subject.data.train.labels)
+
+    def measure(self, subject: Subject) -> Iterator[tuple[str, float]]:
+        knn, asked, (features, labels) = self.fit(subject), subject.asked, subject.known_test("features")
+        ks, temperatures = asked.knn_k or [knn.k], asked.knn_temperature or [knn.temperature]
+        neighbours = knn.neighbours(features, max(knn.k, *ks))
+        settings = {"knn/top1": (knn.k, knn.temperature)}
+        if asked.knn_k or asked.knn_temperature:
+            settings |= {f"knn/k={k},t={t:g}/top1": (k, t) for k in ks for t in temperatures}
+        for name, (k, temperature) in settings.items():
+            chosen = knn.vote(*neighbours, k=k, temperature=temperature).argmax(axis=1)
+            yield name, closed_set_accuracy(knn.classes_[chosen], labels)
+
+
+class KNNOnPixels(KNN):
+    """``knn_pixels/top1``: what a network has to be better than."""
+
+    SPACE = "pixels"
+    needs = ("classes", "pixels")
+
+    def measure(self, subject: Subject) -> Iterator[tuple[str, float]]:
+        pixels, labels = subject.known_test("pixels")
+        yield "knn_pixels/top1", closed_set_accuracy(self.fit(subject).predict(pixels), labels)
+
+
+class Linear(Measure):
+    """``linear/top1`` of the probe on cached features."""
+
+    KIND = "linear"
+    SPACE: ClassVar[str] = "features"
+    needs = ("features", "classes")
+
+    def fit(self, subject: Subject) -> LinearProbe:
+        return subject.linear_probe
+
+    def measure(self, subject: Subject) -> Iterator[tuple[str, Any]]:
+        features, labels = subject.known_test("features")
+        yield "linear/top1", closed_set_accuracy(subject.linear_probe.predict(features), labels)
+        yield "protocol/linear", str(subject.linear_probe)
+
+
+class TrainedProbe(Measure):
+    """``linear_augmented/top1`` or ``finetune/top1``: a probe that is trained on augmented images."""
+
+    KIND = "linear"
+    needs = ("classes",)
+
+    def __init__(self, protocol: str, probe: ImageProbe):
+        self.metric, self.probe = "finetune" if protocol == "finetune" else f"linear_{protocol}", probe
+
+    @classmethod
+    def asked_for(cls, config: Config, asked: EvalConfig) -> list[Measure]:
+        protocols = [protocol for protocol in asked.protocols if protocol != "cached"]
+        return [cls(p, ImageProbe(p, asked.probe, config.data.augment, config.seed)) for p in protocols]
+
+    def measure(self, subject: Subject) -> Iterator[tuple[str, Any]]:
+        data, workers = subject.data, subject.config.data.workers
+        test = data.test.select(subject.known.nonzero()[:, 0])
+        self.probe.fit(Backbone(subject.encoder, data.train.size), data.train, len(data.classes), workers)
+        yield f"{self.metric}/top1", closed_set_accuracy(self.probe.predict(test, workers), test.labels)
+        yield f"protocol/{self.metric}", str(self.probe)
+
+
+class FewLabels(Measure):
+    """``few_labels/AMOUNT/top1`` and ``top1_std`` of cached probes on a few labelled images."""
+
+    KIND = "linear"
+    needs = ("features", "classes")
+
+    def __init__(self, amount: str | int):
+        self.amount = amount
+
+    @classmethod
+    def asked_for(cls, config: Config, asked: EvalConfig) -> list[Measure]:
+        return [cls(amount) for amount in asked.few_labels]
+
+    def check(self, config: Config, asked: EvalConfig, data: OpenSetData) -> None:
+        if data.classes:
+            subset(data.train.labels, self.amount, 0)
+
+    def measure(self, subject: Subject) -> Iterator[tuple[str, float]]:
+        train = subject.space("features")["train"], subject.data.train.labels.numpy()
+        accuracies = few_labels(*train, *subject.known_test("features"), self.amount, device=subject.device)
+        yield f"few_labels/{self.amount}/top1", float(accuracies.mean())
+        yield f"few_labels/{self.amount}/top1_std", float(accuracies.std(ddof=1))
+
+
+class Quality(Measure):
+    """``quality/...`` of the training images' features; see :mod:`gradmix.eval.quality`."""
+
+    KIND = "quality"
+
+    def measure(self, subject: Subject) -> Iterator[tuple[str, Any]]:
+        features = subject.space("features")["train"]
+        yield "quality/uniformity", quality.uniformity(features)
+        yield "quality/effective_rank", quality.effective_rank(features)
+        if subject.data.classes:
+            spread = quality.class_spread(features, subject.data.train.labels)
+            infinite = Skipped("the class means coincide, which makes it infinite")  # JSON can't say that
+            yield "quality/class_spread", spread if math.isfinite(spread) else infinite
+        yield "quality/alignment", quality.alignment(*subject.two_views())
+
+
+class OpenSet(Measure):
+    """``osr/KEY/...``: what one detector is worth. ``subject.scores`` gets its score of every test image, and whether
+    the image is known and its closest class the right one.
+    """
+
+    KIND = "osr"
+
+    def __init__(self, key: str, detector: Detector, space: str):
+        self.key, self.detector, self.space = key, detector, space
+        self.needs = (space, "classes", "unknown images")
+
+    @property
+    def name(self) -> str:
+        return f"osr/{self.key}"
+
+    @classmethod
+    def asked_for(cls, config: Config, asked: EvalConfig) -> list[Measure]:
+        options = dict(config.detector_options)
+        for name in options:
+            build_detector(name, options)  # also those that are not measured must make sense
+        entries = [parse_detector(entry) for entry in config.detectors]
+        baseline = cls("pixels", build_detector(PRIMARY, options), "pixels")
+        return [*(cls(key, build_detector(kind.NAME, options), space) for key, kind, space in entries), baseline]
+
+    def check(self, config: Config, asked: EvalConfig, data: OpenSetData) -> None:
+        name = self.detector.NAME
+        if data.classes or name == PRIMARY:  # which is saved, whatever is measured
+            check_neighbours(f"detector_options.{name}.k", getattr(self.detector, "k", 1), data)
+
+    def fitted(self, subject: Subject) -> Detector:
+        if (self.detector.NAME, self.space) == (PRIMARY, "features"):
+            return subject.primary
+        head = {}
+        if self.space == "features" and "head" in inspect.signature(self.detector.fit).parameters:
+            head = {"head": (subject.linear_probe.weight_, subject.linear_probe.bias_)}
+        return self.detector.fit(subject.space(self.space)["train"], subject.data.train.labels, **head)
+
+    def measure(self, subject: Subject) -> Iterator[tuple[str, float]]:
+        detector, images, known = self.fitted(subject), subject.space(self.space), subject.known
+        score = detector.score(images["test"])
+        correct = (detector.classify(images["test"]) == subject.data.test.labels) & known
+        subject.scores |= {f"{self.key}/score": score, f"{self.key}/correct": correct}
+        sides = score[known], score[~known]
+        values = {
+            "auroc": metrics.auroc(*sides),
+            "aupr": metrics.aupr(*sides),
+            "aupr_known": metrics.aupr(*sides, positive="known"),
+            "fpr95": metrics.fpr_at_tpr(*sides),
+            "fpr95_known": metrics.fpr_at_tpr(*sides, positive="known"),
+            "oscr": metrics.oscr(*sides, correct[known]),
+            "closed_set_accuracy": float(correct[known].double().mean()),
+        }
+        if "held_out" in images:
+            threshold = detector.calibrate(images["held_out"]).threshold
+            values["balanced_accuracy"] = metrics.balanced_accuracy(*sides, threshold)
+        if self.key == PRIMARY:
+            interval = metrics.bootstrap(metrics.auroc, *sides)
+            values |= {"auroc_low": interval.low, "auroc_high": interval.high}
+        yield from ((f"{self.name}/{name}", value) for name, value in values.items())
+
+
+# In the order that metrics.json has them.
+MEASURES: Registry[type[Measure]] = Registry(
+    "gradmix.measures",
+    {
+        "knn": KNN,
+        "linear": Linear,
+        "trained_probe": TrainedProbe,
+        "few_labels": FewLabels,
+        "knn_pixels": KNNOnPixels,
+        "quality": Quality,
+        "open_set": OpenSet,
+    },
+)
+
+
+def choose_measures(config: Config, asked: EvalConfig | None = None, data: OpenSetData | None = None) -> list[Measure]:
+    """All of our own measures, and those of other packages that ``measures`` names.
+
+    Args:
+        data: the images, once they are there: settings that they don't allow are then errors too.
+
+    Raises:
+        ValueError: unknown measures or detectors, or settings that make no sense.
+    """
+    asked = EvalConfig() if asked is None else asked
+    kinds = [MEASURES.pick("measures", name) for name in dict.fromkeys([*MEASURES.own, *asked.measures])]
+    measures = [measure for kind in kinds for measure in kind.asked_for(config, asked)]
+    for measure in measures:
+        if wrong := set(measure.needs) - set(NEEDS):
+            raise ValueError(f"measures: {measure.name} needs {wrong.pop()!r}; expected some of {', '.join(NEEDS)}")
+        if data is not None:
+            measure.check(config, asked, data)
+    return measures
+
+
+def check_neighbours(key: str, k: int, data: OpenSetData) -> None:
+    """
+    Raises:
+        ValueError: a number of neighbours that the training set does not have.
+    """
+    if not 1 <= k <= len(data.train):
+        raise ValueError(f"{key}: expected 1 to {len(data.train)}, the size of the training set, got {k}")
+
+
+def measure_all(measures: list[Measure], subject: Subject) -> tuple[dict[str, Any], dict[str, str]]:
+    """Every number by its name; and what could not be measured, with the reason.
+
+    A measure that lacks something is left out; what it lacks is said once for all measures that do.
+    """
+    skipped: dict[str, str] = {}
+    for need in NEEDS:
+        stopped = [m for m in measures if need in m.needs] if (why := subject.lacks(need)) else []
+        measures = [m for m in measures if m not in stopped]
+        kinds = ", ".join(dict.fromkeys(m.KIND for m in stopped))
+        names = {"projections": [m.name for m in stopped], "pixels": ["raw pixels"]}.get(need, [kinds])
+        skipped |= dict.fromkeys(names, why) if stopped else {}
+    result: dict[str, Any] = {}
+    for measure in measures:
+        for name, value in measure.measure(subject):
+            if isinstance(value, Skipped):
+                skipped[name] = value.why
+            else:
+                result[name] = value
+    return result, skipped

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradmix.eval import metrics
+from gradmix.eval import catalogue, metrics
 from gradmix.eval.classifiers.knn import KNNClassifier
 from gradmix.eval.classifiers.linear import LinearProbe
 from gradmix.eval.config import EvalConfig
@@ -78,17 +78,20 @@ def evaluate(
     if measurable:
         knn, probe = classifiers(config, found["train"], model.device)
         features, labels = found["test"]["features"][known], data.test.labels[known]
-        result |= knn_accuracies(asked, knn, features, labels)
-        result["linear/top1"] = metrics.closed_set_accuracy(probe.predict(features), labels)
+        result |= knn_accuracies(asked, knn, features, labels, data.classes)
+        result |= catalogue.of_predictions("linear", probe.predict(features), labels, data.classes)
         result["protocol/linear"] = str(probe)
         result |= further_probes(asked, config, model, data, found)
         pixels = {}
         if sum(raw_pixels_bytes(sets[name]) for name in found) <= limit:
             pixels = {name: raw_pixels(sets[name]) for name in found}
             knn = KNNClassifier(config.knn_k, config.knn_temperature).fit(pixels["train"], data.train.labels)
-            result["knn_pixels/top1"] = metrics.closed_set_accuracy(knn.predict(pixels["test"][known]), labels)
+            result |= catalogue.of_predictions("knn_pixels", knn.predict(pixels["test"][known]), labels)
         else:
             result["skipped"]["raw pixels"] = "they exceed data.memory_gib"
+        result |= catalogue.of_predictions("majority", data.train.labels.mode().values.expand_as(labels), labels)
+        if absent := [name for label, name in enumerate(data.classes) if not (labels == label).any()]:
+            result["skipped"][f"recall of {', '.join(absent)}"] = "no test image"
     else:
         why = "the test set has no images of known classes" if data.classes else "the images have no classes"
         result["skipped"]["knn, linear, osr"] = why
@@ -156,20 +159,10 @@ def open_set(
     detector.fit(found["train"], data.train.labels, **({"head": head} if takes_head else {}))
     score = detector.score(found["test"])
     correct = (detector.classify(found["test"]) == data.test.labels) & known
-    sides = score[known], score[~known]
-    values = {
-        "auroc": metrics.auroc(*sides),
-        "aupr": metrics.aupr(*sides),
-        "aupr_known": metrics.aupr(*sides, positive="known"),
-        "fpr95": metrics.fpr_at_tpr(*sides),
-        "fpr95_known": metrics.fpr_at_tpr(*sides, positive="known"),
-        "oscr": metrics.oscr(*sides, correct[known]),
-        "closed_set_accuracy": float(correct[known].double().mean()),
-    }
     if "held_out" in found:
         detector.calibrate(found["held_out"])
-        values["balanced_accuracy"] = metrics.balanced_accuracy(*sides, detector.threshold)
-    return values, score, correct
+    scores = catalogue.Scores(score[known], score[~known], correct[known], detector.threshold)
+    return catalogue.of_scores(scores), score, correct
 
 
 def check_detectors(config: Config) -> list[tuple[str, type[Detector], str]]:

@@ -1,18 +1,21 @@
 """Closed-set accuracy as asked for: kNN with many settings, probes by protocol, few labels; and feature quality."""
 
 import math
+from collections.abc import Sequence
+from itertools import product
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from gradmix.eval import quality
+from gradmix.eval.catalogue import of_predictions
 from gradmix.eval.classifiers.few_labels import few_labels, subset
 from gradmix.eval.classifiers.finetune import ImageProbe
 from gradmix.eval.classifiers.knn import KNNClassifier
 from gradmix.eval.config import EvalConfig
 from gradmix.eval.features.extraction import Model, extract
-from gradmix.eval.metrics import closed_set_accuracy
 from gradmix.ssl.augment import TwoViews
 from gradmix.ssl.config import AugmentConfig, Config
 from gradmix.ssl.data.images import ImageSet
@@ -40,25 +43,27 @@ def check_asked(asked: EvalConfig, run: Config, data: OpenSetData) -> None:
         subset(data.train.labels, amount, 0)
 
 
-def knn_accuracies(asked: EvalConfig, knn: KNNClassifier, features, labels) -> dict[str, float]:
-    """``knn/top1`` of the classifier's own k and temperature, ``knn/k=K,t=T/top1`` of those asked for; one search."""
+def knn_accuracies(
+    asked: EvalConfig, knn: KNNClassifier, features, labels, classes: Sequence[str] = ()
+) -> dict[str, Any]:
+    """``knn/...`` of the classifier's own k and temperature, ``knn/k=K,t=T/...`` of those asked for; one search."""
     ks, temperatures = asked.knn_k or [knn.k], asked.knn_temperature or [knn.temperature]
     found = knn.neighbours(features, max(knn.k, *ks))
 
-    def accuracy(k: int, temperature: float) -> float:
-        chosen = knn.vote(*found, k=k, temperature=temperature).argmax(axis=1)
-        return closed_set_accuracy(knn.classes_[chosen], labels)
+    def predicted(k: int, temperature: float) -> np.ndarray:
+        return knn.classes_[knn.vote(*found, k=k, temperature=temperature).argmax(axis=1)]
 
-    own = {"knn/top1": accuracy(knn.k, knn.temperature)}
-    if not asked.knn_k and not asked.knn_temperature:
-        return own
-    return own | {f"knn/k={k},t={t:g}/top1": accuracy(k, t) for k in ks for t in temperatures}
+    result = of_predictions("knn", predicted(knn.k, knn.temperature), labels, classes)
+    if asked.knn_k or asked.knn_temperature:
+        for k, temperature in product(ks, temperatures):
+            result |= of_predictions(f"knn/k={k},t={temperature:g}", predicted(k, temperature), labels)
+    return result
 
 
 def further_probes(
     asked: EvalConfig, run: Config, model: Model, data: OpenSetData, found: dict[str, dict[str, Any]]
 ) -> dict[str, Any]:
-    """``linear_augmented/top1``, ``finetune/top1``, ``few_labels/AMOUNT/top1`` with ``_std``: what was asked for."""
+    """``linear_augmented/...``, ``finetune/...``, ``few_labels/AMOUNT/top1`` with ``_std``: what was asked for."""
     known = data.test.labels >= 0
     test = data.test.select(known.nonzero()[:, 0])
     result: dict[str, Any] = {}
@@ -67,7 +72,7 @@ def further_probes(
             name = "finetune" if protocol == "finetune" else f"linear_{protocol}"
             probe = ImageProbe(protocol, asked.probe, run.data.augment, run.seed)
             probe.fit(model.backbone, data.train, len(data.classes), run.data.workers)
-            result[f"{name}/top1"] = closed_set_accuracy(probe.predict(test, run.data.workers), test.labels)
+            result |= of_predictions(name, probe.predict(test, run.data.workers), test.labels, data.classes)
             result[f"protocol/{name}"] = str(probe)
     for amount in asked.few_labels:
         sets = found["train"]["features"], data.train.labels.numpy(), found["test"]["features"][known], test.labels

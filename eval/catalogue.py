@@ -246,9 +246,9 @@ SESSION = tuple(
         ("train/seconds", "Seconds of training", "Of the last session only, where a run was resumed.", False),
         ("train/steps", "Training steps", "Optimiser steps.", False),
         ("train/resumed_from_step", "Resumed from step", "Where the last session began; 0 is a run in one go.", False),
-        ("train/skipped_steps", "Skipped steps", "Steps left out because the loss or a gradient was not finite.", False),
+        ("train/skipped_steps", "Skipped steps", "Left out, since the loss or a gradient was not finite.", False),
         ("train/lr", "Learning rate", "The highest one, derived from `base_lr` and the batch size.", False),
-        ("train/loss", "Training loss", "The total that is minimised; methods with other terms have other scales.", False),
+        ("train/loss", "Training loss", "What is minimised; methods with other terms have other scales.", False),
         ("train/supervised", "Supervised loss", "SupCon's term of the loss.", False),
         ("train/selfsup", "Self-supervised loss", "NT-Xent's term of the loss.", False),
         ("train/targets", "Loss of class targets", "The term that draws classes to fixed targets.", False),
@@ -287,7 +287,7 @@ def match(key: str) -> tuple[Metric, str] | None:
 
 
 def title(key: str) -> str:
-    """What a key is called where others stand beside it: ``AUROC of deep_knn``; the key itself where it is no metric's."""
+    """What a key is called beside others, ``AUROC of deep_knn``; the key itself where it is no metric's."""
     found = match(key)
     if found is None:
         return key

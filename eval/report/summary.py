@@ -11,6 +11,7 @@ from gradmix.ssl.data.open_set import OpenSetData
 
 CLASSES = 10  # whose recall is listed
 
+
 def describe(config: Config, data: OpenSetData) -> str:
     """One paragraph on what is about to happen."""
     known = len(data.classes)

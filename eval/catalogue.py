@@ -72,7 +72,7 @@ class Metric:
 
     @property
     def arrow(self) -> str:
-        return {"higher": " ↑", "lower": " ↓", "": ""}[self.better]
+        return {"higher": "↑", "lower": "↓", "": ""}[self.better]
 
     def at(self, subject: str) -> str:
         """The key of one classifier's or detector's number."""
@@ -240,7 +240,7 @@ SESSION = tuple(
         (
             "train/images_per_s",
             "Training images per second",
-            "Images a second on this machine, with what else ran there.",
+            "On this machine, with what else ran there.",
             False,
         ),
         ("train/seconds", "Seconds of training", "Of the last session only, where a run was resumed.", False),
@@ -254,7 +254,12 @@ SESSION = tuple(
         ("train/targets", "Loss of class targets", "The term that draws classes to fixed targets.", False),
         ("train/mixed", "Mixed loss", "The term of the mixed images.", False),
         ("train/kept", "Kept share of the image", "Share of an image's own pixels after mixing, mean.", True),
-        ("knn/held_out", "kNN accuracy on held-out images", "Watched while training, in TensorBoard only.", True),
+        (
+            "knn/held_out",
+            "kNN accuracy on held-out images",
+            "Share of the known images kept aside whose class is right, watched while training; in TensorBoard only.",
+            True,
+        ),
         ("data/bad_images", "Unreadable files", "Image files that could not be decoded and were left out.", False),
         ("splits", "Splits", "How many splits a mean is over.", False),
     )
@@ -270,7 +275,7 @@ CLASSIFIERS = {
     "finetune": ("fine-tuned", "The whole network trained further with a linear layer on top."),
     "few_labels": ("linear, few labels", "A linear classifier trained on so many labels; mean over draws."),
     "knn_pixels": ("kNN on raw pixels", "The same vote on the images themselves, without learning."),
-    "majority": ("largest class", "Saying the largest class of the training images every time."),
+    "majority": ("always the largest class", "Saying the largest class of the training images every time."),
 }
 BASELINES = ("pixels", "knn_pixels", "majority")  # what no method has a part in
 

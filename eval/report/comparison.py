@@ -17,7 +17,7 @@ from gradmix.eval.runs.folder import Run, read_run
 from gradmix.eval.runs.groups import Difference, Group, difference, group_runs
 from gradmix.ssl.runs.files import write_text
 
-SHOWN = ("knn", "linear", PRIMARY, "pixels")  # whose numbers stand in the table
+SHOWN = (*compared(("knn", "linear", PRIMARY)), "osr/pixels/auroc")  # the numbers of the table
 NO_EVIDENCE = "n = 1: one pair of runs is no evidence of a difference; run more splits or seeds."
 
 
@@ -56,7 +56,7 @@ def text(sets: dict[str, list[Group]]) -> str:
         width = max(len(group.label) for group in groups) + 2
         lines += ["", name]
         for row in (_row(groups, key, match(key)[0].scale) for key in _measured(groups)):
-            lines.append(f"  {row['title']}")
+            lines.append(f"  {row['title']} {row['arrow']}")
             for group, cell in zip(groups, row["cells"], strict=True):
                 line = f"    {group.label:<{width}}{cell['mean']:>16}  n={cell['count']:<3} {cell['gap']}"
                 lines.append(line.rstrip())
@@ -66,7 +66,7 @@ def text(sets: dict[str, list[Group]]) -> str:
 
 def _measured(groups: list[Group]) -> list[str]:
     """The few keys that stand for a run, as far as any group has them."""
-    return [key for key in compared(SHOWN) if any(group.values(key) for group in groups)]
+    return [key for key in SHOWN if any(group.values(key) for group in groups)]
 
 
 def _others(groups: list[Group]) -> list[str]:
@@ -74,11 +74,10 @@ def _others(groups: list[Group]) -> list[str]:
     for group in groups:
         for run in (run for unit in group.runs.values() for run in unit):
             numbers |= run.numbers
-    chosen = set(compared(SHOWN))
     return [
         key
         for key, value in numbers.items()
-        if isinstance(value, int | float) and key not in chosen and not key.endswith(("_low", "_high"))
+        if isinstance(value, int | float) and key not in SHOWN and not key.endswith(("_low", "_high"))
     ]
 
 
@@ -94,9 +93,10 @@ def _row(groups: list[Group], key: str, scale: float, named: bool = True) -> dic
             {"value": value, "mean": mean(values, scale), "gap": gap(apart, scale, better), "count": len(values)}
         )
     if not named or found is None:
-        return {"key": key, "title": key, "sentence": "", "cells": cells}
+        return {"key": key, "title": key, "arrow": "", "sentence": "", "cells": cells}
     metric = found[0]
-    return {"key": key, "title": f"{title(key)}, %{metric.arrow}", "sentence": metric.sentence, "cells": cells}
+    name = f"{title(key)}, %" if metric.share else title(key)
+    return {"key": key, "title": name, "arrow": metric.arrow, "sentence": metric.sentence, "cells": cells}
 
 
 def _notes(groups: list[Group]) -> list[str]:

@@ -39,7 +39,7 @@ def confusion(run: Run) -> Section:
 
 
 def mistakes(run: Run) -> Section:
-    name, title = "mistakes", "The surest mistakes"
+    name, title = "mistakes", "Surest mistakes"
     if "test" not in run.features or run.detector is None or run.detector.classes_ is None:
         why = "There are no classes, so there are no mistakes to show."
         return Section(name, title, render("mistakes.html", why=why))

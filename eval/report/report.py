@@ -87,7 +87,7 @@ def what_was_run(run: Run) -> Section:
 
 
 def mixing(run: Run) -> Section:
-    name, title = "mixing", "Mixing through training"
+    name, title = "mixing", "Mixing"
     if not run.pictures:
         nothing = run.config.mix.name == "none"
         why = "mix=none: nothing was mixed." if nothing else "TensorBoard holds no pictures of mixing."

@@ -238,6 +238,12 @@ SESSION = tuple(
     Metric(key, title, sentence, better="", share=share, of="session")
     for key, title, sentence, share in (
         (
+            "knn/held_out",
+            "kNN accuracy on held-out images",
+            "Share of the known images kept aside whose class is right, watched while training; in TensorBoard only.",
+            True,
+        ),
+        (
             "train/images_per_s",
             "Training images per second",
             "On this machine, with what else ran there.",
@@ -254,12 +260,6 @@ SESSION = tuple(
         ("train/targets", "Loss of class targets", "The term that draws classes to fixed targets.", False),
         ("train/mixed", "Mixed loss", "The term of the mixed images.", False),
         ("train/kept", "Kept share of the image", "Share of an image's own pixels after mixing, mean.", True),
-        (
-            "knn/held_out",
-            "kNN accuracy on held-out images",
-            "Share of the known images kept aside whose class is right, watched while training; in TensorBoard only.",
-            True,
-        ),
         ("data/bad_images", "Unreadable files", "Image files that could not be decoded and were left out.", False),
         ("splits", "Splits", "How many splits a mean is over.", False),
     )

@@ -91,7 +91,7 @@ def evaluate(
             result["skipped"]["raw pixels"] = "they exceed data.memory_gib"
         result |= catalogue.of_predictions("majority", data.train.labels.mode().values.expand_as(labels), labels)
         if absent := [name for label, name in enumerate(data.classes) if not (labels == label).any()]:
-            result["skipped"][f"recall of {', '.join(absent)}"] = "the test set has no image of it"
+            result["skipped"][f"recall of {', '.join(absent)}"] = "the test set has no such images"
     else:
         why = "the test set has no images of known classes" if data.classes else "the images have no classes"
         result["skipped"]["knn, linear, osr"] = why

@@ -3,14 +3,14 @@
 import numpy as np
 from sklearn.metrics import precision_recall_curve, roc_curve
 
-from gradmix.eval.catalogue import QUALITY, match, name_of, title
+from gradmix.eval.catalogue import QUALITY, SESSION, match, name_of, title
 from gradmix.eval.detectors import PRIMARY
 from gradmix.eval.report.charts import COLOURS, INK, Line, histogram, line_chart, smooth, thin
 from gradmix.eval.report.page import Chart, Section, percent, render
 from gradmix.eval.runs.folder import Run
 
 LOSSES = ("train/loss", "train/supervised", "train/selfsup", "train/targets", "train/mixed")  # of one chart
-WATCHED = ("knn/held_out", "train/images_per_s", "train/kept", *(metric.key for metric in QUALITY))  # one chart each
+WATCHED = tuple(metric.key for metric in (*SESSION, *QUALITY) if metric.key not in LOSSES)  # one chart each
 
 
 def training(run: Run) -> Section:

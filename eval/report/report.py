@@ -19,7 +19,13 @@ from gradmix.ssl.data.open_set import OpenSetData
 from gradmix.ssl.runs.files import write_text
 
 PICTURES = 5  # of mixing, spread over the training
-HEADLINE = {key: title(key) for key in ("knn/top1", f"osr/{PRIMARY}/auroc", f"osr/{PRIMARY}/oscr", "osr/pixels/auroc")}
+HEADLINE = (
+    "knn/top1",
+    "knn_pixels/top1",
+    f"osr/{PRIMARY}/auroc",
+    "osr/pixels/auroc",
+    f"osr/{PRIMARY}/oscr",
+)
 
 
 def write_report(run_dir: Path, data: OpenSetData | None = None) -> Path:
@@ -44,7 +50,7 @@ def write_report(run_dir: Path, data: OpenSetData | None = None) -> Path:
         page(
             "report.html",
             f"{config.data.name}, {config.method.name}, mix={config.mix.name}",
-            headline=[(text, run.numbers[key]) for key, text in HEADLINE.items() if key in run.numbers],
+            headline=[(title(key), run.numbers[key]) for key in HEADLINE if key in run.numbers],
             sections=[section(run) for section in draw],
         ),
     )

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import re
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -93,7 +94,7 @@ def test_an_entry_is_all_that_a_new_number_needs(monkeypatch):
     """The one that CONTRIBUTING shows: computed, titled, in the terminal, the documentation and comparisons."""
     text = re.search(r"^Metric\(.*?^\),$", (ROOT / "CONTRIBUTING.md").read_text(), re.M | re.S)[0]
     new = eval(textwrap.dedent(text).rstrip(","), {"Metric": Metric, "metrics": metrics})
-    new = Metric(**{**vars(new), "terminal": True, "compared": True})
+    new = replace(new, terminal=True, compared=True)
     monkeypatch.setattr(catalogue, "OPEN_SET", (*OPEN_SET, new))
     monkeypatch.setattr(catalogue, "METRICS", (*METRICS, new))
     rng = np.random.default_rng(0)
@@ -111,12 +112,12 @@ def test_the_terminal_shows_imbalance():
     labels = np.repeat([0, 1], [90, 10])
     numbers = of_predictions("knn", np.zeros(100, int), labels, ["many", "few"])
     numbers |= of_predictions("majority", np.zeros(100, int), labels)
-    numbers["skipped"] = {"recall of none": "the test set has no image of it"}
+    numbers["skipped"] = {"recall of none": "the test set has no such images"}
     assert numbers["knn/balanced_accuracy"] == balanced_accuracy_score(labels, np.zeros(100)) == 0.5
     text = table(numbers)
     assert re.search(r"^ +Accuracy +Balanced accuracy +Lowest recall$", text, re.M)
     assert re.search(r"^  kNN +90\.00 +50\.00 +0\.00$", text, re.M)
     assert re.search(r"^  always the largest class +90\.00 +50\.00 +0\.00$", text, re.M)
     assert "kNN, recall by class: few 0.0, many 100.0" in text
-    assert "not measured: recall of none (the test set has no image of it)" in text
+    assert "not measured: recall of none (the test set has no such images)" in text
     assert [metric.title for metric in KNOWN if metric.terminal] == ["Accuracy", "Balanced accuracy", "Lowest recall"]

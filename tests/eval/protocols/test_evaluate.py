@@ -109,7 +109,7 @@ def test_classes_without_a_test_image_are_named(digits_run, tmp_path):
     data = load_data(config.data, config.seed)
     data = replace(data, test=data.test.select((data.test.labels != 0).nonzero()[:, 0]))
     result = evaluate(digits_run, config, data, out=tmp_path / "out")
-    assert result["skipped"] == {"recall of 2": "the test set has no image of it"}
+    assert result["skipped"] == {"recall of 2": "the test set has no such images"}
     assert list(result["knn/recall"]) == data.classes[1:] == list(result["linear/recall"])
     parts = {name: load_file(tmp_path / f"out/features/{name}.safetensors") for name in ("train", "test")}
     known = parts["test"]["labels"] >= 0

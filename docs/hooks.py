@@ -1,9 +1,10 @@
-"""What the pages can't hold themselves: the tables of settings, from the configs, and the sources of the API pages."""
+"""What the pages can't hold themselves: tables of settings and of numbers, and the sources of the API pages."""
 
 import re
 import shutil
 from pathlib import Path
 
+from gradmix.eval import catalogue
 from gradmix.eval.commands.help import settings
 from gradmix.eval.config import EvalConfig, ScoreConfig
 from gradmix.ssl.config import Config
@@ -23,8 +24,9 @@ def on_startup(**_) -> None:
 
 
 def on_page_markdown(markdown: str, **_) -> str:
-    """Fill `{settings COMMAND}` with the table of that command's keys."""
-    return re.sub(r"^\{settings (\w+)\}$", lambda match: table(SCHEMAS[match[1]]), markdown, flags=re.M)
+    """Fill `{settings COMMAND}` with the table of its keys, and `{metrics TABLE}` with one of the catalogue."""
+    markdown = re.sub(r"^\{settings (\w+)\}$", lambda match: table(SCHEMAS[match[1]]), markdown, flags=re.M)
+    return re.sub(r"^\{metrics (\w+)\}$", lambda match: metrics(getattr(catalogue, match[1])), markdown, flags=re.M)
 
 
 def table(schema: type) -> str:
@@ -38,3 +40,8 @@ def table(schema: type) -> str:
 def as_text(words: str) -> str:
     """Words for a cell of a table."""
     return words.replace("|", "or").replace("<", "&lt;")
+
+
+def metrics(table: tuple[catalogue.Metric, ...]) -> str:
+    rows = [f"| `{one.key}` | {one.title} {one.arrow} | {one.sentence} |" for one in table]
+    return "\n".join(["| key | number | meaning |", "| --- | --- | --- |", *rows])

@@ -45,7 +45,10 @@ def fpr_at_tpr(known_scores: Scores, unknown_scores: Scores, tpr: float = 0.95, 
     positive="unknown": the share of known images rejected at the highest threshold that detects `tpr` of the
         unknown ones.
     positive="known": the share of unknown images accepted at the lowest threshold that accepts `tpr` of the
-        known ones; out-of-distribution papers call this one FPR95.
+        known ones.
+
+    Papers call either one FPR95. ODIN (arXiv 1706.02690) and the energy score (arXiv 2010.03759) take the known images
+    as positive; OpenOOD since August 2023 and pytorch-ood take the unknown ones, as the default here.
 
     An image whose score equals the threshold counts as positive.
     """
@@ -85,6 +88,22 @@ def closed_set_accuracy(predicted: Scores, labels: Scores) -> float:
     if predicted.shape != labels.shape:
         raise ValueError(f"predicted: expected shape {labels.shape} as labels have, got {predicted.shape}")
     return float((predicted == labels).mean())
+
+
+def class_recalls(predicted: Scores, labels: Scores) -> dict[int, float]:
+    """By class, in order, the share of its images whose class is right; scikit-learn's `recall_score(average=None)`.
+
+    Args:
+        predicted, labels: class indices, `[N]`. Classes without an image have no recall and are left out.
+    """
+    closed_set_accuracy(predicted, labels)  # checks
+    predicted, labels = _array(predicted), _array(labels)
+    return {int(label): float((predicted[labels == label] == label).mean()) for label in np.unique(labels)}
+
+
+def mean_recall(recalls: dict[int, float]) -> float:
+    """Mean of the recalls that :func:`class_recalls` gives: scikit-learn's `balanced_accuracy_score`."""
+    return float(np.mean(list(recalls.values())))
 
 
 def balanced_accuracy(known_scores: Scores, unknown_scores: Scores, threshold: float) -> float:

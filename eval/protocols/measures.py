@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any, ClassVar, NamedTuple
 
 from gradmix.eval import metrics, quality
+from gradmix.eval.catalogue import Scores, of_predictions, of_scores
 from gradmix.eval.classifiers.few_labels import few_labels, subset
 from gradmix.eval.classifiers.finetune import ImageProbe
 from gradmix.eval.classifiers.knn import KNNClassifier
@@ -17,7 +18,6 @@ from gradmix.eval.classifiers.linear import LinearProbe
 from gradmix.eval.config import EvalConfig
 from gradmix.eval.detectors import PRIMARY, Detector
 from gradmix.eval.detectors.options import build_detector, parse_detector
-from gradmix.eval.metrics import closed_set_accuracy
 from gradmix.eval.protocols.subject import Subject
 from gradmix.registry import Registry
 from gradmix.ssl.config import Config
@@ -87,12 +87,13 @@ class KNN(Measure):
         knn, asked, (features, labels) = self.fit(subject), subject.asked, subject.known_test("features")
         ks, temperatures = asked.knn_k or [knn.k], asked.knn_temperature or [knn.temperature]
         neighbours = knn.neighbours(features, max(knn.k, *ks))
-        settings = {"knn/top1": (knn.k, knn.temperature)}
+        settings = {"knn": (knn.k, knn.temperature)}
         if asked.knn_k or asked.knn_temperature:
-            settings |= {f"knn/k={k},t={t:g}/top1": (k, t) for k in ks for t in temperatures}
+            settings |= {f"knn/k={k},t={t:g}": (k, t) for k in ks for t in temperatures}
         for name, (k, temperature) in settings.items():
             chosen = knn.vote(*neighbours, k=k, temperature=temperature).argmax(axis=1)
-            yield name, closed_set_accuracy(knn.classes_[chosen], labels)
+            classes = subject.data.classes if name == "knn" else ()
+            yield from of_predictions(name, knn.classes_[chosen], labels, classes).items()
 
 
 class KNNOnPixels(KNN):
@@ -103,7 +104,20 @@ class KNNOnPixels(KNN):
 
     def measure(self, subject: Subject) -> Iterator[tuple[str, float]]:
         pixels, labels = subject.known_test("pixels")
-        yield "knn_pixels/top1", closed_set_accuracy(self.fit(subject).predict(pixels), labels)
+        yield from of_predictions("knn_pixels", self.fit(subject).predict(pixels), labels).items()
+
+
+class Majority(Measure):
+    """``majority/...``: what always saying the largest training class gets; and which classes have no test image."""
+
+    KIND = "majority"
+    needs = ("classes",)
+
+    def measure(self, subject: Subject) -> Iterator[tuple[str, Any]]:
+        train, labels = subject.data.train.labels, subject.data.test.labels[subject.known]
+        yield from of_predictions("majority", train.mode().values.expand_as(labels), labels).items()
+        if absent := [name for label, name in enumerate(subject.data.classes) if not (labels == label).any()]:
+            yield f"recall of {', '.join(absent)}", Skipped("the test set has no such images")
 
 
 class Linear(Measure):
@@ -118,7 +132,8 @@ class Linear(Measure):
 
     def measure(self, subject: Subject) -> Iterator[tuple[str, Any]]:
         features, labels = subject.known_test("features")
-        yield "linear/top1", closed_set_accuracy(subject.linear_probe.predict(features), labels)
+        predicted = subject.linear_probe.predict(features)
+        yield from of_predictions("linear", predicted, labels, subject.data.classes).items()
         yield "protocol/linear", str(subject.linear_probe)
 
 
@@ -140,7 +155,8 @@ class TrainedProbe(Measure):
         data, workers = subject.data, subject.config.data.workers
         test = data.test.select(subject.known.nonzero()[:, 0])
         self.probe.fit(Backbone(subject.encoder, data.train.size), data.train, len(data.classes), workers)
-        yield f"{self.metric}/top1", closed_set_accuracy(self.probe.predict(test, workers), test.labels)
+        predicted = self.probe.predict(test, workers)
+        yield from of_predictions(self.metric, predicted, test.labels, data.classes).items()
         yield f"protocol/{self.metric}", str(self.probe)
 
 
@@ -226,21 +242,10 @@ class OpenSet(Measure):
         score = detector.score(images["test"])
         correct = (detector.classify(images["test"]) == subject.data.test.labels) & known
         subject.scores |= {f"{self.key}/score": score, f"{self.key}/correct": correct}
-        sides = score[known], score[~known]
-        values = {
-            "auroc": metrics.auroc(*sides),
-            "aupr": metrics.aupr(*sides),
-            "aupr_known": metrics.aupr(*sides, positive="known"),
-            "fpr95": metrics.fpr_at_tpr(*sides),
-            "fpr95_known": metrics.fpr_at_tpr(*sides, positive="known"),
-            "oscr": metrics.oscr(*sides, correct[known]),
-            "closed_set_accuracy": float(correct[known].double().mean()),
-        }
-        if "held_out" in images:
-            threshold = detector.calibrate(images["held_out"]).threshold
-            values["balanced_accuracy"] = metrics.balanced_accuracy(*sides, threshold)
+        threshold = detector.calibrate(images["held_out"]).threshold if "held_out" in images else None
+        values = of_scores(Scores(score[known], score[~known], correct[known], threshold))
         if self.key == PRIMARY:
-            interval = metrics.bootstrap(metrics.auroc, *sides)
+            interval = metrics.bootstrap(metrics.auroc, score[known], score[~known])
             values |= {"auroc_low": interval.low, "auroc_high": interval.high}
         yield from ((f"{self.name}/{name}", value) for name, value in values.items())
 
@@ -254,6 +259,7 @@ MEASURES: Registry[type[Measure]] = Registry(
         "trained_probe": TrainedProbe,
         "few_labels": FewLabels,
         "knn_pixels": KNNOnPixels,
+        "majority": Majority,
         "quality": Quality,
         "open_set": OpenSet,
     },

@@ -6,10 +6,10 @@ Colours are Okabe and Ito's, which colour-blind readers can tell apart; lines di
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
 from io import StringIO
 
 import numpy as np
+from markupsafe import Markup
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -21,6 +21,7 @@ POINTS = 400  # vertices of a curve; more can't be seen
 
 STYLE = {
     "svg.fonttype": "none",
+    "text.parse_math": False,  # a $ in a name is a $
     "font.size": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -48,7 +49,7 @@ class Line:
     dashes: object = None
 
 
-def line_chart(title: str, lines: Sequence[Line], x: str, y: str, *, unit: bool = False, marks: bool = False) -> str:
+def line_chart(title: str, lines: Sequence[Line], x: str, y: str, *, unit: bool = False, marks: bool = False) -> Markup:
     """Curves over one axis.
 
     Args:
@@ -73,7 +74,7 @@ def line_chart(title: str, lines: Sequence[Line], x: str, y: str, *, unit: bool 
         return _svg(figure, title)
 
 
-def histogram(title: str, parts: dict[str, np.ndarray], x: str, marks: dict[str, float]) -> str:
+def histogram(title: str, parts: dict[str, np.ndarray], x: str, marks: dict[str, float]) -> Markup:
     """Shares of each part by value; ``marks`` are vertical lines."""
     with rc_context(STYLE):
         figure, axes = _figure(title, x, "share of the images", (5.2, 3.0))
@@ -110,7 +111,7 @@ def _figure(title: str, x: str, y: str, size: tuple[float, float]):
     return figure, axes
 
 
-def _svg(figure: Figure, title: str) -> str:
+def _svg(figure: Figure, title: str) -> Markup:
     text = StringIO()
     with rc_context({"svg.hashsalt": title}):  # ids that are the same every time, and others for every title
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
@@ -120,4 +121,5 @@ def _svg(figure: Figure, title: str) -> str:
     svg = re.sub(r' id="[\w.]+_\d+"', "", svg)  # matplotlib numbers them anew in every figure
     svg = re.sub(r' (?:width|height)="[\d.]+pt"', "", svg, count=2)
     svg = re.sub(r"\n\s*", "\n", svg)
-    return svg.replace("<svg", f'<svg class="chart" role="img" aria-label="{escape(title)}"', 1)
+    head = Markup('<svg class="chart" role="img" aria-label="{}"').format(title)
+    return Markup(svg.replace("<svg", head, 1))  # matplotlib escapes its texts itself

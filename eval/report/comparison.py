@@ -2,30 +2,23 @@
 
 import os
 from collections.abc import Sequence
-from html import escape
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 import numpy as np
 
+from gradmix.eval.catalogue import compared, is_of_the_method, match, title
 from gradmix.eval.detectors import PRIMARY
 from gradmix.eval.report.charts import COLOURS, DASHES, Line, line_chart, smooth, thin
-from gradmix.eval.report.curves import CURVES, grid
-from gradmix.eval.report.page import missing, page, section, table
+from gradmix.eval.report.curves import CURVES
+from gradmix.eval.report.page import Chart, page
 from gradmix.eval.runs.folder import Run, read_run
 from gradmix.eval.runs.groups import Difference, Group, difference, group_runs
 from gradmix.ssl.runs.files import write_text
 
-# What a row of the table is, and by how much its number is multiplied.
-NUMBERS = {
-    "knn/top1": ("kNN accuracy of known classes, %", 100),
-    "linear/top1": ("linear probe, %", 100),
-    f"osr/{PRIMARY}/auroc": (f"AUROC of {PRIMARY}, %", 100),
-    f"osr/{PRIMARY}/fpr95_known": ("unknown accepted with 95 % of known (FPR95 known, lower is better), %", 100),
-    f"osr/{PRIMARY}/oscr": ("OSCR, %", 100),
-    "osr/pixels/auroc": ("AUROC of raw pixels, %", 100),
-    "train/images_per_s": ("training images/s", 1),
-}
+SHOWN = (*compared(("knn", "linear", PRIMARY)), "osr/pixels/auroc")  # the numbers of the table
+NO_EVIDENCE = "n = 1: one pair of runs is no evidence of a difference; run more splits or seeds."
 
 
 def write_comparison(paths: Sequence[Path], out: Path) -> dict[str, list[Group]]:
@@ -41,12 +34,19 @@ def html(sets: dict[str, list[Group]], folder: Path) -> str:
     Args:
         folder: where the page will be; the runs' own reports are linked from there.
     """
-    body = '<p class="quiet">GradMix</p><h1>Runs compared</h1>'
-    for number, (name, groups) in enumerate(sets.items()):
-        body += section(
-            f"data-{number}", name, _table(groups, NUMBERS), _curves(groups), _rest(groups), _folders(groups, folder)
-        )
-    return page("Runs compared - GradMix", body)
+    data = [
+        {
+            "name": name,
+            "groups": groups,
+            "main": [_row(groups, key, match(key)[0].scale) for key in _measured(groups)],
+            "notes": _notes(groups),
+            "charts": _curves(groups),
+            "others": [_row(groups, key, 1, named=False) for key in _others(groups)],
+            "runs": _runs(groups, folder),
+        }
+        for name, groups in sets.items()
+    ]
+    return page("comparison.html", "Runs compared", sets=data)
 
 
 def text(sets: dict[str, list[Group]]) -> str:
@@ -55,69 +55,86 @@ def text(sets: dict[str, list[Group]]) -> str:
     for name, groups in sets.items():
         width = max(len(group.label) for group in groups) + 2
         lines += ["", name]
-        for key, (title, scale) in NUMBERS.items():
-            if not any(group.values(key) for group in groups):
-                continue
-            lines.append(f"  {title}")
-            for group in groups:
-                values = list(group.values(key).values())
-                what = difference(group, groups[0], key) if group is not groups[0] else None
-                line = f"    {group.label:<{width}}{mean(values, scale):>16}  n={len(values):<3} {gap(what, scale)}"
+        for row in (_row(groups, key, match(key)[0].scale) for key in _measured(groups)):
+            lines.append(f"  {row['title']} {row['arrow']}")
+            for group, cell in zip(groups, row["cells"], strict=True):
+                line = f"    {group.label:<{width}}{cell['mean']:>16}  n={cell['count']:<3} {cell['gap']}"
                 lines.append(line.rstrip())
-    shared = "± standard deviation over splits and seeds (n)"
-    if any(len(groups) > 1 for groups in sets.values()):
-        shared += "; differences to the first group are over the splits and seeds that both have"
-    return "\n".join([*lines, "", shared])
+        lines += ["", *_notes(groups)]
+    return "\n".join(lines)
 
 
-def _table(groups: list[Group], numbers: dict[str, tuple[str, float]]) -> str:
-    head = ["number", *(escape(group.label) for group in groups)]
-    rows = []
-    for key, (title, scale) in numbers.items():
-        cells = [f'<th><div class="meaning">{escape(title)}</div></th>']
-        for group in groups:
-            values = list(group.values(key).values())
-            what = difference(group, groups[0], key) if group is not groups[0] else None
-            data = f' data-key="{escape(key)}" data-value="{float(np.mean(values))!r}"' if values else ""
-            cells.append(f"<td{data}>{mean(values, scale)}<small>{gap(what, scale)}</small></td>")
-        rows.append(cells)
-    note = "Mean ± standard deviation over splits and seeds"
-    if len(groups) > 1:
-        note += "; below it, the difference to the first column over the splits and seeds that both have"
-    return table(head, rows) + f'<p class="quiet">{note}.</p>'
+def _measured(groups: list[Group]) -> list[str]:
+    """The few keys that stand for a run, as far as any group has them."""
+    return [key for key in SHOWN if any(group.values(key) for group in groups)]
 
 
-def _rest(groups: list[Group]) -> str:
-    runs = [run for group in groups for unit in group.runs.values() for run in unit]
-    keys = [
+def _others(groups: list[Group]) -> list[str]:
+    numbers: dict[str, Any] = {}
+    for group in groups:
+        for run in (run for unit in group.runs.values() for run in unit):
+            numbers |= run.numbers
+    return [
         key
-        for key, value in {key: value for run in runs for key, value in run.numbers.items()}.items()
-        if isinstance(value, int | float) and key not in NUMBERS and not key.endswith(("_low", "_high"))
+        for key, value in numbers.items()
+        if isinstance(value, int | float) and key not in SHOWN and not key.endswith(("_low", "_high"))
     ]
-    everything = _table(groups, {key: (key, 1) for key in keys})
-    return f"<details><summary>Every number of metrics.json</summary>{everything}</details>"
 
 
-def _curves(groups: list[Group]) -> str:
+def _row(groups: list[Group], key: str, scale: float, named: bool = True) -> dict[str, Any]:
+    """A number of every group, and how far each is from the first group where that can be the method's doing."""
+    found, cells = match(key), []
+    for group in groups:
+        values = list(group.values(key).values())
+        apart = difference(group, groups[0], key) if group is not groups[0] and is_of_the_method(key) else None
+        value = float(np.mean(values)) if values else None
+        better = found[0].better if found else ""
+        cells.append(
+            {"value": value, "mean": mean(values, scale), "gap": gap(apart, scale, better), "count": len(values)}
+        )
+    if not named or found is None:
+        return {"key": key, "title": key, "arrow": "", "sentence": "", "cells": cells}
+    metric = found[0]
+    name = f"{title(key)}, %" if metric.share else title(key)
+    return {"key": key, "title": name, "arrow": metric.arrow, "sentence": metric.sentence, "cells": cells}
+
+
+def _notes(groups: list[Group]) -> list[str]:
+    notes = ["Mean ± standard deviation over splits and seeds (n); ↑ higher is better, ↓ lower is better."]
+    if len(groups) > 1:
+        notes.append("Differences to the first group are over the splits and seeds that both have.")
+        apart = [difference(group, groups[0], key) for group in groups[1:] for key in _measured(groups)]
+        if any(one is not None and one.pairs == 1 for one in apart):
+            notes.append(NO_EVIDENCE)
+    return notes
+
+
+def _curves(groups: list[Group]) -> list[Chart]:
     charts = []
-    for tag, title in (("knn/held_out", "kNN accuracy on held-out images"), ("train/loss", "Training loss")):
-        lines = _lines(groups, lambda run, tag=tag: smooth(*run.scalars[tag]) if tag in run.scalars else None)
+    for tag in ("knn/held_out", "train/loss"):
+        metric, _ = match(tag)
+
+        def scaled(run: Run, tag: str = tag, scale: float = metric.scale):
+            steps, values = smooth(*run.scalars[tag])
+            return steps, scale * values
+
+        lines = _lines(groups, lambda run, tag=tag, scaled=scaled: scaled(run) if tag in run.scalars else None)
         if lines:
-            charts.append(line_chart(title, lines, "step", ""))
+            charts.append(Chart(line_chart(metric.title, lines, "step", "%" * metric.share)))
     titles = {"roc": ("ROC", "known images flagged", "unknown images caught")}
     titles["oscr"] = ("OSCR", "unknown images accepted", "known images accepted and right")
-    for kind, (title, x, y) in titles.items():
+    for kind, (name, x, y) in titles.items():
         lines = _lines(groups, lambda run, kind=kind: _open_set_curve(run, kind))
         if lines:
-            charts.append(line_chart(f"{title} of {PRIMARY}", lines, x, y, unit=True))
+            charts.append(Chart(line_chart(f"{name} of {PRIMARY}", lines, x, y, unit=True)))
     units = sorted({unit for group in groups for unit in group.runs}, key=str)
     key = f"osr/{PRIMARY}/auroc"
     if len(units) > 1 and any(group.values(key) for group in groups):
         charts.append(_by_unit(groups, units, key))
-    return grid(charts) if charts else missing("The runs hold no TensorBoard events and no open-set scores.")
+    return charts
 
 
-def _by_unit(groups: list[Group], units: list[tuple], key: str) -> str:
+def _by_unit(groups: list[Group], units: list[tuple], key: str) -> Chart:
     """One dot per run: where differences are small beside those between splits, only the pairs tell."""
     lines = []
     for group in groups:
@@ -125,8 +142,7 @@ def _by_unit(groups: list[Group], units: list[tuple], key: str) -> str:
         shown = [number for number, unit in enumerate(units) if unit in values]
         lines.append(Line(shown, [100 * values[units[number]] for number in shown], group.label))
     names = "; ".join(f"{number}: {_unit(unit)}" for number, unit in enumerate(units))
-    chart = line_chart(f"AUROC of {PRIMARY} by split and seed, %", lines, "split and seed", "", marks=True)
-    return f"{chart}<figcaption>{escape(names)}</figcaption>"
+    return Chart(line_chart(f"{title(key)} by split and seed, %", lines, "split and seed", "", marks=True), names)
 
 
 def _lines(groups: list[Group], curve) -> list[Line]:
@@ -150,21 +166,20 @@ def _open_set_curve(run: Run, kind: str):
     return thin(*CURVES[kind](score[known], score[~known], correct[known]))
 
 
-def _folders(groups: list[Group], folder: Path) -> str:
-    rows = [
-        [f'<td class="text">{cell}</td>' for cell in (escape(group.label), escape(_unit(unit)), _link(run, folder))]
+def _runs(groups: list[Group], folder: Path) -> list[tuple[str, str, str, str]]:
+    """Group, split and seed, folder, and the way to its report, "" where there is none."""
+    return [
+        (group.label, _unit(unit), str(run.path), _link(run, folder))
         for group in groups
         for unit, runs in group.runs.items()
         for run in runs
     ]
-    shown = " open" if len(rows) <= 10 else ""
-    return f"<details{shown}><summary>The runs</summary>{table(['group', 'split and seed', 'folder'], rows)}</details>"
 
 
 def _link(run: Run, folder: Path) -> str:
     report = run.path / "report.html"
-    where = quote(Path(os.path.relpath(report.resolve(), folder.resolve())).as_posix())
-    return f'<a href="{where}">{escape(str(run.path))}</a>' if report.is_file() else escape(str(run.path))
+    where = Path(os.path.relpath(report.resolve(), folder.resolve())).as_posix()
+    return quote(where) if report.is_file() else ""
 
 
 def mean(values: list[float], scale: float) -> str:
@@ -175,12 +190,16 @@ def mean(values: list[float], scale: float) -> str:
     return f"{scale * np.mean(values):.{digits}f}{spread}"
 
 
-def gap(what: Difference | None, scale: float) -> str:
-    if what is None:
+def gap(apart: Difference | None, scale: float, better: str) -> str:
+    """A difference, and in how many pairs the group is the better one; of a single pair that it is no evidence."""
+    if apart is None:
         return ""
-    digits = _digits(what.mean, scale)
-    spread = "" if what.deviation is None else f" ± {scale * what.deviation:.{digits}f}"
-    return f"{scale * what.mean:+.{digits}f}{spread}, higher in {what.higher} of {what.pairs}"
+    digits = _digits(apart.mean, scale)
+    text = f"{scale * apart.mean:+.{digits}f}"
+    if apart.pairs == 1:
+        return f"{text} (n = 1: no evidence)"
+    count, word = (apart.lower if better == "lower" else apart.higher), ("better" if better else "higher")
+    return f"{text} ± {scale * apart.deviation:.{digits}f}, {word} in {count} of {apart.pairs}"
 
 
 def _digits(value: float, scale: float) -> int:

@@ -3,63 +3,49 @@
 import numpy as np
 from sklearn.metrics import precision_recall_curve, roc_curve
 
+from gradmix.eval.catalogue import QUALITY, SESSION, match, name_of, title
 from gradmix.eval.detectors import PRIMARY
 from gradmix.eval.report.charts import COLOURS, INK, Line, histogram, line_chart, smooth, thin
-from gradmix.eval.report.page import missing, percent, section
+from gradmix.eval.report.page import Chart, Section, percent, render
 from gradmix.eval.runs.folder import Run
 
-LOSSES = {
-    "train/loss": "total",
-    "train/supervised": "supervised",
-    "train/selfsup": "self-supervised",
-    "train/targets": "class targets",
-    "train/mixed": "mixed",
-}
-
-QUALITY = {
-    "quality/alignment": "Alignment: distance of two views (lower is closer)",
-    "quality/uniformity": "Uniformity (lower is more spread out)",
-    "quality/effective_rank": "Effective rank",
-    "quality/class_spread": "Spread within classes over between them (NC1)",
-}
+LOSSES = ("train/loss", "train/supervised", "train/selfsup", "train/targets", "train/mixed")  # of one chart
+WATCHED = tuple(metric.key for metric in (*SESSION, *QUALITY) if metric.key not in LOSSES)  # one chart each
 
 
-def training(run: Run) -> str:
+def training(run: Run) -> Section:
+    charts, why = [], ""
     if not run.scalars:
-        return section("training", "Training", missing("There are no TensorBoard events in this folder."))
-    charts = []
-    losses = [Line(*smooth(*run.scalars[tag]), name) for tag, name in LOSSES.items() if tag in run.scalars]
+        why = "There are no TensorBoard events in this folder."
+    elif "knn/held_out" not in run.scalars:
+        why = "kNN was not watched while training (knn_every=0, no classes, or no held-out images)."
+    losses = [Line(*smooth(*run.scalars[tag]), title(tag)) for tag in LOSSES if tag in run.scalars]
     if losses:
-        charts.append(line_chart("Loss", losses, "step", "loss"))
-    others = {"knn/held_out": "kNN accuracy on held-out images"}
-    others |= {tag: "Learning rate" for tag in run.scalars if tag == "lr" or tag.startswith("lr-")}
-    others |= {"train/images_per_s": "Training images per second", "train/kept": "Share of the image that mixing keeps"}
-    others |= QUALITY
-    for tag, title in others.items():
-        if tag in run.scalars:
-            steps, values = smooth(*run.scalars[tag])
-            shares = tag in ("knn/held_out", "train/kept")
-            charts.append(line_chart(title, [Line(steps, 100 * values if shares else values)], "step", "%" * shares))
-    notes = [missing("kNN was not watched while training (knn_every=0, no classes, or no held-out images).")]
-    return section("training", "Training", grid(charts), *([] if "knn/held_out" in run.scalars else notes))
+        charts.append(Chart(line_chart("Loss", losses, "step", "loss")))
+    for tag in (tag for tag in run.scalars if tag == "lr" or tag.startswith("lr-")):
+        charts.append(Chart(line_chart("Learning rate", [Line(*smooth(*run.scalars[tag]))], "step", "")))
+    for tag in (tag for tag in WATCHED if tag in run.scalars):
+        metric, _ = match(tag)
+        steps, values = smooth(*run.scalars[tag])
+        drawing = line_chart(metric.title, [Line(steps, metric.scale * values)], "step", "%" * metric.share)
+        charts.append(Chart(drawing, metric.sentence))
+    return Section("training", "Training", render("training.html", charts=charts, why=why))
 
 
-def open_set(run: Run) -> str:
+def open_set(run: Run) -> Section:
     known = run.features["test"]["labels"] >= 0 if "test" in run.features else np.zeros(0, bool)
+    name, heading = "curves", "Unknown against known"
     if not run.scores:
         side = "unknown" if known.any() else "known"
         why = f"no test images of {side} classes" if run.classes else "no classes"
-        return section(
-            "curves", "Unknown against known", missing(f"There are {why}, so there is nothing to tell apart.")
-        )
+        return Section(name, heading, render("curves.html", why=f"There are {why}, so there is nothing to tell apart."))
     lines: dict[str, list[Line]] = {"roc": [], "oscr": [], "pr": []}
-    for number, (name, (score, correct)) in enumerate(run.scores.items()):
-        title = "raw pixels" if name == "pixels" else name
-        style = {"colour": INK if name == "pixels" else COLOURS[number % len(COLOURS)]}
+    for number, (detector, (score, correct)) in enumerate(run.scores.items()):
+        style = {"colour": INK if detector == "pixels" else COLOURS[number % len(COLOURS)]}
         for kind, metric in (("roc", "auroc"), ("oscr", "oscr"), ("pr", "aupr")):
             curve = thin(*CURVES[kind](score[known], score[~known], correct[known]))
-            value = run.numbers.get(f"osr/{name}/{metric}")
-            label = title if value is None else f"{title} {percent(value)}"
+            value = run.numbers.get(f"osr/{detector}/{metric}")
+            label = name_of(detector) if value is None else f"{name_of(detector)} {percent(value)}"
             lines[kind].append(Line(*curve, label, **style))
     chance = Line([0, 1], [0, 1], None, "#808080", (0, (1, 2)))
     charts = [
@@ -67,22 +53,20 @@ def open_set(run: Run) -> str:
         line_chart("OSCR", lines["oscr"], "unknown images accepted", "known images accepted and right", unit=True),
         line_chart("Precision and recall", lines["pr"], "unknown images caught", "flagged images that are", unit=True),
     ]
-    name, (score, _) = next(iter(run.scores.items()))  # the primary one, where it was measured
+    shown, (score, _) = next(iter(run.scores.items()))  # the primary one, where it was measured
     parts = {"known": score[known], "unknown": score[~known]}
-    limit = run.detector.threshold if run.detector is not None and name == PRIMARY else None
+    limit = run.detector.threshold if run.detector is not None and shown == PRIMARY else None
     marks = {} if limit is None else {"threshold": limit}
-    what = (
-        "Scores of the primary detector: distance to a near training image" if name == PRIMARY else f"Scores of {name}"
+    primary = "Scores of the primary detector: distance to a near training image"
+    body = render(
+        "curves.html",
+        why="",
+        charts=[Chart(chart) for chart in charts],
+        histogram=histogram("Scores of the test images", parts, f"{shown} score", marks),
+        what=primary if shown == PRIMARY else f"Scores of {shown}",
+        threshold=limit is not None,
     )
-    note = "" if limit is None else " Images to the right of the threshold are called unknown."
-    return section(
-        "curves",
-        "Unknown against known",
-        grid(charts),
-        '<p class="quiet">Legends: area under the curve, average precision for precision and recall, in per cent.</p>',
-        f'<div class="wide">{histogram("Scores of the test images", parts, f"{name} score", marks)}</div>',
-        f"<p>{what}; the less the two overlap, the better.{note}</p>",
-    )
+    return Section(name, heading, body)
 
 
 def roc(known: np.ndarray, unknown: np.ndarray, correct: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -105,10 +89,6 @@ def oscr(known: np.ndarray, unknown: np.ndarray, correct: np.ndarray) -> tuple[n
 
 
 CURVES = {"roc": roc, "oscr": oscr, "pr": precision_recall}
-
-
-def grid(charts: list[str]) -> str:
-    return f'<div class="grid">{"".join(f"<figure>{chart}</figure>" for chart in charts)}</div>'
 
 
 def _targets(known: np.ndarray, unknown: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -1,12 +1,12 @@
 """The test images' features in the plane; a point shows its image."""
 
-import json
-from html import escape
+from typing import Any
 
 import numpy as np
 from sklearn.manifold import TSNE
 
 from gradmix.eval.report.charts import COLOURS
+from gradmix.eval.report.page import Section, render
 from gradmix.eval.report.pictures import SHARP, data_uri, sheet
 from gradmix.eval.runs.folder import Run
 
@@ -17,34 +17,39 @@ SHAPES = ("M-5 0a5 5 0 1 0 10 0a5 5 0 1 0-10 0z", "M-4.5-4.5h9v9h-9z", "M0-6 5.5
 CROSS = "M-4-4 4 4M4-4-4 4"  # unknown
 
 
-def feature_map(run: Run) -> str:
+def feature_map(run: Run) -> Section:
     """A drawing with one mark per test image, and what `map.js` needs to show the image under the pointer."""
+    name, title = "map", "Map of the features"
+    if "test" not in run.features:
+        return Section(name, title, render("map.html", why="There are no saved features in this folder."))
     test = run.features["test"]
-    rows = np.arange(len(test["labels"]))
-    if len(rows) > POINTS:
+    count = len(test["labels"])
+    rows = np.arange(count)
+    if count > POINTS:
         rows = np.sort(np.random.default_rng(0).choice(rows, POINTS, replace=False))
     places = SIDE * (0.03 + 0.94 * plane(test["features"][rows]))
     labels = test["labels"][rows]
     order = np.argsort(labels >= 0, kind="stable")  # known ones are drawn on top
     rows, places, labels = rows[order], places[order], labels[order]
-    marks = "".join(
-        f'<path class="{_class(label)}" d="{_shape(label)}" transform="translate({x:.1f} {y:.1f})"/>'
-        for (x, y), label in zip(places, labels, strict=True)
-    )
-    drawing = f'<svg class="map" viewBox="0 0 {SIDE} {SIDE}" role="img" aria-label="Map of the features">{marks}</svg>'
     size = min(48, run.images["test"].size) if run.images else 0
-    picture = data_uri(sheet(run.images["test"], rows, COLUMNS, 48), lossless=size <= 16) if run.images else ""
-    about = {"columns": COLUMNS, "rows": -(-len(rows) // COLUMNS), "captions": _captions(run, rows)}
-    about["labels"] = labels.tolist()
-    sharp = " sharp" if 0 < size <= SHARP else ""
-    thumb = f'<div class="thumb{sharp}" style="background-image:url({picture})"></div>' if picture else ""
-    data = json.dumps(about).replace("<", "\\u003c")
-    return (
-        f"{_legend(run, labels)}"
-        f'<div class="mapbox" tabindex="0" aria-label="Map: arrow keys go from point to point">{drawing}'
-        f'<div class="tip" role="status" hidden>{thumb}<p></p></div></div>'
-        f'<script type="application/json" id="map-data">{data}</script>'
+    body = render(
+        "map.html",
+        why="",
+        shown=f"{POINTS} of the {count} test images" if count > POINTS else f"The {count} test images",
+        no_images="" if run.images else run.why_no_images,
+        side=SIDE,
+        marks=[(_class(label), _shape(label), x, y) for (x, y), label in zip(places, labels, strict=True)],
+        sprite=data_uri(sheet(run.images["test"], rows, COLUMNS, 48), lossless=size <= 16) if run.images else "",
+        sharp=0 < size <= SHARP,
+        about={
+            "columns": COLUMNS,
+            "rows": -(-len(rows) // COLUMNS),
+            "captions": _captions(run, rows),
+            "labels": labels.tolist(),
+        },
+        **_legend(run, labels),
     )
+    return Section(name, title, body)
 
 
 def plane(features: np.ndarray) -> np.ndarray:
@@ -90,12 +95,9 @@ def _shape(label: int) -> str:
     return SHAPES[label // len(COLOURS) % len(SHAPES)] if label >= 0 else CROSS
 
 
-def _legend(run: Run, labels: np.ndarray) -> str:
+def _legend(run: Run, labels: np.ndarray) -> dict[str, Any]:
+    """What each mark stands for; of too many classes their number."""
     if len(run.classes) > len(COLOURS) * len(SHAPES):
-        return f"<p>{len(run.classes)} classes are more than marks can tell apart: point at one to see which it is.</p>"
-    entries = "".join(
-        f'<li><svg viewBox="-8 -8 16 16" aria-hidden="true"><path class="{_class(label)}" d="{_shape(label)}"/></svg>'
-        f"{escape(run.name_of(label))}</li>"
-        for label in sorted(set(labels.tolist()), key=lambda label: (label < 0, label))
-    )
-    return f'<ul class="legend">{entries}</ul>' if run.classes else ""
+        return {"too_many": len(run.classes), "legend": []}
+    shown = sorted(set(labels.tolist()), key=lambda label: (label < 0, label)) if run.classes else []
+    return {"too_many": 0, "legend": [(_class(label), _shape(label), run.name_of(label)) for label in shown]}

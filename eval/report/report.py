@@ -1,30 +1,31 @@
 """Writes report.html."""
 
 import time
-from html import escape
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from gradmix.eval.catalogue import title
 from gradmix.eval.detectors import PRIMARY
 from gradmix.eval.report.curves import open_set, training
-from gradmix.eval.report.feature_map import POINTS, feature_map
+from gradmix.eval.report.feature_map import feature_map
 from gradmix.eval.report.mistakes import confusion, mistakes
 from gradmix.eval.report.numbers import numbers
-from gradmix.eval.report.page import definitions, missing, page, percent, section, table
+from gradmix.eval.report.page import Section, page, render
 from gradmix.eval.report.pictures import data_uri, decode
 from gradmix.eval.runs.folder import Run, command, differences, read_run
 from gradmix.ssl.data.open_set import OpenSetData
 from gradmix.ssl.runs.files import write_text
 
 PICTURES = 5  # of mixing, spread over the training
-HEADLINE = {
-    "knn/top1": "kNN accuracy, known classes",
-    f"osr/{PRIMARY}/auroc": "AUROC, unknown against known",
-    f"osr/{PRIMARY}/oscr": "OSCR",
-    "osr/pixels/auroc": "AUROC of raw pixels",
-}
+HEADLINE = (
+    "knn/top1",
+    "knn_pixels/top1",
+    f"osr/{PRIMARY}/auroc",
+    "osr/pixels/auroc",
+    f"osr/{PRIMARY}/oscr",
+)
 
 
 def write_report(run_dir: Path, data: OpenSetData | None = None) -> Path:
@@ -41,27 +42,22 @@ def write_report(run_dir: Path, data: OpenSetData | None = None) -> Path:
         ValueError: no evaluated run there, or a damaged file.
     """
     run = read_run(Path(run_dir), data)
-    sections = {
-        "run": what_was_run(run),
-        "numbers": numbers(run),
-        "curves": open_set(run),
-        "confusion": confusion(run),
-        "map": the_map(run),
-        "mistakes": mistakes(run),
-        "training": training(run),
-        "mixing": mixing(run),
-    }
-    names = {"run": "What was run", "curves": "Unknown against known", "map": "Map of the features"}
-    links = "".join(f'<a href="#{key}">{names.get(key, key.capitalize())}</a>' for key in sections)
+    draw = (what_was_run, numbers, open_set, confusion, feature_map, mistakes, training, mixing)
     config = run.config
-    title = f"{config.data.name}, {config.method.name}, mix={config.mix.name}"
-    head = f'<p class="quiet">GradMix run</p><h1>{escape(title)}</h1><nav>{links}</nav>{_headline(run)}'
     path = run.path / "report.html"
-    write_text(path, page(f"{title} - GradMix", head + "".join(sections.values())))
+    write_text(
+        path,
+        page(
+            "report.html",
+            f"{config.data.name}, {config.method.name}, mix={config.mix.name}",
+            headline=[(title(key), run.numbers[key]) for key in HEADLINE if key in run.numbers],
+            sections=[section(run) for section in draw],
+        ),
+    )
     return path
 
 
-def what_was_run(run: Run) -> str:
+def what_was_run(run: Run) -> Section:
     config, found = run.config, run.numbers
     changed = differences(config)
     counts = {"train": "training", "held_out": "held-out", "test": "test"}
@@ -92,60 +88,22 @@ def what_was_run(run: Run) -> str:
         "The command that was typed": found.get("command"),
         "A command that makes this run again": command(config, changed),
     }
-    rows = [
-        [
-            f"<th><code>{escape(key)}</code></th>",
-            *(f'<td class="value">{escape(_show(part))}</td>' for part in (usual, value)),
-        ]
-        for key, usual, value in changed
-        if key != "run_dir"
-    ]
-    head = ["key", '<th class="value">default</th>', '<th class="value">here</th>']
-    return section(
-        "run",
-        "What was run",
-        definitions(facts),
-        *(f"<h3>{what}</h3><pre>{escape(text)}</pre>" for what, text in commands.items() if text),
-        "<h3>Settings that are not the default</h3>",
-        table(head, rows) if rows else missing("None beside the groups in the command."),
-    )
+    shown = [(key, _show(usual), _show(value)) for key, usual, value in changed if key != "run_dir"]
+    return Section("run", "What was run", render("run.html", facts=facts, commands=commands, changed=shown))
 
 
-def the_map(run: Run) -> str:
-    title = "Map of the features"
-    if "test" not in run.features:
-        return section("map", title, missing("There are no saved features in this folder."))
-    count = len(run.features["test"]["labels"])
-    shown = f"{POINTS} of the {count} test images" if count > POINTS else f"The {count} test images"
-    notes = [] if run.images else [missing(run.why_no_images)]
-    text = (
-        f"<p>{shown}, placed by t-SNE of their features: near points are similar to the network, distances between "
-        "groups mean little. Point at one, or touch it, to see its image and where its class is; or use the arrow keys."
-        "</p>"
-    )
-    return section("map", title, text, *notes, feature_map(run))
-
-
-def mixing(run: Run) -> str:
-    title = "Mixing through training"
+def mixing(run: Run) -> Section:
+    name, title = "mixing", "Mixing"
     if not run.pictures:
-        why = (
-            "mix=none: nothing was mixed"
-            if run.config.mix.name == "none"
-            else "TensorBoard holds no pictures of mixing"
-        )
-        return section("mixing", title, missing(f"{why}."))
+        nothing = run.config.mix.name == "none"
+        why = "mix=none: nothing was mixed." if nothing else "TensorBoard holds no pictures of mixing."
+        return Section(name, title, render("mixing.html", why=why))
     chosen = np.unique(np.linspace(0, len(run.pictures) - 1, PICTURES).round().astype(int))
-    return section(
-        "mixing",
-        title,
-        "<p>Each column is one image of the batch: its two views, where the loss looks in the second (bright; GradMix "
-        "only), the image that is mixed in, and the mix.</p>",
-        *(_mixing(run, *run.pictures[index]) for index in chosen),
-    )
+    pictures = [_mixing(run, *run.pictures[index]) for index in chosen]
+    return Section(name, title, render("mixing.html", why="", pictures=pictures))
 
 
-def _mixing(run: Run, step: int, encoded: bytes) -> str:
+def _mixing(run: Run, step: int, encoded: bytes) -> dict[str, Any]:
     picture = decode(encoded)
     columns = min(8, run.config.batch_size)
     count = round((picture.height - 2) / ((picture.width - 2) / columns))  # tiles are square, 2 pixels apart
@@ -153,22 +111,9 @@ def _mixing(run: Run, step: int, encoded: bytes) -> str:
         4: ("other view", "view", "partner", "mixed"),
         5: ("other view", "view", "attribution", "partner", "mixed"),
     }.get(count, ())
-    rows = "".join(f"<span>{name}</span>" for name in names)
     epoch = step * run.config.epochs / run.numbers["train/steps"] if run.numbers.get("train/steps") else None
-    text = f"step {step}" + ("" if epoch is None else f", epoch {epoch:.0f}")
-    return (
-        f'<figure class="mixing"><div class="rows">{rows}</div><img src="{data_uri(picture)}" alt="Mixing at {text}" '
-        f'width="{picture.width}" height="{picture.height}"><figcaption>{text}</figcaption></figure>'
-    )
-
-
-def _headline(run: Run) -> str:
-    boxes = [
-        f"<div><b>{percent(run.numbers[key])}</b><span>{escape(text)}, %</span></div>"
-        for key, text in HEADLINE.items()
-        if key in run.numbers
-    ]
-    return f'<div class="headline">{"".join(boxes)}</div>' if boxes else ""
+    when = f"step {step}" + ("" if epoch is None else f", epoch {epoch:.0f}")
+    return {"rows": names, "uri": data_uri(picture), "when": when, "width": picture.width, "height": picture.height}
 
 
 def _first(names: list[str], count: int = 25) -> str:

@@ -4,9 +4,12 @@ from typing import Any
 
 import numpy as np
 
+from gradmix.eval import catalogue
 from gradmix.eval.detectors import PRIMARY
 from gradmix.ssl.config import Config
 from gradmix.ssl.data.open_set import OpenSetData
+
+CLASSES = 10  # whose recall is listed
 
 
 def describe(config: Config, data: OpenSetData) -> str:
@@ -59,59 +62,59 @@ def over_splits(results: list[dict]) -> dict:
 
 def table(result: dict[str, Any]) -> str:
     """What a person wants to see first, as text."""
-    lines = []
-    spread = {key.removesuffix("/std"): value for key, value in result.items() if key.endswith("/std")}
-
-    def cell(key: str) -> str:
-        if key not in result:
-            return "-"
-        text = f"{100 * result[key]:.2f}"
-        if key in spread:
-            return f"{text} ± {100 * spread[key]:.2f}"
-        if f"{key}_std" in result:
-            return f"{text} ± {100 * result[f'{key}_std']:.2f}"
-        if f"{key}_low" in result:
-            return f"{text} [{100 * result[f'{key}_low']:.1f}, {100 * result[f'{key}_high']:.1f}]"
-        return text
-
-    if "knn/top1" in result:
-        lines += ["", "known classes, accuracy %"]
-        further = {
-            key: key.removesuffix("/top1").replace("few_labels/", "linear, few: ").replace("knn/", "kNN, ")
-            for key in result
-            if key.startswith(("knn/k=", "few_labels/")) and key.endswith("/top1")
-        }
-        for label, key in (
-            ("kNN", "knn/top1"),
-            *((label, key) for key, label in further.items() if key.startswith("knn/")),
-            ("linear, cached", "linear/top1"),
-            ("linear, augmented", "linear_augmented/top1"),
-            ("fine-tuned", "finetune/top1"),
-            *((label, key) for key, label in further.items() if key.startswith("few_labels/")),
-            ("kNN on raw pixels", "knn_pixels/top1"),
-        ):
-            if key in result or key.startswith(("knn/", "linear/")):
-                lines.append(f"  {label:<20}{cell(key):>16}")
-        lines += [f"  {result[key]}" for key in result if key.startswith("protocol/")]
-    keys = [key.split("/")[1] for key in result if key.startswith("osr/") and key.endswith("/auroc")]
-    if keys:
-        columns = ("auroc", "aupr", "fpr95", "fpr95_known", "oscr", "closed_set_accuracy")
-        titles = ("AUROC", "AUPR", "FPR95", "FPR95 known", "OSCR", "closed set")
-        rows = {key: [cell(f"osr/{key}/{column}") for column in columns] for key in keys}
-        widths = [max(13, 2 + max(len(row[i]) for row in rows.values())) for i in range(len(columns))]
-
-        def line(label: str, cells) -> str:
-            return f"  {label:<20}" + "".join(f"{text:>{width}}" for text, width in zip(cells, widths, strict=True))
-
-        lines += ["", "unknown against known classes, %", line("", titles)]
-        lines += [line("deep_knn on pixels" if key == "pixels" else key, row) for key, row in rows.items()]
-        lines += [
-            "",
-            "  FPR95: known images flagged when 95 % of the unknown are caught; FPR95 known: unknown images accepted",
-            "  when 95 % of the known are. Both, lower is better.",
-        ]
-        if f"osr/{PRIMARY}/auroc_low" in result:
-            lines[-1] += " [low, high]: 95 % interval, bootstrap over the test images."
-    for what, why in result.get("skipped", {}).items():
-        lines.append(f"  not measured: {what} ({why})")
+    lines = [*_known(result), *_open_set(result)]
+    lines += [f"  not measured: {what} ({why})" for what, why in result.get("skipped", {}).items()]
     return "\n".join(lines)
+
+
+def _known(result: dict[str, Any]) -> list[str]:
+    columns = [metric for metric in catalogue.KNOWN if metric.terminal]
+    who = catalogue.subjects(result, columns[0])
+    if not who:
+        return []
+    cells = {name: [_cell(result, metric.at(name)) for metric in columns] for name in who}
+    lines = ["", "known classes, %", *_grid([metric.title for metric in columns], cells)]
+    recalls = result.get("knn/recall", {})
+    if recalls:
+        shown = sorted(recalls.items(), key=lambda item: item[1])[:CLASSES]
+        more = f" and {len(recalls) - CLASSES} more in metrics.json" if len(recalls) > CLASSES else ""
+        lines.append(f"  kNN, recall by class: {', '.join(f'{name} {100 * value:.1f}' for name, value in shown)}{more}")
+    return lines + [f"  {result[key]}" for key in result if key.startswith("protocol/")]
+
+
+def _open_set(result: dict[str, Any]) -> list[str]:
+    columns = [metric for metric in catalogue.OPEN_SET if metric.terminal]
+    who = catalogue.subjects(result, columns[0])
+    if not who:
+        return []
+    cells = {name: [_cell(result, metric.at(name)) for metric in columns] for name in who}
+    lines = ["", "unknown against known classes, %", *_grid([metric.title for metric in columns], cells), ""]
+    lines += [f"  {metric.title}: {metric.sentence} Lower is better." for metric in columns if metric.better == "lower"]
+    if f"osr/{PRIMARY}/auroc_low" in result:
+        lines.append("  [low, high]: 95 % interval, bootstrap over the test images.")
+    return lines
+
+
+def _grid(titles: list[str], cells: dict[str, list[str]]) -> list[str]:
+    """Rows of text under their titles, the columns that nobody has left out."""
+    kept = [i for i in range(len(titles)) if any(row[i] != "-" for row in cells.values())]
+    widths = {i: max(len(titles[i]), 11, *(len(row[i]) for row in cells.values())) + 2 for i in kept}
+    names = {name: f"{PRIMARY} on pixels" if name == "pixels" else catalogue.name_of(name) for name in cells}
+    first = max(20, *(len(name) for name in names.values()))
+
+    def line(label: str, row: list[str]) -> str:
+        return f"  {label:<{first}}" + "".join(f"{row[i]:>{width}}" for i, width in widths.items())
+
+    return [line("", titles), *(line(names[name], row) for name, row in cells.items())]
+
+
+def _cell(result: dict[str, Any], key: str) -> str:
+    if key not in result:
+        return "-"
+    text = f"{100 * result[key]:.2f}"
+    for deviation in (f"{key}/std", f"{key}_std"):
+        if deviation in result:
+            return f"{text} ± {100 * result[deviation]:.2f}"
+    if f"{key}_low" in result:
+        return f"{text} [{100 * result[f'{key}_low']:.1f}, {100 * result[f'{key}_high']:.1f}]"
+    return text

@@ -13,14 +13,13 @@ from tensorboard.plugins.projector import ProjectorConfig
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
+from gradmix.eval.catalogue import ENDS, KNOWN, OPEN_SET, match
 from gradmix.eval.report.pictures import sheet
 from gradmix.ssl.config import Config, flat
 from gradmix.ssl.data.open_set import OpenSetData
 from gradmix.ssl.runs.files import write_atomically, write_text
 
 SUFFIX = ".evaluation"  # of the event file; the next evaluation replaces it
-FINAL = ("knn/", "knn_pixels/", "linear/", "osr/")  # numbers of metrics.json that become scalars
-COMPARED = ("top1", "auroc", "oscr")  # and the columns of the hyper-parameters tab
 POINTS = 1000  # test images in the projector
 SIDE = 48  # of their thumbnails at most; 32 x 32 of them stay far below the 8192 pixels that a browser takes
 
@@ -36,8 +35,8 @@ def write_tensorboard(run_dir: Path, config: Config, numbers: dict[str, Any], da
     folder.mkdir(exist_ok=True)
     for old in folder.glob(f"events.out.tfevents.*{SUFFIX}"):
         old.unlink()
-    final = {key: value for key, value in numbers.items() if key.startswith(FINAL)}
-    compared = {key: value for key, value in final.items() if key.endswith(COMPARED)}
+    final = {key: value for key, value in numbers.items() if is_result(key, value)}
+    compared = {key: value for key, value in final.items() if match(key)[0].compared and not ENDS.search(key)}
     with SummaryWriter(folder, filename_suffix=SUFFIX) as writer:
         for key, value in final.items():
             writer.add_scalar(key, value, numbers.get("train/steps", 0))
@@ -45,6 +44,12 @@ def write_tensorboard(run_dir: Path, config: Config, numbers: dict[str, Any], da
             writer.file_writer.add_summary(summary)
     if len(data.test):
         write_projector(folder, run_dir / "features/test.safetensors", data)
+
+
+def is_result(key: str, value: Any) -> bool:
+    """Whether a number of metrics.json is one that the evaluation found: training's own are there already."""
+    found = match(key)
+    return found is not None and found[0] in (*KNOWN, *OPEN_SET) and isinstance(value, int | float)
 
 
 def hyperparameters(config: Config) -> dict[str, bool | int | float | str]:

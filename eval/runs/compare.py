@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from gradmix.eval import metrics
+from gradmix.eval.catalogue import match
 
 
 def compare(first: Path, second: Path) -> dict[str, metrics.Interval]:
@@ -59,7 +60,7 @@ def comparison_table(first: Path, second: Path, differences: dict[str, metrics.I
         f"{first} minus {second}, percentage points, with 95 % intervals (paired bootstrap over the test images)",
     ]
     for key, (value, low, high) in differences.items():
-        name, metric = key.split("/")
-        label = f"{'deep_knn on pixels' if name == 'pixels' else name} {metric.upper()}"
+        name, _ = key.split("/")
+        label = f"{'deep_knn on pixels' if name == 'pixels' else name} {match(f'osr/{key}')[0].title}"
         lines.append(f"  {label:<32}{100 * value:>+8.2f} [{100 * low:+.2f}, {100 * high:+.2f}]")
     return "\n".join(lines)

@@ -41,6 +41,7 @@ class Difference:
     mean: float
     deviation: float | None
     higher: int
+    lower: int
     pairs: int
 
 
@@ -92,7 +93,7 @@ def difference(group: Group, reference: Group, key: str) -> Difference | None:
     if not len(values):
         return None
     deviation = float(values.std(ddof=1)) if len(values) > 1 else None
-    return Difference(float(values.mean()), deviation, int((values > 0).sum()), len(values))
+    return Difference(float(values.mean()), deviation, int((values > 0).sum()), int((values < 0).sum()), len(values))
 
 
 def _labels(configs: list[dict[str, Any]], alone: Sequence[str]) -> list[str]:

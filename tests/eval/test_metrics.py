@@ -3,15 +3,17 @@ from itertools import pairwise, product
 import numpy as np
 import pytest
 import torch
-from sklearn.metrics import average_precision_score, balanced_accuracy_score, roc_auc_score
+from sklearn.metrics import average_precision_score, balanced_accuracy_score, recall_score, roc_auc_score, roc_curve
 
 from gradmix.eval.metrics import (
     aupr,
     auroc,
     balanced_accuracy,
     bootstrap,
+    class_recalls,
     closed_set_accuracy,
     fpr_at_tpr,
+    mean_recall,
     oscr,
     paired_bootstrap,
     threshold_for,
@@ -82,6 +84,13 @@ def test_fpr_of_both_conventions(tpr):
         assert fpr_at_tpr(known, unknown, tpr, positive="known") == pytest.approx(expected, abs=1e-12)
 
 
+def test_the_default_is_openood_s_and_pytorch_ood_s_convention():
+    """Both take the unknown images as positive: the first point of scikit-learn's ROC curve with recall of 95 %."""
+    for known, unknown, _ in arrays_with_ties(50):
+        rates, recalls, _ = roc_curve(*targets(known, unknown), drop_intermediate=False)
+        assert fpr_at_tpr(known, unknown) == pytest.approx(rates[np.argmax(recalls >= 0.95 - 1e-9)], abs=1e-12)
+
+
 def test_the_two_conventions_differ():
     known, unknown = np.r_[np.zeros(90), np.full(10, 9.0)], np.full(100, 5.0)
     assert fpr_at_tpr(known, unknown) == 0.1  # all unknown images are found at 5, with the ten known at 9
@@ -111,6 +120,21 @@ def test_oscr_equals_the_curve_and_pair_counting():
 def test_closed_set_accuracy():
     assert closed_set_accuracy([1, 2, 2, 9], [1, 2, 3, 9]) == 0.75
     assert closed_set_accuracy(torch.tensor([1, 0]), np.array([1, 1])) == 0.5
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:sklearn")
+def test_recalls_equal_scikit_learn():
+    for seed in range(50):
+        generator = np.random.default_rng(seed)
+        labels = generator.integers(0, 6, generator.integers(1, 40)) ** 2  # unlike sizes, classes without images
+        predicted = np.where(generator.random(len(labels)) < 0.6, labels, generator.integers(0, 40, len(labels)))
+        recalls = class_recalls(torch.from_numpy(predicted), labels)
+        assert list(recalls) == sorted(set(labels.tolist()))
+        expected = recall_score(labels, predicted, average=None, labels=list(recalls), zero_division=0)
+        assert list(recalls.values()) == pytest.approx(expected, abs=1e-12)
+        assert mean_recall(recalls) == pytest.approx(balanced_accuracy_score(labels, predicted), abs=1e-12)
+    with pytest.raises(ValueError, match=r"labels: expected \[N\], got shape \(0,\)"):
+        class_recalls([], [])
 
 
 def test_balanced_accuracy_equals_scikit_learn():

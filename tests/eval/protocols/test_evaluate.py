@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from sklearn.metrics import roc_auc_score
+from sklearn.metrics import recall_score, roc_auc_score
 from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
 from sklearn.preprocessing import normalize
 
@@ -102,6 +102,27 @@ def test_without_known_test_images_the_rest_is_measured(digits_run, tmp_path, te
     assert (tmp_path / "out/detector/scorer.json").is_file() and not (
         tmp_path / "out/features/scores.safetensors"
     ).exists()
+
+
+def test_classes_without_a_test_image_are_named(digits_run, tmp_path):
+    """And the rest is scikit-learn's, of the classes that have some: 2 is the first of the known digits."""
+    config = read_config(digits_run)
+    data = load_data(config.data, config.seed)
+    data = replace(data, test=data.test.select((data.test.labels != 0).nonzero()[:, 0]))
+    result = evaluate(digits_run, config, data, out=tmp_path / "out")
+    assert result["skipped"] == {"recall of 2": "the test set has no such images"}
+    assert list(result["knn/recall"]) == data.classes[1:] == list(result["linear/recall"])
+    parts = {name: load_file(tmp_path / f"out/features/{name}.safetensors") for name in ("train", "test")}
+    known = parts["test"]["labels"] >= 0
+    labels = parts["test"]["labels"][known].numpy()
+    probe = LinearProbe(seed=0).fit(parts["train"]["features"], parts["train"]["labels"])
+    predicted = probe.predict(parts["test"]["features"][known]).numpy()
+    recalls = recall_score(labels, predicted, average=None, labels=range(1, 6))
+    assert list(result["linear/recall"].values()) == pytest.approx(recalls)
+    assert result["linear/balanced_accuracy"] == pytest.approx(recalls.mean())
+    largest = np.bincount(parts["train"]["labels"]).argmax()
+    assert result["majority/top1"] == pytest.approx((labels == largest).mean())
+    assert "not measured: recall of 2" in table(result)
 
 
 def test_a_collapsed_network_has_no_class_spread(command, digits_run, tmp_path):

@@ -89,9 +89,25 @@ def test_its_numbers_are_those_of_metrics_json(report, digits_run):
     for key, value, shown in cells:
         assert float(value) == numbers[key]
         assert shown == f"{100 * numbers[key]:.2f}"
-    assert {key for key in numbers if key.startswith(("knn", "linear"))} <= {key for key, _, _ in cells}
-    for key in numbers:  # and every other one is in the list of all
-        assert key == "skipped" or key in report.read_text()
+    single = {key for key, value in numbers.items() if not isinstance(value, dict)}
+    assert {key for key in single if key.startswith(("knn", "linear", "majority"))} <= {key for key, _, _ in cells}
+    for key in single:  # and every other one is in the list of all
+        assert key in report.read_text()
+
+
+def test_recalls_stand_class_by_class_lowest_first(browser, report, digits_run):
+    numbers = json.loads((digits_run / "metrics.json").read_text())
+    labels = load_file(digits_run / "features/test.safetensors")["labels"]
+    classes = json.loads((digits_run / "detector/scorer.json").read_text())["classes"]
+    rows = browser(report).driver.execute_script(
+        "const box = [...document.querySelectorAll('details')].find(d => d.textContent.includes('Recall by class'));"
+        "return [...box.querySelectorAll('tr')].map(row => [...row.cells].map(cell => cell.textContent))"
+    )
+    assert rows[0] == ["class", "test images", "kNN", "linear probe"]
+    assert [float(row[2]) for row in rows[1:]] == sorted(float(row[2]) for row in rows[1:])
+    for name, count, *shown in rows[1:]:
+        assert int(count) == (labels == classes.index(name)).sum()
+        assert shown == [f"{100 * numbers[f'{who}/recall'][name]:.2f}" for who in ("knn", "linear")]
 
 
 def test_the_area_under_each_curve_is_the_number_beside_it(digits_run):
@@ -234,6 +250,32 @@ def test_names_of_classes_and_files_are_escaped(command, tmp_path, browser):
     )
     assert headings == ["", *known, "unknown"]
     assert page.complaints() == []
+
+
+def test_a_hostile_name_is_text_wherever_it_stands(digits_run, tmp_path, browser):
+    """A class whose name no folder could have, a key and a reason of metrics.json, and the name of a detector."""
+    hostile, run = "<script>alert(1)</script>&\"'$x$ {{ 7*7 }}", shutil.copytree(digits_run, tmp_path / "run")
+    about = json.loads((run / "detector/scorer.json").read_text())
+    first = about["classes"][0]
+    about["classes"][0] = hostile
+    (run / "detector/scorer.json").write_text(json.dumps(about))
+    text = (run / "metrics.json").read_text().replace("osr/mahalanobis/", "osr/<i>&/")
+    numbers = json.loads(text) | {"skipped": {hostile: hostile}, "command": hostile}
+    for name in ("knn", "linear"):
+        numbers[f"{name}/recall"][hostile] = numbers[f"{name}/recall"].pop(first)
+    (run / "metrics.json").write_text(json.dumps(numbers))
+    page = browser(write_report(run))
+    js = page.driver.execute_script
+    assert js("return document.querySelectorAll('main script:not([type]), main i').length") == 0
+    assert js("return document.querySelector('.confusion thead').rows[0].cells[1].textContent") == hostile
+    assert hostile in js("return [...document.querySelectorAll('.legend li')].map(item => item.textContent)")
+    assert hostile in js("return [...document.querySelectorAll('#run pre')].map(item => item.textContent)")
+    numbers_text = js("return document.querySelector('#numbers').textContent")
+    assert f"Not measured: {hostile}, for {hostile}." in numbers_text and "<i>&" in numbers_text
+    assert numbers_text.count(hostile) >= 3  # and in the table of recalls
+    captions = js("return JSON.parse(document.getElementById('map-data').textContent).captions")
+    assert any(f"taken for {hostile}, score" in caption for caption in captions)
+    assert page.complaints() == []  # the page's policy would report a script that tried to load
 
 
 def test_a_folder_that_is_no_evaluated_run(tmp_path, digits_run):

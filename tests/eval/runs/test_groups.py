@@ -53,7 +53,7 @@ def test_differences_are_over_the_splits_that_both_have(runs):
     assert [group.label for group in groups] == ["mix=none", "mix=gradmix"]
     assert sorted(groups[0].values("osr/deep_knn/auroc").values()) == [0.50, 0.60, 0.70]
     gap = difference(groups[1], groups[0], "osr/deep_knn/auroc")
-    assert (gap.pairs, gap.higher) == (2, 2)
+    assert (gap.pairs, gap.higher, gap.lower) == (2, 2, 0)
     assert gap.mean == pytest.approx(0.035)
     assert gap.deviation == pytest.approx(np.std([0.05, 0.02], ddof=1))
 
@@ -65,7 +65,8 @@ def test_the_table_and_the_page(runs, compare, tmp_path, browser):
     first = next(i for i, line in enumerate(lines) if "AUROC of deep_knn" in line)
     assert lines[first + 1].split() == ["mix=none", "60.00", "±", "10.00", "n=3"]
     assert lines[first + 2].split()[:5] == ["mix=gradmix", "78.67", "±", "17.95", "n=3"]
-    assert "+3.50 ± 2.12, higher in 2 of 2" in lines[first + 2]
+    assert "+3.50 ± 2.12, better in 2 of 2" in lines[first + 2]
+    assert "images" not in out and "n = 1" not in out
     for width in (1200, 390):
         page = browser(tmp_path / "both.html", width)
         run = page.driver.execute_script
@@ -74,6 +75,53 @@ def test_the_table_and_the_page(runs, compare, tmp_path, browser):
         shown = run("return document.querySelector('[data-key=\"osr/deep_knn/auroc\"]').dataset.value")
         assert float(shown) == pytest.approx(0.6)
         assert page.complaints() == []
+
+
+def change(folder, **numbers):
+    path = folder / "metrics.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {k.replace("__", "/"): v for k, v in numbers.items()}))
+
+
+def test_only_what_belongs_to_the_method_is_compared(runs, compare, tmp_path, browser):
+    """Speed, seconds, steps and raw pixels may differ; they stand on the page without a difference."""
+    for split in (1, 2):
+        session = {"train__images_per_s": 3.0, "train__seconds": 5.0, "train__resumed_from_step": 7, "train__loss": 0.5}
+        change(runs / f"gradmix/split-{split}", **session, osr__pixels__auroc=0.25, their__measure=0.5)
+        change(runs / f"none/split-{split}", their__measure=0.25)
+    code, out, _ = compare(runs / "none", runs / "gradmix")
+    assert code == 0 and "images" not in out
+    (row,) = re.findall(r"  AUROC of raw pixels, % ↑\n.*\n(.*mix=gradmix.*)", out)
+    assert re.fullmatch(r"    mix=gradmix +[\d.]+ ± [\d.]+  n=3", row)
+    gaps = dict(
+        browser(tmp_path / "compare.html").driver.execute_script(
+            "return [...document.querySelectorAll('td[data-key]:last-child')].map("
+            "  cell => [cell.dataset.key, cell.querySelector('small').textContent])"
+        )
+    )
+    silent = {key for key, gap in gaps.items() if not gap}
+    assert {"train/images_per_s", "train/seconds", "train/resumed_from_step", "train/loss"} < silent
+    assert {"osr/pixels/auroc", "knn_pixels/top1", "majority/top1", "data/bad_images"} < silent
+    assert {key for key in gaps if key.startswith(("knn/", "linear/", "quality/", "osr/deep_knn/"))} & silent == set()
+    assert gaps["their/measure"] == "+0.2500 ± 0.0000, higher in 2 of 2"  # which way is better is not known
+
+
+def test_lower_is_better_where_it_is(runs, compare):
+    for split, values in ((1, (0.5, 0.4)), (2, (0.5, 0.6))):
+        for mix, value in zip(("none", "gradmix"), values, strict=True):
+            change(runs / f"{mix}/split-{split}", osr__deep_knn__fpr95_known=value)
+    change(runs / "gradmix/split-2", osr__deep_knn__fpr95_known=0.45)
+    out = compare(runs / "none", runs / "gradmix")[1]
+    (row,) = re.findall(r"  FPR95 known of deep_knn, % ↓\n.*\n(.*)", out)
+    assert row.endswith("-7.50 ± 3.54, better in 2 of 2")
+
+
+def test_one_pair_is_no_evidence(runs, compare, tmp_path):
+    code, out, _ = compare(runs / "none/split-1", runs / "gradmix/split-1")
+    assert code == 0
+    (row,) = re.findall(r"  AUROC of deep_knn, % ↑\n.*\n(.*)", out)
+    assert row.endswith("n=1   +5.00 (n = 1: no evidence)") and "higher in" not in out and "better in" not in out
+    assert "n = 1: one pair of runs is no evidence of a difference" in out
+    assert "one pair of runs is no evidence of a difference" in (tmp_path / "compare.html").read_text()
 
 
 def test_the_same_run_twice_counts_once_and_runs_again_are_one_unit(runs, compare):
@@ -107,7 +155,7 @@ def test_every_number_is_there_also_of_later_runs(runs, compare, tmp_path):
 def test_one_run_alone(digits_run, compare):
     code, out, _ = compare(digits_run)
     assert code == 0
-    assert "method=joint, mix=gradmix" in out and "±" not in out.split("± standard")[0]
+    assert "method=joint, mix=gradmix" in out and "±" not in out.split("Mean ± standard")[0]
 
 
 def test_bad_input_is_one_line(compare, tmp_path, runs):

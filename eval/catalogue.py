@@ -1,0 +1,349 @@
+"""Every number that a run reports: where it stands, what it is called, what it says, and which way is better.
+
+The terminal, report.html, gradmix-compare, TensorBoard and docs/numbers.md read these tables. A new number of
+predictions or of scores is one entry here: its ``compute`` is called wherever classes or unknown images are judged.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from gradmix.eval import metrics
+
+
+class Scores(NamedTuple):
+    """What a detector says of the test images; higher scores are more unknown.
+
+    Attributes:
+        known: scores of the known images, ``[N]``.
+        unknown: scores of the unknown images, ``[M]``.
+        correct: whether the closest class of each known image is the right one, ``[N]``.
+        threshold: calibrated on held-out known images; None without any.
+    """
+
+    known: Any
+    unknown: Any
+    correct: Any
+    threshold: float | None = None
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A number, or the same number of several classifiers or detectors.
+
+    Attributes:
+        key: of metrics.json; ``{classifier}``, ``{detector}`` or ``{kind}`` stand for what is measured.
+        title: what it is called, in a few words.
+        sentence: what it says, in one plain sentence.
+        better: which way is better; "" where neither is.
+        share: a number in [0, 1], which is shown in per cent.
+        of: the method, or only the session that ran it: its machine, its length, its own loss. Sessions differ in these
+            without one method being better, so they are never compared.
+        terminal: whether a command's table has it.
+        compared: whether it is among the few that stand for a run: in gradmix-compare's table, and in the
+            hyper-parameters tab of TensorBoard.
+        compute: ``(predicted, labels)`` of known test images to the number, or `Scores` to the number, or to None where
+            it can't be told; None for numbers that are measured elsewhere.
+    """
+
+    key: str
+    title: str
+    sentence: str
+    better: Literal["higher", "lower", ""] = "higher"
+    share: bool = True
+    of: Literal["method", "session"] = "method"
+    terminal: bool = False
+    compared: bool = False
+    compute: Callable[..., float | None] | None = None
+
+    @property
+    def name(self) -> str:
+        """The last part of the key."""
+        return self.key.rpartition("/")[2]
+
+    @property
+    def scale(self) -> int:
+        """What the number is multiplied by before it is shown."""
+        return 100 if self.share else 1
+
+    @property
+    def arrow(self) -> str:
+        return {"higher": "↑", "lower": "↓", "": ""}[self.better]
+
+    def at(self, subject: str) -> str:
+        """The key of one classifier's or detector's number."""
+        return re.sub(r"\{\w+\}", lambda _: subject, self.key)
+
+    @cached_property
+    def pattern(self) -> re.Pattern:
+        """The keys, with what is measured as the group."""
+        parts = re.split(r"(\{\w+\})", self.key)
+        inside = {"{classifier}": "(.+)", "{detector}": "([^/]+)", "{kind}": "(.+)"}
+        return re.compile("".join(inside.get(part) or re.escape(part) for part in parts))
+
+
+OPEN_SET = (
+    Metric(
+        "osr/{detector}/auroc",
+        "AUROC",
+        "Probability that an unknown image scores above a known one; 50 % is chance.",
+        terminal=True,
+        compared=True,
+        compute=lambda s: metrics.auroc(s.known, s.unknown),
+    ),
+    Metric(
+        "osr/{detector}/aupr",
+        "AUPR",
+        "Average precision of finding the unknown images; chance is their share of the test set.",
+        terminal=True,
+        compute=lambda s: metrics.aupr(s.known, s.unknown),
+    ),
+    Metric(
+        "osr/{detector}/aupr_known",
+        "AUPR known",
+        "Average precision of finding the known images.",
+        compute=lambda s: metrics.aupr(s.known, s.unknown, positive="known"),
+    ),
+    Metric(
+        "osr/{detector}/fpr95",
+        "FPR95",
+        "Share of known images flagged when 95 % of the unknown ones are caught.",
+        better="lower",
+        terminal=True,
+        compute=lambda s: metrics.fpr_at_tpr(s.known, s.unknown),
+    ),
+    Metric(
+        "osr/{detector}/fpr95_known",
+        "FPR95 known",
+        "Share of unknown images accepted when 95 % of the known ones are.",
+        better="lower",
+        terminal=True,
+        compared=True,
+        compute=lambda s: metrics.fpr_at_tpr(s.known, s.unknown, positive="known"),
+    ),
+    Metric(
+        "osr/{detector}/oscr",
+        "OSCR",
+        "Area under the share of known images that are accepted and rightly classified, against the share of unknown "
+        "images accepted.",
+        terminal=True,
+        compared=True,
+        compute=lambda s: metrics.oscr(s.known, s.unknown, s.correct),
+    ),
+    Metric(
+        "osr/{detector}/closed_set_accuracy",
+        "Closed set",
+        "Share of known images whose closest class, to this detector, is their own.",
+        terminal=True,
+        compute=lambda s: float(np.asarray(s.correct).mean()),
+    ),
+    Metric(
+        "osr/{detector}/balanced_accuracy",
+        "Balanced decisions",
+        "Mean of the shares of known images accepted and of unknown ones rejected, at the threshold that accepts 95 % "
+        "of held-out known images.",
+        compute=lambda s: None if s.threshold is None else metrics.balanced_accuracy(s.known, s.unknown, s.threshold),
+    ),
+)
+
+KNOWN = (
+    Metric(
+        "{classifier}/top1",
+        "Accuracy",
+        "Share of the known test images whose class is right.",
+        terminal=True,
+        compared=True,
+        compute=metrics.closed_set_accuracy,
+    ),
+    Metric(
+        "{classifier}/balanced_accuracy",
+        "Balanced accuracy",
+        "Mean of the classes' recalls: every class counts the same, however many test images it has.",
+        terminal=True,
+        compared=True,
+        compute=lambda predicted, labels: metrics.mean_recall(metrics.class_recalls(predicted, labels)),
+    ),
+    Metric(
+        "{classifier}/lowest_recall",
+        "Lowest recall",
+        "Recall of the class that is recognised least.",
+        terminal=True,
+        compute=lambda predicted, labels: min(metrics.class_recalls(predicted, labels).values()),
+    ),
+    Metric(
+        "{classifier}/recall",
+        "Recall by class",
+        "By the class's name, the share of its test images whose class is right; without the classes that have no "
+        "test image.",
+    ),
+)
+
+QUALITY = (
+    Metric(
+        "quality/alignment",
+        "Alignment",
+        "Mean squared distance of the features of two augmented views of an image; lower is closer.",
+        better="",
+        share=False,
+    ),
+    Metric(
+        "quality/uniformity",
+        "Uniformity",
+        "How evenly the features cover the sphere; lower is more spread out.",
+        better="",
+        share=False,
+    ),
+    Metric(
+        "quality/effective_rank",
+        "Effective rank",
+        "How many directions the features use, from 1 to their width.",
+        better="",
+        share=False,
+    ),
+    Metric(
+        "quality/class_spread",
+        "Class spread (NC1)",
+        "Spread within classes over the spread between them; lower is tighter, 0 when every class is one point.",
+        better="",
+        share=False,
+    ),
+)
+
+CORRUPTED = (
+    Metric(
+        "corruptions/mean_error/{classifier}",
+        "Mean error",
+        "Share of corrupted test images whose class is wrong, mean over kinds and severities.",
+        better="lower",
+    ),
+    Metric(
+        "corruptions/mce/{classifier}",
+        "mCE",
+        "Error relative to kNN on raw pixels, mean over the kinds of corruption; 100 % is as good as raw pixels.",
+        better="lower",
+    ),
+    Metric(
+        "corruptions/{kind}",
+        "On corrupted images",
+        "Accuracy on one kind of corruption, mean over severities or of one severity; `/ce/` is the error relative "
+        "to kNN on raw pixels.",
+    ),
+)
+
+SESSION = tuple(
+    Metric(key, title, sentence, better="", share=share, of="session")
+    for key, title, sentence, share in (
+        (
+            "knn/held_out",
+            "kNN accuracy on held-out images",
+            "Share of the known images kept aside whose class is right, watched while training; in TensorBoard only.",
+            True,
+        ),
+        (
+            "train/images_per_s",
+            "Training images per second",
+            "On this machine, with what else ran there.",
+            False,
+        ),
+        ("train/seconds", "Seconds of training", "Of the last session only, where a run was resumed.", False),
+        ("train/steps", "Training steps", "Optimiser steps.", False),
+        ("train/resumed_from_step", "Resumed from step", "Where the last session began; 0 is a run in one go.", False),
+        ("train/skipped_steps", "Skipped steps", "Left out, since the loss or a gradient was not finite.", False),
+        ("train/lr", "Learning rate", "The highest one, derived from `base_lr` and the batch size.", False),
+        ("train/loss", "Training loss", "What is minimised; methods with other terms have other scales.", False),
+        ("train/supervised", "Supervised loss", "SupCon's term of the loss.", False),
+        ("train/selfsup", "Self-supervised loss", "NT-Xent's term of the loss.", False),
+        ("train/targets", "Loss of class targets", "The term that draws classes to fixed targets.", False),
+        ("train/mixed", "Mixed loss", "The term of the mixed images.", False),
+        ("train/kept", "Kept share of the image", "Share of an image's own pixels after mixing, mean.", True),
+        ("data/bad_images", "Unreadable files", "Image files that could not be decoded and were left out.", False),
+        ("splits", "Splits", "How many splits a mean is over.", False),
+    )
+)
+
+METRICS = (*OPEN_SET, *SESSION, *QUALITY, *CORRUPTED, *KNOWN)
+
+# Who is measured, in the order of the tables: a short name, and how it comes to its answers.
+CLASSIFIERS = {
+    "knn": ("kNN", "A vote of the nearest training images; nothing is trained on top of the features."),
+    "linear": ("linear probe", "A linear classifier trained on the frozen features."),
+    "linear_augmented": ("linear, augmented", "The same, trained on augmented images."),
+    "finetune": ("fine-tuned", "The whole network trained further with a linear layer on top."),
+    "few_labels": ("linear, few labels", "A linear classifier trained on so many labels; mean over draws."),
+    "knn_pixels": ("kNN on raw pixels", "The same vote on the images themselves, without learning."),
+    "majority": ("always the largest class", "Saying the largest class of the training images every time."),
+}
+BASELINES = ("pixels", "knn_pixels", "majority")  # what no method has a part in
+
+ENDS = re.compile(r"(_low|_high|_std|/std)$")  # of an interval, or a deviation: of the number before it
+
+
+def match(key: str) -> tuple[Metric, str] | None:
+    """The metric whose key this is, and the classifier or detector in it; None for keys of no metric."""
+    for metric in METRICS:
+        found = metric.pattern.fullmatch(ENDS.sub("", key))
+        if found:
+            return metric, next(iter(found.groups()), "")
+    return None
+
+
+def title(key: str) -> str:
+    """What a key is called beside others, ``AUROC of deep_knn``; the key itself where it is no metric's."""
+    found = match(key)
+    if found is None:
+        return key
+    metric, subject = found
+    return f"{metric.title} of {name_of(subject)}" if subject else metric.title
+
+
+def name_of(subject: str) -> str:
+    """What a classifier or detector is called: ``knn/k=20,t=0.1`` is ``kNN, k=20,t=0.1``."""
+    first, _, rest = subject.partition("/")
+    name = "raw pixels" if first == "pixels" else CLASSIFIERS[first][0] if first in CLASSIFIERS else first
+    return f"{name}, {rest}" if rest else name
+
+
+def is_of_the_method(key: str) -> bool:
+    """Whether a difference in this number can be one between methods."""
+    found = match(key)
+    if found is None:
+        return not key.startswith(("train/", "data/"))
+    return found[0].of == "method" and found[1] not in BASELINES
+
+
+def subjects(numbers: Iterable[str], metric: Metric) -> list[str]:
+    """The classifiers or detectors with this metric among some keys: classifiers in the order of `CLASSIFIERS`."""
+    found = [found[1] for key in numbers if not ENDS.search(key) and (found := match(key)) and found[0] is metric]
+    order = {name: place for place, name in enumerate(CLASSIFIERS)}
+    return sorted(found, key=lambda name: order.get(name.split("/")[0], len(order)))
+
+
+def compared(subjects: Sequence[str]) -> Iterator[str]:
+    """The keys that stand for a run, of these classifiers and detectors."""
+    for subject in subjects:
+        table = KNOWN if subject in CLASSIFIERS else OPEN_SET
+        yield from (metric.at(subject) for metric in table if metric.compared)
+
+
+def of_predictions(subject: str, predicted: Any, labels: Any, classes: Sequence[str] = ()) -> dict[str, Any]:
+    """Every number of a classifier's answers, by key.
+
+    Args:
+        predicted, labels: class indices of known test images, ``[N]``.
+        classes: names of the classes; with them the recall of each is there too.
+    """
+    numbers: dict[str, Any] = {m.at(subject): m.compute(predicted, labels) for m in KNOWN if m.compute}
+    if classes:
+        recalls = metrics.class_recalls(predicted, labels)
+        numbers[f"{subject}/recall"] = {classes[label]: recall for label, recall in recalls.items()}
+    return numbers
+
+
+def of_scores(scores: Scores) -> dict[str, float]:
+    """Every number of a detector's scores, by the last part of its key."""
+    numbers = {metric.name: metric.compute(scores) for metric in OPEN_SET if metric.compute}
+    return {name: value for name, value in numbers.items() if value is not None}

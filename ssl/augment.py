@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import kornia.augmentation as K
 import torch
+from kornia.augmentation.random_generator import CropGenerator, ResizedCropGenerator
 from torch import Tensor, nn
 
 from gradmix.ssl.config import AugmentConfig
@@ -22,9 +23,9 @@ class TwoViews(nn.Module):
         self.views, self.constants = views, constants
         c = config
         # Resampling through grid_sample crops the whole batch at once; "slice" would go image by image.
-        steps: list[nn.Module] = [
-            K.RandomResizedCrop((size, size), tuple(c.crop), tuple(c.ratio), cropping_mode="resample")
-        ]
+        crop = K.RandomResizedCrop((size, size), tuple(c.crop), tuple(c.ratio), cropping_mode="resample")
+        crop._param_generator = CropSizes((size, size), tuple(c.crop), tuple(c.ratio))
+        steps: list[nn.Module] = [crop]
         if c.rotate:
             steps.append(K.RandomRotation(c.rotate, p=1.0))
         if c.flip:
@@ -44,6 +45,28 @@ class TwoViews(nn.Module):
         with forked_rng(seed, images.device):
             views = self.steps(views)
         return normalize(views.clamp(0, 1), self.constants)
+
+
+class CropSizes(ResizedCropGenerator):
+    """Areas and ratios as torchvision's RandomResizedCrop draws them: the first of ten that fit, or as much as fits.
+
+    So does kornia from 0.9 on, with the same random numbers. Before (and Python 3.10 gets no 0.9), it takes no crop as
+    wide or as high as the image, exchanges height and width, and stretches what it takes instead.
+    """
+
+    def forward(self, batch_shape: tuple[int, ...], same_on_batch: bool = False) -> dict[str, Tensor]:
+        (height, width), (low, high) = batch_shape[-2:], self.scale
+        area = (self.rand_sampler.rsample((batch_shape[0], 10)) * (high - low) + low) * height * width
+        ratio = self.log_ratio_sampler.rsample((batch_shape[0], 10)).exp()
+        w, h = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()  # [B, 10]
+        fits = (0 < w) & (w <= width) & (0 < h) & (h <= height)
+        first = fits.int().argmax(dim=1, keepdim=True)  # of equal ones the first
+        least, most = self.ratio
+        whole_h, whole_w = min(height, round(width / least)), min(width, round(height * most))
+        h = torch.where(fits.any(1), h.gather(1, first)[:, 0], whole_h)
+        w = torch.where(fits.any(1), w.gather(1, first)[:, 0], whole_w)
+        self.size = torch.stack([h, w], dim=1)
+        return CropGenerator.forward(self, batch_shape, same_on_batch)
 
 
 @contextmanager

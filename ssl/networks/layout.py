@@ -8,7 +8,7 @@ def layout_of(network: nn.Module, channels_last: bool = True) -> torch.memory_fo
     """The memory layout for a network and the images that go into it.
 
     channels_last is what convolutions want, on GPUs and on CPUs. A network with a narrow strided 1x1 convolution stays
-    contiguous: torch 2.13.0, 2.14.1 and 2.15.0 write out of bounds in the backward pass of a 1x1 convolution of
+    contiguous: torch 2.6.0, 2.13.0, 2.14.1 and 2.15.0 write out of bounds in the backward pass of a 1x1 convolution of
     stride 2 with fewer than 8 input channels, in channels_last, on the CPU with one thread (oneDNN's kernels
     for AVX2; on processors with AVX-512, ``ONEDNN_MAX_CPU_ISA=AVX2`` shows it). Nothing is said of it until the heap
     breaks. The rule does not ask for version, device or threads: a network so narrow gains nothing from the layout.

@@ -54,6 +54,9 @@ def test_commands_of_the_readme(line, folder, command):
     name, *arguments = line.split("#")[0].split()
     name = name.removeprefix("gradmix-")
     result = command(name, *arguments, *SMALL[name])
+    if "onnx" in line and torch.__version__ < "2.11":
+        assert result.code == 2 and "onnx needs torch 2.11" in result.err
+        return
     assert result.code == 0, result.err
     (expected,) = (value for key, value in LEFT_BEHIND.items() if key in line)
     numbers = json.loads((folder / "runs/mine/metrics.json").read_text())

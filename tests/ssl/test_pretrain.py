@@ -112,8 +112,10 @@ def test_timms_networks_compile(name, monkeypatch, config):
     found = step_gradients(*built_of_timms(name, config, speed=SpeedConfig(compile=True)))
     assert len(compiled) >= 4
     torch.testing.assert_close(found[1].attribution, expected[1].attribution, atol=1e-3, rtol=1e-3)
+    # Biases before a BatchNorm have no gradient but what rounding leaves, which follows the size of all the others.
+    rounding = 1e-7 * sum(gradient.norm() for gradient in expected[0].values())
     for name, gradient in expected[0].items():
-        assert (gradient - found[0][name]).norm() <= 1e-3 * gradient.norm() + 1e-7, name
+        assert (gradient - found[0][name]).norm() <= 1e-3 * gradient.norm() + rounding, name
 
 
 def test_evaluation_between_steps_leaves_no_stage_uncompiled(monkeypatch, config, data):

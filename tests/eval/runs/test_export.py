@@ -16,6 +16,7 @@ from gradmix.ssl.data.images import normalize
 from gradmix.ssl.networks.backbones import backbone_metadata, build_encoder
 from gradmix.ssl.runs.files import write_tensors
 
+ONNX = torch.__version__ >= "2.11"
 IMAGES = torch.rand(5, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
@@ -64,6 +65,7 @@ def test_safetensors_fit_timm(tmp_path, name):
     assert torch.equal(features, expected)
 
 
+@pytest.mark.skipif(not ONNX, reason="torch before 2.11")
 @ENCODERS
 def test_onnx(tmp_path, encoder):
     expected = run(tmp_path, **encoder)
@@ -73,6 +75,13 @@ def test_onnx(tmp_path, encoder):
     for count in (5, 1):  # any batch
         (features,) = session.run(["features"], {"images": IMAGES[:count].numpy()})
         np.testing.assert_allclose(features, expected[:count], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.skipif(ONNX, reason="this torch writes ONNX")
+def test_older_torch_says_so(tmp_path):
+    run(tmp_path, width=4, stem="small")
+    with pytest.raises(ValueError, match=r"export: onnx needs torch 2\.11 or newer, this is 2\."):
+        export_backbone(tmp_path, ["onnx"], tmp_path / "out")
 
 
 @ENCODERS

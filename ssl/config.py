@@ -38,16 +38,19 @@ class AugmentConfig:
 class DataConfig:
     name: str = MISSING  # data set
     root: str | None = None  # folder of the images; where torchvision's data sets are downloaded to
-    image_size: int = 32  # side in pixels that every image is brought to
+    image_size: int | None = 32  # side in pixels of every image; null: 32, 64, 128 or 224, by the images
+    fit: str = "crop"  # whole images: crop (shorter side to image_size, middle) | pad (longer side, black) | squash
+    views: str = "auto"  # training views: cut from files | from squares of image_size; auto: files larger than those
     split: int | str | None = None  # 0-4: the field's open-set splits; all: every one; null: all classes are known
     known: list[Any] | None = None  # known classes by name or index, instead of a split
     pseudo_unknown: int = 0  # to choose settings: the last so many known classes play the unknown, those are left out
     unknown_root: str | None = None  # folder of images, any depth: the unknown images, instead of unknown classes
     holdout: float = 0.1  # share of the known training images kept aside: thresholds, kNN while training
     test_fraction: float = 0.25  # imagefolder without test/: share of the images that becomes the test set
-    memory_gib: float = 4.0  # images that fit are decoded once and kept as uint8; larger sets stream
-    workers: int = 2  # decoder processes, when streaming; never more than there are CPUs
-    on_bad_image: str = "error"  # error: stop before training and name them all; skip: leave them out, bad_images.json
+    memory_gib: float = 4.0  # squares that fit are decoded once and kept as uint8; larger sets stream
+    workers: int | None = None  # decoder processes, when streaming; null: all CPUs, shared among processes, at most 16
+    on_bad_image: str = "error"  # error: stop and name them; skip: leave them out, bad_images.json
+    scan: bool = False  # look at all files before the first step; unset: bad ones are found when their turn comes
     augment: AugmentConfig = field(default_factory=AugmentConfig)
 
 

@@ -11,11 +11,22 @@ from torch import Tensor, nn
 from gradmix.ssl.config import Config
 
 STATES = {"adam": 2, "adamw": 2}  # what an optimizer keeps per weight; 1 for the others
+MOST_DECODERS = 16  # a few feed any card
 
 
 def usable_cpus() -> int:
     """CPUs that this process may use: schedulers and containers often allow fewer than there are."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def decoders(asked: int | None, processes: int = 1) -> int:
+    """Processes that decode images for one of the ``processes`` that train on this machine.
+
+    Args:
+        asked: ``data.workers``; None: what the machine has, shared, and at most 16, for each holds two batches.
+    """
+    cpus = usable_cpus()
+    return min(MOST_DECODERS, max(1, cpus // processes)) if asked is None else min(asked, cpus)
 
 
 def free_memory() -> int | None:

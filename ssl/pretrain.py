@@ -23,8 +23,9 @@ from gradmix.ssl.augment import TwoViews
 from gradmix.ssl.config import Config, MethodConfig, MixConfig
 from gradmix.ssl.data.images import ImageSet
 from gradmix.ssl.data.loader import Batch, TrainLoader, seed_of
+from gradmix.ssl.data.views import Crops
 from gradmix.ssl.losses import NTXentLoss, SupConLoss
-from gradmix.ssl.machine import precision
+from gradmix.ssl.machine import decoders, precision
 from gradmix.ssl.networks.backbones import build_backbone
 from gradmix.ssl.networks.layout import layout_of
 from gradmix.ssl.targets import OrthogonalTargetLoss
@@ -159,7 +160,8 @@ class Pretraining(LightningModule):
 
     def extra_view(self, batch: Batch, seed: int) -> Mixed:
         """The control of equal compute: where others mix, one more view of each view's image, nothing pasted."""
-        views = self.augment(batch.images, seed_of(seed, 1)).contiguous(memory_format=self.layout)
+        images = batch.images if batch.images.ndim == 4 else batch.images[:, 2:]  # of photographs, four views are cut
+        views = self.augment(images, seed_of(seed, 1)).contiguous(memory_format=self.layout)
         rows = torch.arange(len(views), device=views.device)
         return Mixed(views, torch.ones(len(views), device=views.device), rows)
 
@@ -167,6 +169,13 @@ class Pretraining(LightningModule):
     def needs_selfsup(self) -> bool:
         method = self.config.method
         return bool(method.selfsup) or (self.mixer is not None and method.attribution == "selfsup")
+
+    @property
+    def crops(self) -> Crops:
+        """The views that a step needs of each photograph."""
+        augment = self.config.data.augment
+        count = 4 if self.config.mix.name == "extra_view" else 2
+        return Crops(count, tuple(augment.crop), tuple(augment.ratio))
 
     def train_dataloader(self) -> TrainLoader:
         self.loader = TrainLoader(
@@ -178,7 +187,9 @@ class Pretraining(LightningModule):
             device=self.device,
             rank=self.global_rank,
             world_size=self.trainer.world_size,
-            workers=self.config.data.workers,
+            workers=decoders(self.config.data.workers, self.trainer.world_size // self.trainer.num_nodes),
+            crops=self.crops,
+            on_bad_image="tell" if self.config.data.on_bad_image == "error" else "skip",  # Guard raises, everywhere
         )
         return self.loader
 

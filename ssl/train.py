@@ -92,7 +92,7 @@ def train(config: Config, data: OpenSetData, callbacks: Sequence[Callback] = ())
     if start < config.epochs * (len(data.train) // config.batch_size):  # else stopped before the files below
         trainer.fit(module)
     if trainer.is_global_zero:
-        metadata = backbone_metadata(module.backbone, config.data.image_size)
+        metadata = backbone_metadata(module.backbone, config.data.image_size, config.data.fit)
         metadata["classes"] = json.dumps(data.classes)
         write_tensors(run_dir / "backbone.safetensors", module.backbone.state_dict(), metadata)
         write_tensors(run_dir / "head.safetensors", module.head.state_dict())

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from gradmix.ssl.data.images import Constants, ImageSet
+from gradmix.ssl.data.reading import stamp
 from gradmix.ssl.runs.files import write_atomically
 
 DTYPES = {"F32": np.dtype("<f4"), "I64": np.dtype("<i8")}
@@ -43,13 +44,14 @@ def frozen(module: nn.Module) -> Iterator[None]:
 def images_key(images: ImageSet, constants: Constants) -> str:
     """SHA-256 of the pixels, or where there are files of their names, sizes and times; of the labels; the transform."""
     mean, std = constants
-    digest = hashlib.sha256(f"{images.size} {mean} {std}".encode())
+    fit = "" if images.fit == "crop" else f" {images.fit}"
+    digest = hashlib.sha256(f"{images.size} {mean} {std}{fit}".encode())
     digest.update(images.labels.numpy())
     if images.files is None:
         digest.update(images.images.numpy())
     for name in images.files or ():
-        stat = Path(name).stat()
-        digest.update(f"{name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+        size, changed = stamp(name)
+        digest.update(f"{name} {size} {changed}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()
 
 

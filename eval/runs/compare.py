@@ -10,12 +10,13 @@ from torch import Tensor
 
 from gradmix.eval import metrics
 from gradmix.ssl.data.images import ImageSet
+from gradmix.ssl.data.reading import content
 
 
 def image_hashes(images: ImageSet) -> Tensor:
     """Which images these are, ``[N]`` int64: of the file's bytes, or of the pixels where there never was a file."""
     if images.files is not None:
-        contents = (Path(path).read_bytes() for path in images.files)
+        contents = map(content, images.files)
     else:
         contents = (image.numpy().tobytes() for image in images.images)
     return torch.tensor([int.from_bytes(hashlib.sha256(c).digest()[:8], "big", signed=True) for c in contents])

@@ -19,7 +19,7 @@ from gradmix.ssl.runs.files import write_text
 # Where and how fast a run computes, not what: these may differ when a run goes on.
 FREE_KEYS = (
     *("run_dir", "trainer", "checkpoint_seconds", "data.workers", "data.on_bad_image", "data.root", "data.memory_gib"),
-    *("on_nonfinite", "max_skipped_steps"),
+    *("data.scan", "on_nonfinite", "max_skipped_steps"),
     *("detectors", "detector_options", "data.unknown_root"),
 )
 

@@ -2,7 +2,6 @@
 
 import sys
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import torch
 

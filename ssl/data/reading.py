@@ -74,7 +74,8 @@ def opened_image(path: str) -> Iterator[Image.Image]:
     except UnidentifiedImageError as error:
         raise ValueError(f"{path}: not a readable image (no format known here)") from error
     except Exception as error:  # a damaged file can raise nearly anything
-        raise ValueError(f"{path}: not a readable image ({error or type(error).__name__})") from error
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise ValueError(f"{path}: not a readable image ({reason})") from error
 
 
 def orientation(image: Image.Image) -> int:

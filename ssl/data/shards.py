@@ -55,8 +55,12 @@ def _members(shard: str) -> list[tuple[str, str | None]]:
     """Path and class name of every image in a shard, in its order."""
     images, classes = [], {}
     try:
+        if os.path.getsize(shard) % tarfile.BLOCKSIZE:
+            raise tarfile.ReadError("it was cut short")
         with tarfile.open(shard, "r:") as tar:
             for member in tar:
+                if member.offset_data + member.size > os.path.getsize(shard):  # tarfile says nothing
+                    raise tarfile.ReadError(f"it ends in the middle of {member.name}")
                 folder, name = os.path.split(member.name)
                 if not member.isreg() or is_hidden(name):
                     continue

@@ -223,7 +223,8 @@ def test_memory_stays_below_a_gibibyte(root, tmp_path):
     whole(root / "dog/large.png", size=(6000, 4000))
     code = (
         "import re; from gradmix.ssl.config import DataConfig; from gradmix.ssl.data.open_set import load_data\n"
-        f"data = load_data(DataConfig(name='imagefolder', image_size=8, root={str(root)!r}, on_bad_image='skip', scan=True), 0)\n"
+        f"config = DataConfig(name='imagefolder', image_size=8, root={str(root)!r}, on_bad_image='skip')\n"
+        "data = load_data(config, 0, look=True)\n"
         # Not ru_maxrss, which a process inherits from the one that started it. Without the pages of libraries, which
         # the kernel maps as it likes (here 0.3 to 0.6 GiB for the same imports) and takes back at will.
         "memory = dict(re.findall(r'(VmHWM|RssFile):\\s*(\\d+)', open('/proc/self/status').read()))\n"

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 
 from gradmix.ssl.data.images import ImageSet, decode
 from gradmix.ssl.data.views import Crops
@@ -125,7 +125,7 @@ class Stream:
         epoch, step, rows = place
         bad: dict[str, str] = {}
         try:
-            images = torch.stack([self._image(epoch, step, int(row), bad) for row in rows])
+            images = default_collate([self._image(epoch, step, int(row), bad) for row in rows])  # into shared memory
         except ValueError as error:
             return str(error)
         index = torch.from_numpy(rows)

@@ -14,6 +14,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
 EXTENSIONS = frozenset(extension for extension, kind in Image.registered_extensions().items() if kind in FORMATS)
 MAX_PIXELS = 89_478_485  # Pillow's limit, a quarter of a GiB as RGB: more is a decompression bomb
+AT_ONCE = 2**25  # bytes of files that are read whole: Pillow reads headers in many small pieces
 MEMBER = re.compile(r"(.+\.tar)#(\d+)\+(\d+)#", re.DOTALL)  # shard#offset+bytes#name: see gradmix.ssl.data.shards
 
 
@@ -27,17 +28,18 @@ def opened(path: str) -> BinaryIO:
     member = MEMBER.match(path)
     file = open(path if member is None else member[1], "rb", opener=_without_waiting)
     try:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        state = os.fstat(file.fileno())
+        if not stat.S_ISREG(state.st_mode):
             raise ValueError("not a regular file")
-        if member is None:
+        if member is None and state.st_size > AT_ONCE:
             return file
-        file.seek(int(member[2]))
-        content = BytesIO(file.read(int(member[3])))
+        file.seek(0 if member is None else int(member[2]))
+        inside = BytesIO(file.read(AT_ONCE if member is None else int(member[3])))
     except BaseException:
         file.close()
         raise
     file.close()
-    return content
+    return inside
 
 
 def _without_waiting(path: str, flags: int) -> int:

@@ -56,6 +56,9 @@ from gradmix.ssl.config import *
 from gradmix.ssl.data.open_set import load_data
 from gradmix.ssl.train import train
 imported = time.perf_counter()
+def peak():
+    return int(re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1]) / 1024
+before = peak()
 data = DataConfig("imagefolder", sys.argv[1], image_size=64)
 config = Config(run_dir=sys.argv[2], epochs=1, batch_size=16, data=data, method=MethodConfig("simclr", selfsup=1.0),
     mix=MixConfig("none"), encoder=EncoderConfig("resnet18", width=4), optimizer=OptimizerConfig("adam"),
@@ -64,8 +67,8 @@ loaded = load_data(config.data, 0)
 listed = time.perf_counter()
 class Stop(Callback):
     def on_train_batch_end(self, *_):
-        peak = int(re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1]) / 1024
-        print("RESULT", imported - began, listed - imported, time.perf_counter() - listed, peak, flush=True)
+        times = imported - began, listed - imported, time.perf_counter() - listed
+        print("RESULT", *times, before, peak(), flush=True)
         os._exit(0)
 train(config, loaded, [Stop()])
 """
@@ -250,7 +253,7 @@ def start(files: list[str], folder: Path, count: int) -> list[dict]:
         command = [sys.executable, "-c", FIRST_STEP, str(folder / "images"), str(folder / name)]
         out = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
         numbers = [float(word) for word in out.split("RESULT", 1)[1].split()]
-        keys = ("imports, s", "list and split, s", "to the end of the first step, s", "peak memory, MiB")
+        keys = ("imports, s", "list and split, s", "first step, s", "imports, MiB", "in all, MiB")
         runs.append({key: round(value, 1) for key, value in zip(keys, numbers, strict=True)})
     return runs
 

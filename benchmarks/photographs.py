@@ -6,8 +6,8 @@ PHOTOGRAPHS.tar holds folders of image files of any size. All loaders read the s
 pixels, and have the same number of workers with one thread each; they take turns, and the median of the repeats counts.
 "A core" is a second of the workers' processor time, so that other work on the machine does not matter:
 
-- ``ours``: decode once, cut and resize two crops. Flip, colours and blur are the device's; what they take where there is
-  only this processor is measured beside it and added.
+- ``ours``: decode once, cut and resize two crops. Flip, colours and blur are the device's; what they take where there
+  is only this processor is measured beside it and added.
 - ``torchvision crops``: ``ImageFolder`` and v2's ``RandomResizedCrop``, twice. The same work as ours.
 - ``torchvision``: with flip, colours, blur and normalisation, twice. The whole work.
 - ``lightly``: its ``SimCLRTransform``. The whole work.

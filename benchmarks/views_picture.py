@@ -29,7 +29,7 @@ def main() -> None:
     from matplotlib import pyplot
     from matplotlib.patches import Rectangle
 
-    titles = ("photograph and its middle square", "a fifth of the square", "the same of the file", "a view of the border")
+    titles = ("photograph and its middle square", "a fifth of the square", "the same of the file", "the border")
     figure, rows = pyplot.subplots(PHOTOGRAPHS, 4, figsize=(9, 2.1 * PHOTOGRAPHS), dpi=100)
     with tempfile.TemporaryDirectory() as folder:
         files = list_images(unpack(arguments.photographs, Path(folder)))

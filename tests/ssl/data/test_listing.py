@@ -43,9 +43,10 @@ def test_links_are_followed_alike_in_training_and_scoring(root):
 
 
 def test_lists_are_sorted_and_the_same_every_time(tmp_path):
-    for name in ("b/2.png", "a/1.png", "a 1.png", "c.jpg", "B.png"):
-        picture(tmp_path / name)
-    assert list_images(tmp_path) == sorted(str(tmp_path / n) for n in ("b/2.png", "a/1.png", "a 1.png", "c.jpg", "B.png"))
+    paths = [tmp_path / name for name in ("b/2.png", "a/1.png", "a 1.png", "c.jpg", "B.png")]
+    for path in paths:
+        picture(path)
+    assert list_images(tmp_path) == sorted(map(str, paths))
 
 
 @pytest.mark.parametrize("names", [("val",), ("valid",), ("validation",), ("test",), ("val", "test")])

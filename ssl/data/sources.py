@@ -65,7 +65,7 @@ def imagefolder(config: DataConfig, seed: int) -> Source:
         return Source(_of_classes(*train, classes), _of_classes(*test, classes), classes, notes=notes)
     everything, classes = _by_class(root, config.image_size)
     if len(classes) == 1:
-        raise ValueError(f"data.root: {root} has one class folder only ({classes[0]}){_other_root(root, classes[0])}")
+        raise _only_one(root, classes[0])
     train, test = stratified(everything.labels, config.test_fraction, seed)
     return Source(everything.select(train), everything.select(test), classes)
 
@@ -76,7 +76,9 @@ def _by_class(root: Path, size: int) -> tuple[ImageSet, list[str]]:
         return read_shards(root, size)
     names = list_folders(root)
     found = {name: list_images(root / name) for name in names}
-    if not any(found.values()):
+    if not any(found.values()):  # empty folders are no classes
+        if len(names) == 1 and not list_images(root):
+            raise _only_one(root, names[0])
         return images_below("data.root", root, size), []
     return _labelled(found, size), names
 
@@ -187,12 +189,14 @@ def _labelled(found: dict[str, list[str]], size: int) -> ImageSet:
     return ImageSet(labels, size, files=[file for files in found.values() for file in files])
 
 
-def _other_root(root: Path, only: str) -> str:
-    """A hint for a root with one class folder: it may be one level too high, or too low."""
+def _only_one(root: Path, only: str) -> ValueError:
+    """One class folder: the root may be one level too high, or too low."""
+    hint = "give at least two"
     if len(list_folders(root / only)) > 1:
-        return f"; did you mean data.root={root / only}?"
-    loose = any(path.is_file() and path.suffix.lower() in EXTENSIONS for path in root.iterdir())
-    return f"; did you mean data.root={root.parent}?" if loose else "; give at least two"
+        hint = f"did you mean data.root={root / only}?"
+    elif any(path.is_file() and path.suffix.lower() in EXTENSIONS for path in root.iterdir()):
+        hint = f"did you mean data.root={root.parent}?"
+    return ValueError(f"data.root: {root} has one class folder only ({only}); {hint}")
 
 
 def images_below(key: str, root: Path, size: int) -> ImageSet:

@@ -15,6 +15,8 @@ from gradmix.ssl.data.images import IMAGENET, Constants, normalize
 class TwoViews(nn.Module):
     """uint8 ``[B, 3, S, S]`` to normalised float views ``[2B, 3, S, S]``, view-major; or another number of views.
 
+    Of ``[B, V, 3, S, S]``, views that were cut from photographs, the first two are taken as they are, without a crop.
+
     Crop, rotation, flip, colour jitter, greyscale, blur: SimCLR's (arXiv 2002.05709), as far as the config has them.
     """
 
@@ -23,9 +25,9 @@ class TwoViews(nn.Module):
         self.views, self.constants = views, constants
         c = config
         # Resampling through grid_sample crops the whole batch at once; "slice" would go image by image.
-        crop = K.RandomResizedCrop((size, size), tuple(c.crop), tuple(c.ratio), cropping_mode="resample")
-        crop._param_generator = CropSizes((size, size), tuple(c.crop), tuple(c.ratio))
-        steps: list[nn.Module] = [crop]
+        self.crop = K.RandomResizedCrop((size, size), tuple(c.crop), tuple(c.ratio), cropping_mode="resample")
+        self.crop._param_generator = CropSizes((size, size), tuple(c.crop), tuple(c.ratio))
+        steps: list[nn.Module] = []
         if c.rotate:
             steps.append(K.RandomRotation(c.rotate, p=1.0))
         if c.flip:
@@ -41,9 +43,11 @@ class TwoViews(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor, seed: int) -> Tensor:
-        views = images.float().div(255).repeat(self.views, 1, 1, 1)
+        cut = images.ndim == 5
+        images = images[:, : self.views].transpose(0, 1).flatten(0, 1) if cut else images
+        views = images.float().div(255)
         with forked_rng(seed, images.device):
-            views = self.steps(views)
+            views = self.steps(views if cut else self.crop(views.repeat(self.views, 1, 1, 1)))
         return normalize(views.clamp(0, 1), self.constants)
 
 

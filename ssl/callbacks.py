@@ -173,6 +173,7 @@ class Progress(Callback):
     """
 
     log_every_steps = 10
+    first_steps = 5  # over which the time that a run will take is measured
     seconds_per_line = 60.0
 
     def __init__(self, images_per_step: int) -> None:
@@ -208,11 +209,13 @@ class Progress(Callback):
         else:
             self.seconds = now - self._started
             self.images += self.images_per_step
+        left = (self.total - module.steps) * self.seconds * self.images_per_step / max(self.images, 1)
+        if self.images == self.first_steps * self.images_per_step and left >= 30 and trainer.is_global_zero:
+            tqdm.write(f"expected time: {tqdm.format_interval(left)}, measured over {self.first_steps} steps")
         if self.bar.update(1):
             self.bar.set_postfix(self.status(module), refresh=False)
         elif self.bar.disable and trainer.is_global_zero and now - self._line_at >= self.seconds_per_line:
             self._line_at = now
-            left = (self.total - module.steps) * self.seconds * self.images_per_step / max(self.images, 1)
             parts = [f"step {module.steps}/{self.total}", *(f"{k} {v}" for k, v in self.status(module).items())]
             print(", ".join([*parts, f"{tqdm.format_interval(left)} left"]), file=sys.stderr)
         if module.steps % self.log_every_steps == 0 and trainer.is_global_zero:

@@ -40,7 +40,20 @@ class AugmentConfig:
 class DataConfig:
     name: str = key(MISSING, "data set", role="data")
     root: str | None = key(None, "folder of the images, or where torchvision downloads them to", path=True, free=True)
-    image_size: int = key(32, "side in pixels that every image is brought to", at_least=1, role="data")
+    image_size: int | None = key(
+        32, "side in pixels of every image; null: 32, 64, 128 or 224, by the images", at_least=1, role="data"
+    )
+    fit: str = key(
+        "crop",
+        "how a whole image becomes a square: its middle, with black borders, or squashed",
+        choices=("crop", "pad", "squash"),
+        role="data",
+    )
+    views: str = key(
+        "auto",
+        "training views are cut from the files, or from squares of image_size; auto: from files larger than those",
+        choices=("auto", "files", "squares"),
+    )
     split: int | str | None = key(
         None, "0-4: the field's splits; all: every one; null: all classes are known", role="unit"
     )
@@ -59,15 +72,20 @@ class DataConfig:
         role="data",
     )
     test_fraction: float = key(
-        0.25, "imagefolder without test/: share of the images for the test set", at_least=0, at_most=1, role="data"
+        0.25, "imagefolder without test/: share of images for the test set", at_least=0, at_most=1, role="data"
     )
-    memory_gib: float = key(4.0, "images that fit are decoded once to uint8; larger sets stream", at_least=0, free=True)
-    workers: int = key(2, "decoder processes, when streaming; never more than there are CPUs", at_least=0, free=True)
+    memory_gib: float = key(4.0, "squares that fit are decoded once; larger sets stream", at_least=0, free=True)
+    workers: int | None = key(
+        None, "decoder processes, when streaming; null: all CPUs, shared, at most 16", at_least=0, free=True
+    )
     on_bad_image: str = key(
         "error",
-        "a file that can't be read: stop before training, or leave it out",
+        "a file that can't be read: stop and name it, or leave it out",
         choices=("error", "skip"),
         free=True,
+    )
+    scan: bool = key(
+        False, "look at all files before the first step; else bad ones are found when their turn comes", free=True
     )
     augment: AugmentConfig = field(default_factory=AugmentConfig)
 

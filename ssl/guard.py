@@ -10,7 +10,7 @@ from pytorch_lightning import Callback, Trainer
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
-from gradmix.ssl.data.loader import Batch
+from gradmix.ssl.data.loader import Batch, refusal
 from gradmix.ssl.pretrain import Pretraining
 
 # What people send, what systems send, and what schedulers send before they preempt (Windows has no SIGUSR1).
@@ -25,13 +25,16 @@ class Verdict:
         step: batches seen, over all epochs.
         lr: learning rate.
         rows: this process's rows of the training set, over the batches that were accumulated.
-        flags: ``[3]`` on the host: loss not finite, gradient not finite, number of the signal (0 for none).
+        bad: why image files of this process's rows can't be read.
+        flags: ``[4]`` on the host: loss not finite, gradient not finite, image not readable, number of the signal (0
+            for none).
         copied: recorded behind the copy of ``flags``; None when they are there already.
     """
 
     step: int
     lr: float
     rows: Tensor
+    bad: tuple[str, ...]
     flags: Tensor
     copied: torch.cuda.Event | None
 
@@ -44,6 +47,8 @@ class Verdict:
 
 class Guard(Callback):
     """Stops before a step whose loss or gradient is not finite, or leaves it out; hears signals. All processes alike.
+
+    So they do at an image file that can't be read: only one process sees it, and the others would wait for that one.
 
     On a CPU the optimizer never sees a step that is not finite. A GPU's verdict is copied beside its other work and
     read one optimizer step later, so that the host never waits for it; nothing is saved before it is read. Skipping
@@ -59,6 +64,7 @@ class Guard(Callback):
 
     Raises:
         FloatingPointError: out of ``trainer.fit``, with the step, learning rate and rows of the batch.
+        ValueError: an image file can't be read.
     """
 
     def __init__(self, on_nonfinite: str, limit: int, skipped: int = 0) -> None:
@@ -69,6 +75,7 @@ class Guard(Callback):
 
     def start_step(self) -> None:
         self.rows: list[Tensor] = []
+        self.bad_images: tuple[str, ...] = ()
         self.bad_losses: list[Tensor] = []
 
     def on_train_start(self, trainer: Trainer, module: Pretraining) -> None:
@@ -92,6 +99,7 @@ class Guard(Callback):
         if self.skips and not self.rows:
             self.buffers = [buffer.clone() for buffer in module.buffers()]
         self.rows.append(batch.index)
+        self.bad_images += batch.bad
 
     def on_before_backward(self, trainer: Trainer, module: Pretraining, loss: Tensor) -> None:
         self.bad_losses.append(~loss.detach().isfinite())
@@ -103,14 +111,16 @@ class Guard(Callback):
             gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
             bad_gradient = ~get_total_norm(gradients, float("inf")).isfinite()
         received = torch.full_like(bad_loss, self.received, dtype=torch.float)
-        flags = torch.stack([bad_loss.float(), bad_gradient.float(), received])
+        unread = torch.full_like(received, bool(self.bad_images))
+        flags = torch.stack([bad_loss.float(), bad_gradient.float(), unread, received])
         if torch.distributed.is_initialized():
             torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
         late = flags.is_cuda and not self.skips
         flags, copied = flags.to("cpu", non_blocking=late), torch.cuda.Event() if late else None
         if copied is not None:
             copied.record()
-        verdict = Verdict(module.steps, optimizer.param_groups[0]["lr"], torch.cat(self.rows), flags, copied)
+        lr, rows = optimizer.param_groups[0]["lr"], torch.cat(self.rows)
+        verdict = Verdict(module.steps, lr, rows, self.bad_images, flags, copied)
         self.start_step()
         self.settle()  # the step before, where it is late
         self.pending = verdict
@@ -121,14 +131,16 @@ class Guard(Callback):
 
     def is_finite(self) -> bool:
         """Whether the verdict that is still pending, if any, finds nothing wrong. It stays pending."""
-        return self.pending is None or not any(self.pending.read()[:2])
+        return self.pending is None or not any(self.pending.read()[:3])
 
     def settle(self) -> bool:
         """Read the verdict that is still pending, if any; whether it says to skip."""
         verdict, self.pending = self.pending, None
         if verdict is None:
             return False
-        bad_loss, bad_gradient, self.agreed = verdict.read()
+        bad_loss, bad_gradient, unread, self.agreed = verdict.read()
+        if unread:
+            raise ValueError(refusal(verdict.bad) if verdict.bad else "data: another process names an unreadable image")
         if not bad_loss and not bad_gradient:
             return False
         if self.skips and self.skipped < self.limit:

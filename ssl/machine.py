@@ -11,11 +11,23 @@ from torch import Tensor, nn
 from gradmix.ssl.config import Config
 
 STATES = {"adam": 2, "adamw": 2}  # what an optimizer keeps per weight; 1 for the others
+GIB = 2**30
+MOST_DECODERS = 16  # a few feed any card
 
 
 def usable_cpus() -> int:
     """CPUs that this process may use: schedulers and containers often allow fewer than there are."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def decoders(asked: int | None, processes: int = 1) -> int:
+    """Processes that decode images for one of the ``processes`` that train on this machine.
+
+    Args:
+        asked: ``data.workers``; None: what the machine has, shared, and at most 16, for each holds two batches.
+    """
+    cpus = usable_cpus()
+    return min(MOST_DECODERS, max(1, cpus // processes)) if asked is None else min(asked, cpus)
 
 
 def free_memory() -> int | None:
@@ -31,8 +43,9 @@ def free_memory() -> int | None:
     return min(found, default=None)
 
 
-def check_limits(config: Config, network: nn.Module, images: int, num_features: int) -> None:
-    """
+def check_limits(config: Config, network: nn.Module, images: int, num_features: int) -> str:
+    """What a step takes, in words, if everything fits.
+
     Args:
         network: images ``[N, 3, S, S]`` to projections.
         images: in all sets.
@@ -54,13 +67,32 @@ def check_limits(config: Config, network: nn.Module, images: int, num_features: 
 
     on_gpu = torch.cuda.is_available() and config.trainer.get("accelerator", "auto") != "cpu"
     places = config.trainer.get("num_nodes", 1) * (torch.cuda.device_count() if on_gpu else 1)
-    views = 2 * config.batch_size // places
+    views = (2 if config.mix.name == "none" else 4) * config.batch_size // places  # the mixed ones have a graph too
     views = min(views, config.speed.micro_batch or views)
     half = "16" in str(precision(config))
+    assert config.data.image_size is not None  # chosen by the images, when they were listed
     batch = views * activation_bytes(network, config.data.image_size) // (2 if half else 1)
     free = torch.cuda.mem_get_info(own_gpu(config))[0] if on_gpu else memory
     hint = "try a smaller batch_size, or speed.micro_batch"
     _check(f"batch_size: the activations of {views} views", batch, free, "on the device", hint)
+    return f"a step of {config.batch_size} images takes at least {batch / GIB:.2f} GiB" + (
+        f" of {free / GIB:.2f} GiB free" if free is not None else ""
+    )
+
+
+def check_queue(batch_bytes: int, workers: int) -> None:
+    """
+    Args:
+        batch_bytes: what a worker hands over at a time; two of them lie in shared memory for each worker.
+
+    Raises:
+        ValueError: shared memory is too small for them; a process that runs out of it dies without a word.
+    """
+    shared = Path("/dev/shm")
+    if workers and shared.is_dir():
+        hint = "try data.workers=0, a smaller batch_size, or more of it (docker run --shm-size=8g)"
+        what, free = f"data.workers: what {workers} workers hold ready", shutil.disk_usage(shared).free
+        _check(what, 2 * workers * batch_bytes, free, "in /dev/shm", hint)
 
 
 def own_gpu(config: Config) -> int:
@@ -106,8 +138,7 @@ def _existing(folder: Path) -> Path:
 
 def _check(what: str, needed: int, free: int | None, where: str, hint: str = "") -> None:
     if free is not None and needed > free:
-        gib = 2**30
         raise ValueError(
-            f"{what} need at least {needed / gib:.2f} GiB, {free / gib:.2f} GiB are free {where}"
+            f"{what} need at least {needed / GIB:.2f} GiB, {free / GIB:.2f} GiB are free {where}"
             + (f"; {hint}" if hint else "")
         )

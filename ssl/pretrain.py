@@ -24,6 +24,8 @@ from gradmix.ssl.augment import TwoViews
 from gradmix.ssl.config import Config, MixConfig
 from gradmix.ssl.data.images import ImageSet
 from gradmix.ssl.data.loader import Batch, TrainLoader, seed_of
+from gradmix.ssl.data.views import Crops
+from gradmix.ssl.machine import decoders
 from gradmix.ssl.networks.backbones import build_backbone
 from gradmix.ssl.networks.layout import layout_of
 from gradmix.ssl.objective import Rows, build_target_loss, check_mixing, losses_of, temperature_at, weights_of
@@ -56,7 +58,7 @@ class Pretraining(LightningModule):
         self.mixer = build_mixer(config.mix)
         if self.mixer is not None:
             check_mixing(method)
-        backbone = build_backbone(config.encoder, config.data.image_size)
+        backbone = build_backbone(config.encoder, train.size)
         self.layout = layout_of(backbone, config.speed.channels_last)
         self.backbone = backbone.to(memory_format=self.layout)
         watched = self.mixer.layers_in(self.backbone) if self.mixer is not None and self.mixer.looks else []
@@ -66,7 +68,7 @@ class Pretraining(LightningModule):
         self.head = ProjectionHead(
             [(features, features, None, nn.ReLU()), (features, config.encoder.head_dim, None, None)]
         )
-        self.augment = TwoViews(config.data.augment, config.data.image_size, constants=self.backbone.constants)
+        self.augment = TwoViews(config.data.augment, train.size, constants=self.backbone.constants)
         self.target_loss = build_target_loss(config, int(train.labels.max()) + 1) if method.targets else None
         self.losses = losses_of(method, self.mixer is not None, self.target_loss)
         self.weights = weights_of(method)
@@ -110,7 +112,8 @@ class Pretraining(LightningModule):
         if mixer is not None:
             guide = total if method.attribution == "joint" else losses[method.attribution]
             maps = self.attribute(mixer, views, z, guide, looks)  # [2B, H, W]
-            again = partial(self.draw_views, batch.images, seed_of(seed, 1))  # what extra_view calls
+            others = batch.images if batch.images.ndim == 4 else batch.images[:, 2:]  # of photographs, four are cut
+            again = partial(self.draw_views, others, seed_of(seed, 1))  # what extra_view calls
             generator = torch.Generator(views.device).manual_seed(seed)
             mixed = mixer(views, guide, generator, projections=z, attribution=maps, new_views=again)
             p = self.project(mixed.images)  # [2B, D]
@@ -125,7 +128,8 @@ class Pretraining(LightningModule):
         return total
 
     def draw_views(self, images: Tensor, seed: int) -> Tensor:
-        """Two random views ``[2B, 3, S, S]`` of images ``[B, 3, S, S]``, laid out as the network wants them."""
+        """Two random views ``[2B, 3, S, S]`` of images ``[B, 3, S, S]``, or of their crops ``[B, V, 3, S, S]``,
+        laid out as the network wants them."""
         return self.augment(images, seed).contiguous(memory_format=self.layout)
 
     def watched(self, looks: bool) -> AbstractContextManager[None]:
@@ -155,6 +159,13 @@ class Pretraining(LightningModule):
             maps.append(cast(Tensor, mixer.attribute(part, (its_z * its_gradient).sum())))
         return torch.cat(maps)
 
+    @property
+    def crops(self) -> Crops:
+        """The views that a step needs of each photograph."""
+        augment = self.config.data.augment
+        count = 4 if self.config.mix.name == "extra_view" else 2
+        return Crops(count, augment.crop, augment.ratio)
+
     def train_dataloader(self) -> TrainLoader:
         self.loader = TrainLoader(
             self.train_set,
@@ -165,7 +176,9 @@ class Pretraining(LightningModule):
             device=self.device,
             rank=self.global_rank,
             world_size=self.trainer.world_size,
-            workers=self.config.data.workers,
+            workers=decoders(self.config.data.workers, self.trainer.world_size // self.trainer.num_nodes),
+            crops=self.crops,
+            on_bad_image="tell" if self.config.data.on_bad_image == "error" else "skip",  # Guard raises, everywhere
         )
         return self.loader
 

@@ -23,7 +23,7 @@ from gradmix.ssl.data.images import ImageSet
 from gradmix.ssl.data.loader import check_batch_size
 from gradmix.ssl.data.open_set import OpenSetData
 from gradmix.ssl.guard import Guard
-from gradmix.ssl.machine import check_limits, precision
+from gradmix.ssl.machine import check_limits, check_queue, decoders, precision
 from gradmix.ssl.networks.backbones import backbone_metadata, check_encoder
 from gradmix.ssl.objective import check_mixing
 from gradmix.ssl.optimizer import learning_rate
@@ -62,7 +62,7 @@ def train(config: Config, data: OpenSetData, callbacks: Sequence[Callback] = ())
     module = Pretraining(config, data.train)
     network = torch.nn.Sequential(module.backbone, module.head)
     images = len(data.train) + len(data.held_out) + len(data.test)
-    check_limits(config, network, images, module.backbone.num_features)
+    takes = check_limits(config, network, images, module.backbone.num_features)
     claim(run_dir, config)  # not before the config has shown that it can be built
     if data.bad and rank_zero_only.rank == 0:  # type: ignore[attr-defined]
         write_json(run_dir / "bad_images.json", data.bad)
@@ -82,14 +82,20 @@ def train(config: Config, data: OpenSetData, callbacks: Sequence[Callback] = ())
     guard = Guard(config.on_nonfinite, config.max_skipped_steps, 0 if resume is None else resume["skipped"])
     checkpoints = Checkpoints(run_dir / "checkpoints", config.checkpoint_seconds, guard, fingerprint, resume)
     trainer = build_trainer(config, [*callbacks, progress, guard, checkpoints])
+    workers = decoders(config.data.workers, trainer.world_size // trainer.num_nodes)
+    if data.train.images is None:
+        views = module.crops.count if data.train.photographs else 1
+        check_queue(config.batch_size // trainer.world_size * views * 3 * data.train.size**2, workers)
     if trainer.is_global_zero:
-        print(where_images_lie(config, data.train, trainer.strategy.root_device))
+        print(where_images_lie(config, data.train, trainer.strategy.root_device, workers))
+        steps = config.epochs * (len(data.train) // config.batch_size)
+        print(f"{data.train.size} x {data.train.size} pixels, {steps} steps, {takes}")
         if start:
             print(f"goes on after step {start}")
     if start < config.epochs * (len(data.train) // config.batch_size):  # else stopped before the files below
         trainer.fit(module)
     if trainer.is_global_zero:
-        metadata = backbone_metadata(module.backbone, config.data.image_size)
+        metadata = backbone_metadata(module.backbone, data.train.size, config.data.fit)
         metadata["classes"] = json.dumps(data.classes)
         write_tensors(run_dir / "backbone.safetensors", module.backbone.state_dict(), metadata)
         write_tensors(run_dir / "head.safetensors", module.head.state_dict())
@@ -110,14 +116,16 @@ def train(config: Config, data: OpenSetData, callbacks: Sequence[Callback] = ())
     trainer.strategy.barrier()
 
 
-def where_images_lie(config: Config, images: ImageSet, device: torch.device) -> str:
+def where_images_lie(config: Config, images: ImageSet, device: torch.device, workers: int) -> str:
     """One line for the log: small sets lie decoded on the training device, others are decoded again and again."""
     mebibytes = len(images) * 3 * images.size**2 / 2**20
     if images.images is not None:
         return f"training images: {mebibytes:.1f} MiB in memory on {device}"
+    if images.photographs:
+        return f"training images: views are cut from the files as they are needed, by {workers} workers"
     return (
         f"training images: {mebibytes:.0f} MiB are more than data.memory_gib={config.data.memory_gib:g}, "
-        f"decoded as they are needed by {config.data.workers} workers"
+        f"decoded as they are needed by {workers} workers"
     )
 
 

@@ -1,7 +1,9 @@
+import os
 import platform
 import shutil
 import socket
 import sys
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,6 +11,11 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="gradmix-tests-")  # not the answers kept for the user's own runs
+
+
+def pytest_unconfigure():
+    shutil.rmtree(os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 
 def pytest_addoption(parser):

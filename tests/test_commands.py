@@ -197,7 +197,10 @@ def test_a_flat_folder_without_classes(command, tmp_path):
         (["mix.name=cutmx"], "mix.name: no 'cutmx'; did you mean cutmix?"),
         (["data.name=digts"], "data.name: no 'digts'; did you mean digits?"),
         (["data=imagefolder", "data.root=above"], "one class folder only (one); did you mean data.root=above/one?"),
-        (["data=imagefolder", "data.root=loose"], "one class folder only (sub); did you mean data.root=.?"),
+        (
+            ["data=imagefolder", "data.root=loose", "batch_size=2", "detector_options.deep_knn.k=2"],
+            "method: joint needs classes, but data.root has none",
+        ),
         (["mix.options.alpha=-1"], "mix.options.alpha: expected a finite number above 0"),
         (["mix.options.alhpa=1"], "mix.options.alhpa: gradmix has no such argument; did you mean alpha?"),
         (["method=byol"], "method: no option 'byol'; choose from joint, simclr, sphor, supcon\n"),

@@ -22,6 +22,7 @@ from gradmix.ssl.checks import check_values
 from gradmix.ssl.config import AugmentConfig
 from gradmix.ssl.data.images import ImageSet
 from gradmix.ssl.data.loader import TrainLoader, seed_of
+from gradmix.ssl.data.views import Crops
 from gradmix.ssl.networks.backbones import Backbone
 
 LEARNING_RATES = {"augmented": 0.1, "finetune": 0.02}  # for a batch of 256
@@ -62,14 +63,15 @@ class ImageProbe:
     def _train(self, images: ImageSet, augment: TwoViews, tuned: bool, workers: int) -> None:
         settings, device = self.settings, self.head[1].weight.device
         batch_size = min(settings.batch_size, len(images))
-        loader = TrainLoader(images, batch_size, self.seed, settings.epochs, device=device, workers=workers)
+        crops = Crops(1, tuple(self.augment.crop), tuple(self.augment.ratio))
+        loader = TrainLoader(images, batch_size, self.seed, settings.epochs, 0, device, workers=workers, crops=crops)
         optimizer = self._optimizer(
             [*self.head.parameters(), *(self.backbone.parameters() if tuned else ())], batch_size
         )
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, len(loader))
         self.backbone.train(tuned)
         for batch in loader:
-            views = augment(batch.images, seed_of(self.seed, batch.epoch, batch.step))
+            views = augment(batch.images.to(device), seed_of(self.seed, batch.epoch, batch.step))
             with torch.set_grad_enabled(tuned):
                 features = self.backbone.encoder(views)
             loss = F.cross_entropy(self.head(features), batch.labels.to(device))

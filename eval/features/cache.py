@@ -1,7 +1,7 @@
 """What a network's features depend on, as keys; the features of a key; and a watch that the network stays as it was."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from gradmix.eval.features.array_file import Arrays, map_arrays
 from gradmix.ssl.data.images import Constants, ImageSet
+from gradmix.ssl.data.reading import content, stamp
 
 
 def weights_key(module: nn.Module) -> str:
@@ -24,20 +25,21 @@ def weights_key(module: nn.Module) -> str:
 def images_key(images: ImageSet, constants: Constants) -> str:
     """SHA-256 of the pixels, or where there are files of their names, sizes and times; of the labels; the transform."""
     mean, std = constants
-    digest = hashlib.sha256(f"{images.size} {mean} {std}".encode())
+    fit = "" if images.fit == "crop" else f" {images.fit}"
+    digest = hashlib.sha256(f"{images.size} {mean} {std}{fit}".encode())
     digest.update(images.labels.numpy())
     if images.files is None:
         digest.update(images.images.numpy())
     for name in images.files or ():
-        stat = Path(name).stat()
-        digest.update(f"{name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+        size, changed = stamp(name)
+        digest.update(f"{name} {size} {changed}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()
 
 
 def image_hashes(images: ImageSet) -> Tensor:
     """Which images these are, ``[N]`` int64: of the file's bytes, or of the pixels where there never was a file."""
     if images.files is not None:
-        contents = (Path(path).read_bytes() for path in images.files)
+        contents: Iterable[bytes] = map(content, images.files)
     else:
         contents = (image.numpy().tobytes() for image in images.images)
     return torch.tensor([int.from_bytes(hashlib.sha256(c).digest()[:8], "big", signed=True) for c in contents])

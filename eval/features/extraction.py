@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from gradmix.eval.features.array_file import Arrays, write_arrays
 from gradmix.eval.features.cache import cached_arrays, frozen, images_key, weights_key
 from gradmix.ssl.data.images import ImageSet
-from gradmix.ssl.machine import usable_cpus
+from gradmix.ssl.machine import decoders
 from gradmix.ssl.networks.backbones import Backbone, load_backbone
 from gradmix.ssl.networks.weights import load_weights
 from gradmix.ssl.processes import gather, world_size
@@ -44,7 +44,7 @@ class Model:
         self.head = head.eval().requires_grad_(False).to(device)
 
     def features(
-        self, images: ImageSet, path: Path, others: Sequence[Path] = (), workers: int = 0, limit: int = 2**62
+        self, images: ImageSet, path: Path, others: Sequence[Path] = (), workers: int | None = 0, limit: int = 2**62
     ) -> dict[str, Tensor | np.memmap]:
         """``features`` [N, F], ``projections`` [N, D] (L2-normalised; with a head) and ``labels`` [N], in order.
 
@@ -71,7 +71,7 @@ class Model:
         return tensors if arrays["features"].nbytes <= limit else tensors | {"features": arrays["features"]}
 
     @torch.inference_mode()
-    def fill(self, images: ImageSet, workers: int, arrays: Arrays | None) -> None:
+    def fill(self, images: ImageSet, workers: int | None, arrays: Arrays | None) -> None:
         """Write what :meth:`features` returns into ``arrays``.
 
         In a distributed run all processes must call it with the same images: they take turns, batch after batch. The
@@ -98,7 +98,7 @@ class Model:
                         arrays["projections"][rows] = F.normalize(self.head(everyone), dim=1).cpu().numpy()
 
 
-def extract_together(run_dir: Path, sets: dict[str, ImageSet], device: str, workers: int = 0) -> None:
+def extract_together(run_dir: Path, sets: dict[str, ImageSet], device: str, workers: int | None = 0) -> None:
     """All processes of a distributed run extract features; the first writes them to ``features/NAME.safetensors``."""
     model = Model(run_dir, device)
     for name, images in sets.items():
@@ -111,19 +111,19 @@ def extract_together(run_dir: Path, sets: dict[str, ImageSet], device: str, work
 
 
 @torch.inference_mode()
-def extract(backbone: nn.Module, images: ImageSet, device: torch.device, workers: int = 0) -> Tensor:
+def extract(backbone: nn.Module, images: ImageSet, device: torch.device, workers: int | None = 0) -> Tensor:
     """Features ``[N, F]`` float32 on the CPU, in the order of ``images``; see :func:`batches`."""
     return torch.cat([part.cpu() for part in batches(backbone, images, device, workers)])
 
 
-def batches(backbone: nn.Module, images: ImageSet, device: torch.device, workers: int = 0) -> Iterator[Tensor]:
+def batches(backbone: nn.Module, images: ImageSet, device: torch.device, workers: int | None = 0) -> Iterator[Tensor]:
     """Features ``[n, F]`` float32 on the device, batch after batch.
 
     Args:
         backbone: uint8 images ``[n, 3, S, S]`` to features, in eval mode.
-        workers: decoder processes for images that are still files.
+        workers: decoder processes for images that are still files; None: what the machine has.
     """
-    workers = min(workers, usable_cpus()) if images.images is None else 0
+    workers = decoders(workers, world_size()) if images.images is None else 0
     loader = DataLoader(images, batch_size=BATCH, num_workers=workers)
     hidden = True if len(loader) < 20 else None  # None: where the output is no terminal
     for batch, _, _ in tqdm(loader, desc="features", disable=hidden, leave=False):

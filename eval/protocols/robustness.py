@@ -17,7 +17,8 @@ from gradmix.eval.protocols.corruptions import CORRUPTIONS, SEVERITIES, corrupt
 from gradmix.eval.protocols.measures import KNN, KNNOnPixels, Linear
 from gradmix.eval.protocols.subject import subject_of
 from gradmix.ssl.config import Config
-from gradmix.ssl.data.images import ImageSet, from_array, list_images
+from gradmix.ssl.data.images import ImageSet, from_array
+from gradmix.ssl.data.listing import list_images
 from gradmix.ssl.data.open_set import OpenSetData
 from gradmix.ssl.data.scan import Scan
 from gradmix.ssl.runs.files import write_json
@@ -121,7 +122,7 @@ def find_batches(where: str, data: OpenSetData, test: ImageSet) -> Batches:
     if (root / "labels.npy").is_file():
         return read_cifar_layout(root, data, test.size)
     if any(folder.is_dir() for kind in CORRUPTIONS for folder in (root / kind / str(s) for s in SEVERITIES)):
-        return read_imagenet_layout(root, data, test.size)
+        return read_imagenet_layout(root, data, test)
     raise ValueError(
         f"corruptions: {root} is in no layout known here: CIFAR-10-C's (labels.npy and gaussian_noise.npy, ...) "
         "or TinyImageNet-C's (gaussian_noise/1/<class>/, ...)"
@@ -167,7 +168,7 @@ def read_cifar_layout(root: Path, data: OpenSetData, size: int) -> Batches:
                     yield kind, severity, from_array(arrays[part.numpy()], size), labels[part]
 
 
-def read_imagenet_layout(root: Path, data: OpenSetData, size: int) -> Batches:
+def read_imagenet_layout(root: Path, data: OpenSetData, test: ImageSet) -> Batches:
     """TinyImageNet-C's layout: ``kind/severity/<class>/*.JPEG``; classes that are not known are left out."""
     for kind in CORRUPTIONS:
         for severity in SEVERITIES:
@@ -177,7 +178,7 @@ def read_imagenet_layout(root: Path, data: OpenSetData, size: int) -> Batches:
                 inside = list_images(folder) if folder.is_dir() else []
                 files += inside
                 labels += [label] * len(inside)
-            images = ImageSet(torch.tensor(labels, dtype=torch.int64), size, files=files)
+            images = ImageSet(torch.tensor(labels, dtype=torch.int64), test.size, files=files, fit=test.fit)
             for rows in torch.arange(len(images)).split(CHUNK):
                 if len(rows):
                     yield kind, severity, *images_of(images, rows)

@@ -28,6 +28,7 @@ def describe(config: Config, data: OpenSetData) -> str:
         lines.append(f"{known} known classes: {shown}; {others}")
     if data.empty:
         lines.append(f"without images, left out: {', '.join(data.empty)}")
+    lines += data.notes
     if data.bad:
         lines.append(f"{len(data.bad)} image files can't be read and are left out: bad_images.json")
     lines.append(

@@ -2,7 +2,7 @@
 
 import json
 import shlex
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -142,8 +142,7 @@ def find_images(run: Run, data: OpenSetData | None) -> tuple[dict[str, ImageSet]
     """The images behind the saved features, or why they can't be shown."""
     if data is None:
         try:
-            # No memory: files are decoded one by one, for only a few are shown.
-            data = load_data(replace(run.config.data, memory_gib=0), run.config.seed, run.path / "scan.json")
+            data = load_data(run.config.data, run.config.seed, look=True, pixels=False)
         except (ValueError, OSError) as error:
             return {}, f"The images are not where they were ({str(error).splitlines()[0]})."
     sets = {"train": data.train, "held_out": data.held_out, "test": data.test}

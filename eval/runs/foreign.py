@@ -5,7 +5,7 @@ from pathlib import Path
 
 from gradmix.eval.config import EvalConfig
 from gradmix.ssl.config import Config, EncoderConfig, MethodConfig, MixConfig, OptimizerConfig, flat
-from gradmix.ssl.data.open_set import OpenSetData
+from gradmix.ssl.data.open_set import OpenSetData, load_data
 from gradmix.ssl.networks.backbones import backbone_metadata, build_backbone
 from gradmix.ssl.runs.files import write_json, write_tensors
 from gradmix.ssl.runs.folder import claim
@@ -24,24 +24,26 @@ def adopt(config: EvalConfig) -> Path:
             raise ValueError(f"{key}: missing; checkpoint= needs it, {key}={'DIR' if key == 'out' else 'NAME'}")
     checkpoint, out = Path(config.checkpoint).expanduser(), Path(config.out).expanduser()
     encoder = EncoderConfig(config.encoder.name, config.encoder.width, config.encoder.stem, init=str(checkpoint))
+    if config.data.image_size is None:
+        config.data = replace(config.data, image_size=load_data(config.data, 0).train.size)
     backbone = build_backbone(encoder, config.data.image_size)
     encoder.width, encoder.stem = (backbone.description.get(key) for key in ("width", "stem"))
     elsewhere = {"method": MethodConfig(ELSEWHERE), "mix": MixConfig("none"), "optimizer": OptimizerConfig("unknown")}
     claim(out, Config(run_dir=str(out), data=config.data, encoder=encoder, **elsewhere))
-    metadata = backbone_metadata(backbone, config.data.image_size)
+    metadata = backbone_metadata(backbone, config.data.image_size, config.data.fit)
     write_tensors(out / "backbone.safetensors", backbone.state_dict(), metadata)
     write_json(out / "training.json", {"checkpoint": str(checkpoint)})
     return out
 
 
 def transfer(run: Config, config: EvalConfig) -> None:
-    """Give a run the data of ``data=NAME``, at the image size that the backbone was trained on.
+    """Give a run the data of ``data=NAME``, as squares like those that the backbone was trained on.
 
     Raises:
         ValueError: keys of ``data`` without a name.
     """
     if config.data.name:
-        run.data = replace(config.data, image_size=run.data.image_size)
+        run.data = replace(config.data, image_size=run.data.image_size, fit=run.data.fit)
         return
     usual = flat(asdict(EvalConfig().data))
     given = [key for key, value in flat(asdict(config.data)).items() if value != usual[key]]

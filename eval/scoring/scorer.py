@@ -22,7 +22,8 @@ from tqdm.auto import tqdm
 
 from gradmix.eval import detectors
 from gradmix.eval.detectors import DeepKNN
-from gradmix.ssl.data.images import ImageSet, decode, list_images
+from gradmix.ssl.data.images import ImageSet, decode
+from gradmix.ssl.data.listing import list_images
 from gradmix.ssl.machine import usable_cpus
 from gradmix.ssl.networks.backbones import load_backbone
 from gradmix.ssl.runs.files import hash_file, hash_json, write_atomically, write_json, write_tensors
@@ -135,7 +136,7 @@ class Scorer:
             ValueError: the file is gone or unreadable.
         """
         if self.train_files is not None:
-            return decode(self.train_files[row], self.backbone.image_size)
+            return decode(self.train_files[row], self.backbone.image_size, self.backbone.fit)
         with safe_open(self.folder / THUMBNAILS, "pt") as file:
             return file.get_slice("images")[row]
 

@@ -2,20 +2,22 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image, ImageOps
 from torch import Tensor
-from torchvision.transforms.functional import InterpolationMode, center_crop, pil_to_tensor, resize
+from torchvision.transforms.functional import InterpolationMode, center_crop, pad, pil_to_tensor, resize
 
-# Rasters only: for some of its other formats Pillow starts programs (PostScript).
-FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
-EXTENSIONS = frozenset(extension for extension, kind in Image.registered_extensions().items() if kind in FORMATS)
-MAX_PIXELS = 89_478_485  # Pillow's limit, a quarter of a GiB as RGB: more is a decompression bomb
+from gradmix.ssl.data.listing import Files
+from gradmix.ssl.data.reading import opened_image, orientation
+
+FITS = ("crop", "pad", "squash")
 # Mean and deviation per channel. ImageNet's, for every data set: the first BatchNorm absorbs the rest, and ImageNet
 # weights fit in. Networks of timm's have their own.
 Constants = tuple[tuple[float, float, float], tuple[float, float, float]]
@@ -31,12 +33,22 @@ class ImageSet:
         size: side S of the square that every image becomes.
         images: ``[N, 3, S, S]`` uint8, or None while they are only files.
         files: paths, or None when the images never were files.
+        fit: how a file becomes a square, see :func:`to_square`.
+        photographs: the files are larger than the square, and training views are cut from them.
+        lenient: a file that can't be read is black. So it may be while training; what is measured is looked at before.
     """
 
     labels: Tensor
     size: int
     images: Tensor | None = None
     files: Sequence[str] | None = None
+    fit: str = "crop"
+    photographs: bool = False
+    lenient: bool = False
+
+    def __post_init__(self) -> None:
+        if self.files is not None and not isinstance(self.files, Files):
+            object.__setattr__(self, "files", Files(self.files))
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -44,58 +56,96 @@ class ImageSet:
     def __getitem__(self, index: int) -> tuple[Tensor, int, int]:
         """One image ``[3, S, S]`` uint8, its label and its index: what DataLoader workers ask for."""
         index = int(index)
-        image = self.images[index] if self.images is not None else decode(self.files[index], self.size)
-        return image, int(self.labels[index]), index
+        return self.image(index), int(self.labels[index]), index
+
+    def image(self, index: int) -> Tensor:
+        """``[3, S, S]`` uint8."""
+        if self.images is not None:
+            return self.images[index]
+        try:
+            return decode(self.files[index], self.size, self.fit)
+        except ValueError:
+            if self.lenient:
+                return torch.zeros(3, self.size, self.size, dtype=torch.uint8)
+            raise
+
+    @property
+    def bytes(self) -> int:
+        """What the squares take in memory."""
+        return len(self) * 3 * self.size**2
 
     def fingerprint(self) -> str:
         """Changes when images are added, removed, renamed or labelled otherwise; not when their folder moves."""
-        names = [Path(file).name for file in self.files or ()]
+        names = [os.path.basename(file) for file in self.files or ()]
         return hashlib.sha256(json.dumps([self.labels.tolist(), names]).encode()).hexdigest()
 
     def select(self, indices: Tensor) -> "ImageSet":
         """The images at ``indices`` (int64), in that order."""
-        return ImageSet(
-            self.labels[indices],
-            self.size,
-            None if self.images is None else self.images[indices],
-            None if self.files is None else [self.files[i] for i in indices.tolist()],
+        return replace(
+            self,
+            labels=self.labels[indices],
+            images=None if self.images is None else self.images[indices],
+            files=None if self.files is None else cast(Files, self.files).select(indices),
         )
 
 
-def decode(path: str | Path, size: int) -> Tensor:
-    """An image file as ``[3, size, size]`` uint8 RGB: upright, shorter side scaled to ``size``, centre cropped.
+def decode(path: str | Path, size: int, fit: str = "crop") -> Tensor:
+    """An image file as ``[3, size, size]`` uint8 RGB, the whole image as :func:`to_square` has it.
 
     Raises:
         ValueError: the file is missing or no image that can be read in full; the message names it.
     """
-    try:
-        with Image.open(path, formats=[name for name in FORMATS if name in Image.OPEN]) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise ValueError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS}")
-            return to_square(image, size)
-    except MemoryError:
-        raise
-    except Exception as error:  # a damaged file can raise nearly anything
-        raise ValueError(f"{path}: not a readable image ({error or type(error).__name__})") from error
+    with opened_image(str(path)) as image:
+        return to_square(image, size, fit)
 
 
-def to_square(image: Image.Image, size: int) -> Tensor:
-    """A PIL image as ``[3, size, size]`` uint8 RGB."""
-    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:  # without the question it would be copied
-        image = ImageOps.exif_transpose(image)
-    longest = 4 * min(image.size)  # a thin strip would be enlarged to any size, for a square of it
-    if max(image.size) > longest:
-        image = center_crop(image, [min(image.height, longest), min(image.width, longest)])
+def to_square(image: Image.Image, size: int, fit: str = "crop") -> Tensor:
+    """A PIL image as ``[3, size, size]`` uint8 RGB, upright.
+
+    Args:
+        fit: ``crop``: the shorter side becomes ``size``, then the middle is cut out; ``pad``: the longer side does,
+            and black is put around it; ``squash``: both do.
+    """
+    image = upright(image)
+    if fit == "crop":
+        longest = 4 * min(image.size)  # a thin strip would be enlarged to any size, for a square of it
+        if max(image.size) > longest:
+            image = center_crop(image, [min(image.height, longest), min(image.width, longest)])
+    image = rgb(image)
+    if image.size == (size, size):
+        return pil_to_tensor(image)
+    if fit == "crop":
+        return pil_to_tensor(center_crop(resize(image, size, InterpolationMode.BILINEAR, antialias=True), size))
+    share = size / max(image.size)
+    height, width = (size, size) if fit == "squash" else (max(1, round(side * share)) for side in image.size[::-1])
+    image = resize(image, [height, width], InterpolationMode.BILINEAR, antialias=True)
+    left, top = (size - width) // 2, (size - height) // 2
+    return pil_to_tensor(pad(image, [left, top, size - width - left, size - height - top]))
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """Turned as EXIF says."""
+    return image if orientation(image) == 1 else ImageOps.exif_transpose(image)  # unasked it would be copied
+
+
+def rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # 16 bit: convert("RGB") would clip everything above 255
         image = Image.fromarray((np.asarray(image) // 257).clip(0, 255).astype(np.uint8))
-    image = image if image.mode == "RGB" else image.convert("RGB")
-    if image.size != (size, size):
-        image = center_crop(resize(image, size, InterpolationMode.BILINEAR, antialias=True), size)
-    return pil_to_tensor(image)
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def from_array(array: np.ndarray, size: int) -> Tensor:
-    """``[N, H, W]`` or ``[N, H, W, 3]`` uint8 to ``[N, 3, size, size]`` uint8."""
+def upright_rgb(image: Image.Image) -> Image.Image:
+    return rgb(upright(image))
+
+
+def from_array(array: np.ndarray, size: int | None) -> Tensor:
+    """``[N, H, W]`` or ``[N, H, W, 3]`` uint8 to ``[N, 3, size, size]`` uint8.
+
+    Raises:
+        ValueError: no size.
+    """
+    if size is None:
+        raise ValueError("data.image_size: null, chosen by the images, is for image files; give a number")
     images = torch.from_numpy(np.ascontiguousarray(array))
     images = images[:, None].expand(-1, 3, -1, -1) if images.ndim == 3 else images.permute(0, 3, 1, 2)
     if images.shape[2:] != (size, size):
@@ -118,12 +168,3 @@ def denormalize(images: Tensor, constants: Constants = IMAGENET) -> Tensor:
 
 def _channels(values: tuple[float, ...], like: Tensor) -> Tensor:
     return torch.cat([like.new_full((1, 1, 1), value) for value in values])  # torch.tensor's copy makes a GPU wait
-
-
-def list_images(folder: Path) -> list[str]:
-    """Image files in ``folder`` and below, by extension, sorted; hidden files are left out."""
-    return sorted(
-        str(path)
-        for path in folder.rglob("*")
-        if path.suffix.lower() in EXTENSIONS and not path.name.startswith(".") and path.is_file()
-    )

@@ -2,14 +2,15 @@
 
 import sys
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import torch
 
 from gradmix.ssl.checks import check_values
 from gradmix.ssl.config import DataConfig
 from gradmix.ssl.data.images import ImageSet
+from gradmix.ssl.data.kept import kept_file
 from gradmix.ssl.data.scan import Scan
+from gradmix.ssl.data.sizes import sample_sizes, usual_image_size
 from gradmix.ssl.data.sources import SOURCES, Source, existing_root, images_below, join, stratified
 from gradmix.ssl.data.splits import SPLITS
 
@@ -27,6 +28,8 @@ class OpenSetData:
         known: indices of the known classes among all of the data set's, in the data set's own order.
         empty: names of classes without any image.
         bad: with ``on_bad_image="skip"``, the files that were left out, each with the reason.
+        notes: what people should know of the data, a line each.
+        looked_at: no file is left that can't be read; else their turn has not come yet.
     """
 
     train: ImageSet
@@ -37,6 +40,8 @@ class OpenSetData:
     known: list[int]
     empty: list[str] = field(default_factory=list)
     bad: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    looked_at: bool = True
 
     def sets(self) -> dict[str, ImageSet]:
         """``train``, ``held_out`` and ``test`` by name, as far as there are images in them."""
@@ -44,13 +49,18 @@ class OpenSetData:
         return {name: images for name, images in sets.items() if len(images)}
 
 
-def load_data(config: DataConfig, seed: int, scan_file: Path | None = None) -> OpenSetData:
+def load_data(config: DataConfig, seed: int, look: bool = False, pixels: bool = True) -> OpenSetData:
     """Read a data set and split it into known and unknown.
+
+    Images that lie in memory are decoded here, and files that can't be read never belonged to the data set. Where
+    files are decoded when their turn comes, none is looked at here, unless ``look`` or ``data.scan`` says so: then the
+    bad ones are taken out of the sets that were split.
 
     Args:
         config: the ``data`` part of the run's config.
         seed: draws the held-out images (and the test images of a folder that has no ``test/``).
-        scan_file: where to keep which files can be read, so that they are not all decoded again.
+        look: decode every file, unless it is known from before whether that works.
+        pixels: False keeps none in memory: the same sets, for whoever wants a few images.
 
     Raises:
         ValueError: missing or empty folders, unreadable images, unknown splits or classes, values that make no sense;
@@ -58,7 +68,8 @@ def load_data(config: DataConfig, seed: int, scan_file: Path | None = None) -> O
     """
     check_values(config, "data.")
     source = SOURCES.pick("data.name", config.name)(config, seed)
-    limit = int(config.memory_gib * 2**30)
+    source, photographs, notes = of_its_size(source, config)
+    limit = int(config.memory_gib * 2**30) if not photographs else -1
     if not source.classes:
         for key in ("known", "unknown_root"):
             if getattr(config, key) is not None:
@@ -86,17 +97,44 @@ def load_data(config: DataConfig, seed: int, scan_file: Path | None = None) -> O
             )
     classes, names = [source.classes[i] for i in known], [source.classes[i] for i in unknown]
     check_present(train, classes, config)
-    scan = Scan(scan_file)
+    scan = Scan(kept_file("scans", config.root or config.unknown_root))
     if config.unknown_root is not None:
         root = existing_root(config.unknown_root, "data.unknown_root")
-        far = images_below("data.unknown_root", root, config.image_size)
+        far = replace(images_below("data.unknown_root", root, test.size), fit=config.fit)
         test, names = join(test, far if test.images is None else scan.read(far, sys.maxsize)), [str(root)]
-    train, test = scan.read(train, limit), scan.read(test, limit)
+    train, test = (part if part.bytes > limit else scan.read(part, limit if pixels else -1) for part in (train, test))
     if config.on_bad_image == "error":
         scan.refuse_bad()
     check_present(train, classes, config)  # now of what can be read
     kept, aside = stratified(train.labels, config.holdout, seed)
-    return OpenSetData(train.select(kept), train.select(aside), test, classes, names, known, empty, scan.bad)
+    sets = train.select(kept), train.select(aside), test
+    looked_at = look or config.scan or all(part.images is not None for part in sets)
+    if look or config.scan:
+        sets = tuple(part if part.bytes <= limit else scan.read(part, -1) for part in sets)
+        if config.on_bad_image == "error":
+            scan.refuse_bad()
+        check_present(sets[0], classes, config)
+    elif config.on_bad_image == "skip":
+        sets = tuple(replace(part, lenient=True) for part in sets)
+    return OpenSetData(*sets, classes, names, known, empty, scan.bad, [*source.notes, *notes], looked_at)
+
+
+def of_its_size(source: Source, config: DataConfig) -> tuple[Source, bool, list[str]]:
+    """The source with its images' final size and fit; whether training views are cut from its files; and why, in words.
+
+    They are where an image of a sample is larger than the square that it would become. Headers are read, no pixels.
+    """
+    if source.train.files is None:
+        return source, False, []
+    sizes = sample_sizes(source.train.files)
+    size = config.image_size or usual_image_size(sizes)
+    larger = (sizes > size).any(axis=1).mean() if len(sizes) else 0.0
+    photographs = config.views == "files" or (config.views == "auto" and larger > 0)
+    same = {"size": size, "fit": config.fit, "photographs": photographs}
+    source = replace(source, train=replace(source.train, **same), test=replace(source.test, **same))
+    how = "the files" if photographs else "squares"
+    why = f"of {len(sizes)} looked at, {100 * larger:.0f} % are larger than {size} x {size}"
+    return source, photographs, [f"training views are cut from {how}: {why} (data.views={config.views})"]
 
 
 def check_present(train: ImageSet, classes: list[str], config: DataConfig) -> None:

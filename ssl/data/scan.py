@@ -1,6 +1,5 @@
-"""Which image files can be read: every one is decoded once, in threads; the answers are kept in a file."""
+"""Which image files can be read: every one is decoded once, in threads; the answers are kept for all runs."""
 
-import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -12,8 +11,9 @@ import torch
 from tqdm.auto import tqdm
 
 from gradmix.ssl.data.images import ImageSet, decode
+from gradmix.ssl.data.kept import read_kept, write_kept
+from gradmix.ssl.data.reading import stamp
 from gradmix.ssl.machine import usable_cpus
-from gradmix.ssl.runs.files import write_json
 
 BLOCK = 4096  # files handed to the threads at a time
 
@@ -31,32 +31,28 @@ class Scan:
     def __init__(self, cache: Path | None = None):
         self.cache = cache
         self.bad: dict[str, str] = {}
-        self.answers: dict[str, list] = {}  # path: [bytes, nanoseconds, why it can't be read or None]
         self.header = {"pillow": PIL.__version__}
-        if cache is not None and cache.is_file():
-            try:
-                stored = json.loads(cache.read_text())
-                if stored["header"] == self.header:
-                    self.answers = stored["files"]
-            except (ValueError, KeyError, TypeError):
-                pass  # damaged: everything is looked at again
+        self.answers: dict[str, list] | None = None  # path: [bytes, nanoseconds, why it can't be read or None]
 
     def read(self, images: ImageSet, limit: int) -> ImageSet:
         """The images that can be read, in order; decoded if all take at most ``limit`` bytes."""
         if images.images is not None:
             return images
+        if self.answers is None:
+            self.answers = read_kept(self.cache, self.header)
+        answers = self.answers
         shape = len(images), 3, images.size, images.size
-        pixels = torch.empty(shape, dtype=torch.uint8) if len(images) * 3 * images.size**2 <= limit else None
+        pixels = torch.empty(shape, dtype=torch.uint8) if images.bytes <= limit else None
 
         def look(index: int) -> str | None:
             path = images.files[index]
             try:
-                state = Path(path).stat()
-                *unchanged, reason = self.answers.get(path, (None, None, None))
-                known = unchanged == [state.st_size, state.st_mtime_ns]
+                state = list(stamp(path))
+                *unchanged, reason = answers.get(path, (None, None, None))
+                known = unchanged == state
                 if known and (reason is not None or pixels is None):
                     return reason
-                image, reason = decode(path, images.size), None
+                image, reason = decode(path, images.size, images.fit), None
                 if pixels is not None:
                     pixels[index] = image
             except OSError as error:  # not even its state can be read; that may pass, so it is not kept
@@ -64,7 +60,7 @@ class Scan:
             except ValueError as error:
                 reason = str(error)
             if not known or reason is not None:
-                self.answers[path] = [state.st_size, state.st_mtime_ns, reason]
+                self.answers[path] = [*state, reason]
                 self.new_answers = True
             return reason
 
@@ -87,8 +83,8 @@ class Scan:
         try:
             yield
         finally:
-            if self.cache is not None and self.new_answers:
-                write_json(self.cache, {"header": self.header, "files": self.answers})
+            if self.new_answers:
+                write_kept(self.cache, self.header, self.answers)
 
     def refuse_bad(self) -> None:
         """

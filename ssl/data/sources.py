@@ -1,8 +1,9 @@
 """Where images come from: data sets by name, as training and test images with all their classes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -10,21 +11,29 @@ from torch import Tensor
 
 from gradmix.registry import Registry
 from gradmix.ssl.config import DataConfig
-from gradmix.ssl.data.images import EXTENSIONS, ImageSet, from_array, list_images
+from gradmix.ssl.data.images import ImageSet, from_array
+from gradmix.ssl.data.listing import Files, list_folders, list_images
+from gradmix.ssl.data.reading import EXTENSIONS
+from gradmix.ssl.data.shards import list_shards, read_shards
 from gradmix.ssl.data.splits import CIFAR_PLUS
+
+TEST_FOLDERS = ("test", "val", "valid", "validation")  # beside train/; the first that is there is the test set
 
 
 @dataclass(frozen=True)
 class Source:
     """A data set before the split: labels index ``classes``; -1 where an image has no class.
 
-    ``unknown``: the classes that are, where it is not all that are not known; the rest is left out of the test set.
+    Attributes:
+        unknown: the classes that are, where it is not all that are not known; the rest is left out of the test set.
+        notes: what people should know of the data, a line each.
     """
 
     train: ImageSet
     test: ImageSet
     classes: list[str]
     unknown: list[int] | None = None
+    notes: Sequence[str] = ()
 
 
 def digits(config: DataConfig, seed: int) -> Source:
@@ -39,22 +48,47 @@ def digits(config: DataConfig, seed: int) -> Source:
 
 
 def imagefolder(config: DataConfig, seed: int) -> Source:
-    """``root/train/<class>/`` and ``root/test/<class>/``; or ``root/<class>/``; or ``root/`` with images alone."""
+    """``root/train/<class>/`` and ``root/test/<class>/``; or ``root/<class>/``; or ``root/`` with images alone.
+
+    Instead of class folders there may be tar shards, ``root/train/*.tar`` or ``root/*.tar``.
+    """
     root = _root_of(config)
     if (root / "train").is_dir():
-        test_root = next((root / name for name in ("test", "val") if (root / name).is_dir()), None)
-        if test_root is None:
-            raise ValueError(f"data.root: {root} has train/ but neither test/ nor val/")
-        names = sorted({*_class_names(root / "train"), *_class_names(test_root)})
-        return Source(
-            _folder(root / "train", names, config.image_size), _folder(test_root, names, config.image_size), names
-        )
-    names = _class_names(root)
-    if len(names) == 1:
-        raise ValueError(f"data.root: {root} has one class folder only ({names[0]}){_other_root(root, names[0])}")
-    everything = _folder(root, names, config.image_size)
+        names = [name for name in TEST_FOLDERS if (root / name).is_dir()]
+        if not names:
+            raise ValueError(f"data.root: {root} has train/ but none of {', '.join(TEST_FOLDERS)} beside it")
+        train, test = (_by_class(root / name, config.image_size) for name in ("train", names[0]))
+        for name, (_, classes) in zip(("train", names[0]), (train, test), strict=True):
+            if not classes and (train[1] or test[1]):
+                raise ValueError(f"data.root: no images in {root / name}/<class>/, though the other set has classes")
+        classes = train[1] if train[1] == test[1] else sorted({*train[1], *test[1]})
+        notes = [f"{root / name} is left out, {names[0]}/ is the test set" for name in names[1:]]
+        return Source(_of_classes(*train, classes), _of_classes(*test, classes), classes, notes=notes)
+    everything, classes = _by_class(root, config.image_size)
+    if len(classes) == 1:
+        raise _only_one(root, classes[0])
     train, test = stratified(everything.labels, config.test_fraction, seed)
-    return Source(everything.select(train), everything.select(test), names)
+    return Source(everything.select(train), everything.select(test), classes)
+
+
+def _by_class(root: Path, size: int) -> tuple[ImageSet, list[str]]:
+    """The images of ``root`` and the names that their labels count."""
+    if list_shards(root):
+        return read_shards(root, size)
+    names = list_folders(root)
+    found = {name: list_images(root / name) for name in names}
+    if not any(found.values()):  # empty folders are no classes
+        if len(names) == 1 and not list_images(root):
+            raise _only_one(root, names[0])
+        return images_below("data.root", root, size), []
+    return _labelled(found, size), names
+
+
+def _of_classes(images: ImageSet, own: list[str], classes: list[str]) -> ImageSet:
+    """Labels that count ``own`` names, as labels that count ``classes``."""
+    if own == classes:
+        return images
+    return replace(images, labels=torch.tensor([classes.index(name) for name in own])[images.labels])
 
 
 def tinyimagenet(config: DataConfig, seed: int) -> Source:
@@ -73,7 +107,8 @@ def tinyimagenet(config: DataConfig, seed: int) -> Source:
         files=[str(root / "val/images" / file) for file, _ in rows],
     )
     present = [name for name in names if (root / "train" / name).is_dir()]
-    return Source(_folder(root / "train", names, config.image_size, present), test, names)
+    found = {name: list_images(root / "train" / name) if name in present else [] for name in names}
+    return Source(_labelled(found, config.image_size), test, names)
 
 
 def _torchvision(name: str) -> Callable[[DataConfig, int], Source]:
@@ -149,31 +184,20 @@ def existing_root(root: str, key: str) -> Path:
     return path
 
 
-def _class_names(root: Path) -> list[str]:
-    return sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+def _labelled(found: dict[str, list[str]], size: int) -> ImageSet:
+    """Files by class name, labelled with the name's place."""
+    labels = torch.arange(len(found)).repeat_interleave(torch.tensor([len(files) for files in found.values()]))
+    return ImageSet(labels, size, files=[file for files in found.values() for file in files])
 
 
-def _folder(root: Path, names: list[str], size: int, present: list[str] | None = None) -> ImageSet:
-    """Images of ``root/<class>/``; of ``root`` itself, labelled -1, when there are no class folders."""
-    files, labels = [], []
-    for index, name in enumerate(names):
-        if present is None or name in present:
-            found = list_images(root / name) if (root / name).is_dir() else []
-            files += found
-            labels += [index] * len(found)
-    if not names:
-        return images_below("data.root", root, size)
-    if not files:
-        raise ValueError(f"data.root: no images in {root}; expected {root}/<class>/*.jpg (or .png, ...)")
-    return ImageSet(torch.tensor(labels), size, files=files)
-
-
-def _other_root(root: Path, only: str) -> str:
-    """A hint for a root with one class folder: it may be one level too high, or too low."""
-    if len(_class_names(root / only)) > 1:
-        return f"; did you mean data.root={root / only}?"
-    loose = any(path.is_file() and path.suffix.lower() in EXTENSIONS for path in root.iterdir())
-    return f"; did you mean data.root={root.parent}?" if loose else "; give at least two"
+def _only_one(root: Path, only: str) -> ValueError:
+    """One class folder: the root may be one level too high, or too low."""
+    hint = "give at least two"
+    if len(list_folders(root / only)) > 1:
+        hint = f"did you mean data.root={root / only}?"
+    elif any(path.is_file() and path.suffix.lower() in EXTENSIONS for path in root.iterdir()):
+        hint = f"did you mean data.root={root.parent}?"
+    return ValueError(f"data.root: {root} has one class folder only ({only}); {hint}")
 
 
 def images_below(key: str, root: Path, size: int) -> ImageSet:
@@ -188,7 +212,7 @@ def join(first: ImageSet, second: ImageSet) -> ImageSet:
     """The images of both, which are all files or all in memory."""
     labels = torch.cat([first.labels, second.labels])
     if first.images is None:
-        return ImageSet(labels, first.size, files=[*first.files, *second.files])
+        return replace(first, labels=labels, files=cast(Files, first.files) + cast(Files, second.files))
     return ImageSet(labels, first.size, torch.cat([first.images, second.images]))
 
 
@@ -196,8 +220,8 @@ def stratified(labels: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]
     """Indices kept and set aside: ``share`` of each class (at least one image of a class that has two), seeded."""
     rng = np.random.default_rng([seed, 0x5EED])
     aside = torch.zeros(len(labels), dtype=torch.bool)
-    for label in labels.unique().tolist():
-        members = (labels == label).nonzero()[:, 0].numpy()
+    order = labels.argsort(stable=True)
+    for members in order.split(labels.unique(return_counts=True)[1].tolist()):
         count = min(max(round(share * len(members)), 1), len(members) - 1) if share > 0 else 0
-        aside[torch.from_numpy(rng.permutation(members)[:count])] = True
+        aside[torch.from_numpy(rng.permutation(members.numpy())[:count])] = True
     return (~aside).nonzero()[:, 0], aside.nonzero()[:, 0]

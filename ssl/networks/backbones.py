@@ -155,29 +155,30 @@ class Backbone(nn.Module):
 
     Attributes:
         image_size: side of the square images it was trained on.
+        fit: how an image becomes such a square: crop, pad or squash.
         num_features: F.
     """
 
-    def __init__(self, encoder: Encoder, image_size: int):
+    def __init__(self, encoder: Encoder, image_size: int, fit: str = "crop"):
         super().__init__()
         self.encoder = encoder.eval().requires_grad_(False)
-        self.image_size = image_size
+        self.image_size, self.fit = image_size, fit
         self.num_features = encoder.num_features
 
     def transform(self, image: Image | str | Path) -> Tensor:
         """A PIL image or a path to ``[3, S, S]`` uint8, as in training."""
         if isinstance(image, str | Path):
-            return decode(image, self.image_size)
-        return to_square(image, self.image_size)
+            return decode(image, self.image_size, self.fit)
+        return to_square(image, self.image_size, self.fit)
 
     def forward(self, images: Tensor) -> Tensor:
         """``[N, 3, H, W]`` uint8, or float in [0, 1], to features ``[N, F]``."""
         return self.encoder(normalize(images, self.encoder.constants))
 
 
-def backbone_metadata(encoder: Encoder, image_size: int) -> dict[str, str]:
+def backbone_metadata(encoder: Encoder, image_size: int, fit: str = "crop") -> dict[str, str]:
     """What a weights file must say of itself to be rebuilt; goes into its safetensors header."""
-    return {"gradmix": json.dumps({"encoder": encoder.description, "image_size": image_size})}
+    return {"gradmix": json.dumps({"encoder": encoder.description, "image_size": image_size, "fit": fit})}
 
 
 def load_backbone(run: str | Path) -> Backbone:
@@ -196,4 +197,4 @@ def load_backbone(run: str | Path) -> Backbone:
     described = json.loads(metadata)
     encoder = build_encoder(described["encoder"], described["image_size"])
     encoder.load_state_dict(weights)
-    return Backbone(encoder, described["image_size"])
+    return Backbone(encoder, described["image_size"], described.get("fit", "crop"))  # older files don't say

@@ -29,7 +29,8 @@ def claim(run_dir: Path, config: Config) -> None:
     if not path.exists():
         write_text(path, OmegaConf.to_yaml(OmegaConf.structured(config)))
         return
-    theirs, ours = flat(asdict(read_config(run_dir))), flat(asdict(config))
+    stored = read_config(run_dir)
+    theirs, ours = flat(asdict(stored)), flat(asdict(config))
     different = [
         f"{key} is {theirs.get(key)!r} there and {ours.get(key)!r} here"
         for key in sorted({*theirs, *ours})
@@ -40,6 +41,9 @@ def claim(run_dir: Path, config: Config) -> None:
             f"run_dir: {run_dir} belongs to another config ({'; '.join(different[:4])}); "
             "choose another run_dir=, or delete that folder"
         )
+    if stored.data.on_bad_image != config.data.on_bad_image:  # a file went bad on the way; evaluation must know, too
+        stored.data.on_bad_image = config.data.on_bad_image
+        write_text(path, OmegaConf.to_yaml(OmegaConf.structured(stored)))
 
 
 def read_config(run_dir: Path) -> Config:

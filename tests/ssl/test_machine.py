@@ -8,7 +8,7 @@ from torch import nn
 
 from gradmix.ssl import machine
 from gradmix.ssl.data.open_set import load_data
-from gradmix.ssl.machine import activation_bytes, check_limits, free_memory, usable_cpus
+from gradmix.ssl.machine import activation_bytes, check_limits, check_queue, decoders, free_memory, usable_cpus
 from gradmix.ssl.networks.backbones import ResNet
 from gradmix.ssl.train import train
 
@@ -39,7 +39,7 @@ def test_the_count_is_what_training_takes_at_least():
     [
         (1000, 1 << 60, {}, "run_dir: the run's files need at least 0.00 GiB, 0.00 GiB are free on the disk"),
         (1 << 60, 1000, {}, "data: the features of 100 images need"),
-        (1 << 60, GIB, {"batch_size": 100_000}, "batch_size: the activations of 200000 views need at least"),
+        (1 << 60, GIB, {"batch_size": 100_000}, "batch_size: the activations of 400000 views need at least"),
     ],
 )
 def test_what_is_too_large_is_named(tmp_path, config, monkeypatch, free_disk, free, changes, message):
@@ -60,9 +60,9 @@ def test_what_is_too_large_is_named(tmp_path, config, monkeypatch, free_disk, fr
 def test_a_batch_is_shared_between_hosts(tmp_path, config, monkeypatch):
     settings, network = config(tmp_path / "run"), ResNet("resnet18", width=4, stem="small")
     settings.batch_size = 1000
-    whole = 2 * settings.batch_size * activation_bytes(network, 8)
+    whole = 4 * settings.batch_size * activation_bytes(network, 8)
     monkeypatch.setattr(machine, "free_memory", lambda: whole // 2)
-    with pytest.raises(ValueError, match="batch_size: the activations of 2000 views"):
+    with pytest.raises(ValueError, match="batch_size: the activations of 4000 views"):
         check_limits(settings, network, 100, 32)
     settings.trainer["num_nodes"] = 2
     check_limits(settings, network, 100, 32)
@@ -116,3 +116,16 @@ def test_workers_are_bounded(tmp_path, config, monkeypatch):
     )
     list(loader.TrainLoader(load_data(settings, 0).train, 4, 0, 1, workers=10_000))
     assert started == [usable_cpus()]
+
+
+def test_workers_share_the_machine_and_its_memory(monkeypatch):
+    monkeypatch.setattr(machine, "usable_cpus", lambda: 48)
+    assert [decoders(None, processes) for processes in (1, 4, 8, 96)] == [16, 12, 6, 1]
+    assert decoders(0) == 0 and decoders(100) == 48
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(machine.shutil, "disk_usage", lambda path: usage(GIB, 0, GIB))
+    check_queue(GIB // 8, 4)
+    check_queue(GIB, 0)
+    if machine.Path("/dev/shm").is_dir():
+        with pytest.raises(ValueError, match=r"data.workers: what 5 workers hold ready need .* in /dev/shm"):
+            check_queue(GIB // 8, 5)

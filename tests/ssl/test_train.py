@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 from dataclasses import replace
 
@@ -19,10 +20,14 @@ from gradmix.ssl.train import train, where_images_lie
 
 def test_the_log_says_where_the_images_lie(tmp_path, capsys, config, data):
     train(config(tmp_path / "small", epochs=1), data)
-    assert "training images: 0.1 MiB in memory on cpu" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "training images: 0.1 MiB in memory on cpu" in out
+    assert re.search(r"8 x 8 pixels, 5 steps, a step of 128 images takes at least 0\.\d\d GiB of .* free", out)
     paths = [str(tmp_path / f"{i}.png") for i in range(len(data.train))]
     large = replace(data.train, images=None, files=paths)
-    assert "decoded as they are needed by 2 workers" in where_images_lie(config("unused"), large, "cpu")
+    assert "decoded as they are needed by 2 workers" in where_images_lie(config("unused"), large, "cpu", 2)
+    photographs = replace(large, photographs=True)
+    assert "views are cut from the files as they are needed, by 2 w" in where_images_lie(None, photographs, "cpu", 2)
 
 
 def weights(run_dir):

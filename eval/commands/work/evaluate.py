@@ -67,7 +67,7 @@ def eval_one(config: EvalConfig, run_dir: Path, out: Path) -> dict:
         raise ValueError(f"run: {run_dir} has not finished training; gradmix-pretrain run_dir={run_dir} goes on")
     with alone_in(out, "run" if config.out is None else "out"):
         remove_strays(out)
-        data = load_data(run.data, run.seed, out / "scan.json")
+        data = load_data(run.data, run.seed, look=True)
         if config.data.name:
             check_transfer_classes(run, data)
         else:

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from pytorch_lightning.utilities import rank_zero_only
 
 from gradmix.eval.features.extraction import extract_together
@@ -15,10 +16,10 @@ from gradmix.eval.report.summary import describe, over_splits, table
 from gradmix.eval.report.tensorboard import write_tensorboard
 from gradmix.eval.runs.groups import find_runs
 from gradmix.ssl.config import Config
-from gradmix.ssl.data.open_set import load_data, splits_of
+from gradmix.ssl.data.open_set import OpenSetData, load_data, splits_of
 from gradmix.ssl.processes import world_size
 from gradmix.ssl.runs.files import read_json, remove_strays, replacing, write_json
-from gradmix.ssl.runs.folder import claim
+from gradmix.ssl.runs.folder import claim, read_config
 from gradmix.ssl.runs.lock import alone_in
 from gradmix.ssl.train import check, train
 
@@ -52,6 +53,8 @@ def pretrain_one(config: Config) -> dict | None:
     check(config)
     with alone_in(run_dir):
         if (run_dir / "config.yaml").exists():
+            if config.data.image_size is None:  # chosen when the run began
+                config = replace(config, data=replace(config.data, image_size=read_config(run_dir).data.image_size))
             claim(run_dir, config)  # before anything is written there
         if first:
             remove_strays(run_dir)
@@ -60,18 +63,36 @@ def pretrain_one(config: Config) -> dict | None:
                 return None
             print(f"{run_dir}: finished already; gradmix-eval run={run_dir} evaluates again")
             return read_json(run_dir / "metrics.json")
-        data = load_data(config.data, config.seed, run_dir / "scan.json")
+        data = load_data(config.data, config.seed)
+        config = replace(config, data=replace(config.data, image_size=data.train.size))
         if first:
             print(describe(config, data))
         choose_measures(config, data=data)
         if not (run_dir / "training.json").exists():
             train(config, data, watchers(data, config))
             if world_size() > 1:
+                data = look_at(config, data, first)
                 extract_together(run_dir, data.sets(), device_of(config), config.data.workers)
         if not first:
             return None
+        data = look_at(config, data, first)
         with replacing(run_dir, "metrics.json") as new:
             result = evaluate(run_dir, config, data, device_of(config), new)
         write_tensorboard(run_dir, config, result, data)
         write_report(run_dir, data)
         return result
+
+
+def look_at(config: Config, data: OpenSetData, first: bool) -> OpenSetData:
+    """The data without the files that can't be read, which training passes over when their turn comes.
+
+    Of several processes the first decodes every file, and the others read what it found.
+    """
+    if data.looked_at:
+        return data
+    if not first:
+        torch.distributed.barrier()
+    looked_at = load_data(config.data, config.seed, look=True)
+    if first and world_size() > 1:
+        torch.distributed.barrier()
+    return looked_at

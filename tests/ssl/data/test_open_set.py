@@ -289,3 +289,31 @@ def test_cifar10_as_folders_has_its_own_splits(tmp_path):
     data = load_data(DataConfig("cifar10", root=str(tmp_path), image_size=8, split=0, holdout=0), 0)
     assert data.classes == [names[i] for i in SPLITS["cifar10"][0]]
     assert len(data.train) == 18 and len(data.test) == 30
+
+
+@pytest.mark.parametrize(
+    ("side", "usual"), [(8, 32), (40, 32), (64, 64), (100, 64), (150, 128), (300, 224), (2000, 224)]
+)
+def test_an_image_size_follows_the_images(tmp_path, side, usual):
+    folder(tmp_path, ["a", "b"], size=(side + 10, side))
+    data = load_data(DataConfig("imagefolder", str(tmp_path), image_size=None), 0)
+    assert {part.size for part in data.sets().values()} == {usual}
+    with pytest.raises(ValueError, match=r"data\.image_size: null, chosen by the images, is for image files"):
+        load_data(replace(DIGITS, image_size=None), 0)
+
+
+def test_whether_views_are_cut_from_the_files(tmp_path):
+    folder(tmp_path, ["a", "b"], size=(24, 24))
+    plain = DataConfig("imagefolder", str(tmp_path))
+    for size, views, photographs in (
+        *((24, "auto", False), (32, "auto", False), (23, "auto", True)),
+        *((24, "files", True), (23, "squares", False)),
+    ):
+        data = load_data(replace(plain, image_size=size, views=views), 0)
+        for part in data.sets().values():
+            assert part.photographs == photographs and (part.images is None) == photographs
+        assert len(data.notes) == 1 and data.looked_at != photographs
+        assert ("cut from the files" in data.notes[0]) == photographs
+    picture(tmp_path / "a" / "0.png", size=(25, 24))  # one that is wider is enough
+    assert load_data(replace(plain, image_size=24), 0).train.photographs
+    assert load_data(DIGITS, 0).notes == []

@@ -13,6 +13,7 @@ from PIL import Image
 
 from gradmix.ssl.config import DataConfig
 from gradmix.ssl.data.images import ImageSet, decode
+from gradmix.ssl.data.kept import kept_file
 from gradmix.ssl.data.open_set import load_data
 from gradmix.ssl.data.scan import Scan
 
@@ -91,13 +92,13 @@ def folder(root, **options):
 
 
 @pytest.mark.parametrize("memory_gib", [4.0, 0.0], ids=["in memory", "streamed"])
-def test_every_bad_file_is_named_or_left_out(root, memory_gib, tmp_path):
+def test_every_bad_file_is_named_or_left_out(root, memory_gib):
     bad = {str(path) for path in write_bad(root / "cat")}
     with pytest.raises(ValueError, match="20 image files can't be read") as refused:
-        load_data(folder(root, memory_gib=memory_gib), 0)
+        load_data(folder(root, memory_gib=memory_gib, views="squares"), 0, look=True)
     assert all(path in str(refused.value) for path in bad) and "\n" not in str(refused.value)
 
-    data = load_data(folder(root, memory_gib=memory_gib, on_bad_image="skip"), 0, tmp_path / "scan.json")
+    data = load_data(folder(root, memory_gib=memory_gib, on_bad_image="skip", views="squares"), 0, look=True)
     assert set(data.bad) == bad and all(path in reason for path, reason in data.bad.items())
     parts = (data.train, data.held_out, data.test)
     assert sum(map(len, parts)) == 180
@@ -114,17 +115,18 @@ def test_the_result_is_that_of_a_folder_without_the_bad_files(tmp_path):
         whole(tmp_path / "train" / "cat" / f"{i}.png", (i, 0, 0))
         whole(tmp_path / "train" / "dog" / f"{i}.png", (0, i, 0))
         whole(tmp_path / "test" / "cat" / f"{i}.png", (0, 0, i))
-    clean = load_data(folder(tmp_path), 0)
+    squares = {"views": "squares"}  # which lie in memory
+    clean = load_data(folder(tmp_path, **squares), 0)
     (tmp_path / "train/cat/0a.png").write_bytes(b"")
     (tmp_path / "test/cat/0a.png").write_bytes(b"")
-    skipped = load_data(folder(tmp_path, on_bad_image="skip"), 0)
+    skipped = load_data(folder(tmp_path, on_bad_image="skip", **squares), 0)
     for name in ("train", "held_out", "test"):
         assert getattr(clean, name).files == getattr(skipped, name).files
         assert torch.equal(getattr(clean, name).images, getattr(skipped, name).images)
     for i in range(12):
         (tmp_path / "train/cat" / f"{i}.png").write_bytes(b"")
     with pytest.raises(ValueError, match="no training images of the known classes cat"):
-        load_data(folder(tmp_path, on_bad_image="skip"), 0)
+        load_data(folder(tmp_path, on_bad_image="skip", **squares), 0)
 
 
 def test_bad_unknown_images_are_named_too(tmp_path):
@@ -140,32 +142,34 @@ def test_bad_unknown_images_are_named_too(tmp_path):
 
 
 def test_answers_are_kept_until_a_file_changes(root, tmp_path, monkeypatch):
-    config, cache = folder(root, memory_gib=0.0, on_bad_image="skip"), tmp_path / "scan.json"
-    load_data(config, 0, cache)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    config, cache = folder(root, memory_gib=0.0, on_bad_image="skip", scan=True), kept_file("scans", root)
+    load_data(config, 0)
     looked_at = []
-    monkeypatch.setattr("gradmix.ssl.data.scan.decode", lambda path, size: looked_at.append(path) or decode(path, size))
-    assert len(load_data(config, 0, cache).bad) == 20 and not looked_at
+    monkeypatch.setattr("gradmix.ssl.data.scan.decode", lambda path, *to: looked_at.append(path) or decode(path, *to))
+    assert len(load_data(config, 0).bad) == 20 and not looked_at
     whole(root / "cat/empty.png")
     (root / "dog/3.jpg").write_bytes(b"")
-    bad = load_data(config, 0, cache).bad
+    bad = load_data(config, 0).bad
     assert sorted(looked_at) == [str(root / "cat/empty.png"), str(root / "dog/3.jpg")]
     assert len(bad) == 20 and str(root / "dog/3.jpg") in bad and str(root / "cat/empty.png") not in bad
     assert [path for path in root.rglob("*") if path.suffix == ".json"] == []
     cache.write_text(cache.read_text()[:-20])
-    assert len(load_data(config, 0, cache).bad) == 20 and len(looked_at) == 2 + 200
-    assert json.loads(cache.read_text())["files"]
+    assert len(load_data(config, 0).bad) == 20 and len(looked_at) == 2 + 200
+    assert json.loads(cache.read_text())["answers"]
 
 
 def test_a_scan_that_is_interrupted_keeps_its_answers(root, tmp_path, monkeypatch):
-    def interrupted(path, size):
+    def interrupted(path, *to):
         if path.endswith("/cat/5.png"):
             raise KeyboardInterrupt
-        return decode(path, size)
+        return decode(path, *to)
 
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr("gradmix.ssl.data.scan.decode", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        load_data(folder(root), 0, tmp_path / "scan.json")
-    assert len(json.loads((tmp_path / "scan.json").read_text())["files"]) > 0
+        load_data(folder(root, views="squares"), 0)
+    assert len(json.loads(kept_file("scans", root).read_text())["answers"]) > 0
 
 
 def test_unusual_images_are_read_right(tmp_path):
@@ -219,7 +223,8 @@ def test_memory_stays_below_a_gibibyte(root, tmp_path):
     whole(root / "dog/large.png", size=(6000, 4000))
     code = (
         "import re; from gradmix.ssl.config import DataConfig; from gradmix.ssl.data.open_set import load_data\n"
-        f"data = load_data(DataConfig(name='imagefolder', image_size=8, root={str(root)!r}, on_bad_image='skip'), 0)\n"
+        f"config = DataConfig(name='imagefolder', image_size=8, root={str(root)!r}, on_bad_image='skip')\n"
+        "data = load_data(config, 0, look=True)\n"
         # Not ru_maxrss, which a process inherits from the one that started it. Without the pages of libraries, which
         # the kernel maps as it likes (here 0.3 to 0.6 GiB for the same imports) and takes back at will.
         "memory = dict(re.findall(r'(VmHWM|RssFile):\\s*(\\d+)', open('/proc/self/status').read()))\n"

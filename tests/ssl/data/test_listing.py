@@ -1,0 +1,88 @@
+"""Lists of image files: links, hidden folders, strange names, and what a million of them take."""
+
+import os
+import pickle
+import tracemalloc
+
+import pytest
+import torch
+from PIL import Image
+
+from gradmix.eval.scoring.scorer import find_images
+from gradmix.ssl.config import DataConfig
+from gradmix.ssl.data.listing import Files, list_images
+from gradmix.ssl.data.open_set import load_data
+
+
+def picture(path, colour=(10, 20, 30), size=(8, 8)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, colour).save(path)
+
+
+@pytest.fixture
+def root(tmp_path):
+    """Class folders, one of them a link, beside what systems leave behind."""
+    for i in range(8):
+        picture(tmp_path / "images/cat" / f"{i}.png")
+        picture(tmp_path / "elsewhere" / f"{i}.PNG")
+        picture(tmp_path / "images/__MACOSX/cat" / f"{i}.png")
+        picture(tmp_path / "images/.thumbnails" / f"{i}.png")
+    (tmp_path / "images/cat/._0.png").write_bytes(b"\0\5\26\7")
+    os.symlink(tmp_path / "elsewhere", tmp_path / "images/dog", target_is_directory=True)
+    os.symlink(tmp_path / "images", tmp_path / "images/cat/round", target_is_directory=True)  # and round, and round
+    os.symlink(tmp_path / "nowhere", tmp_path / "images/cat/broken.png")
+    return tmp_path / "images"
+
+
+def test_links_are_followed_alike_in_training_and_scoring(root):
+    data = load_data(DataConfig("imagefolder", str(root), image_size=8, holdout=0), 0)
+    assert data.classes == ["cat", "dog"] and not data.empty and not data.unknown
+    listed = {str(root / "cat" / f"{i}.png") for i in range(8)} | {str(root / "dog" / f"{i}.PNG") for i in range(8)}
+    assert {*data.train.files, *data.test.files} >= listed
+    assert {path for path in find_images(str(root)) if "/round/" not in path} == listed
+
+
+def test_lists_are_sorted_and_the_same_every_time(tmp_path):
+    paths = [tmp_path / name for name in ("b/2.png", "a/1.png", "a 1.png", "c.jpg", "B.png")]
+    for path in paths:
+        picture(path)
+    assert list_images(tmp_path) == sorted(map(str, paths))
+
+
+@pytest.mark.parametrize("names", [("val",), ("valid",), ("validation",), ("test",), ("val", "test")])
+def test_the_test_set_by_any_of_its_names(tmp_path, names):
+    for part in ("train", *names):
+        for kind in ("a", "b"):
+            for i in range(3):
+                picture(tmp_path / part / kind / f"{part}{i}.png")
+    data = load_data(DataConfig("imagefolder", str(tmp_path), image_size=8, holdout=0), 0)
+    assert all(f"/{names[-1]}/" in path for path in data.test.files) and len(data.test) == 6
+    told = [note for note in data.notes if "is left out" in note]
+    assert told == ([f"{tmp_path / 'val'} is left out, test/ is the test set"] if len(names) > 1 else [])
+
+
+def test_empty_folders_beside_loose_images_are_no_classes(tmp_path):
+    (tmp_path / "empty").mkdir()
+    for i in range(4):
+        picture(tmp_path / f"{i}.png")
+    assert load_data(DataConfig("imagefolder", str(tmp_path), image_size=8), 0).classes == []
+    with pytest.raises(ValueError, match="no images in"):
+        load_data(DataConfig("imagefolder", str(tmp_path / "empty"), image_size=8), 0)
+
+
+def test_files_are_a_list_of_strings():
+    names = ["/a/b c.png", "/a/\udcff.png", "/日本/é.jpg", "/a/two\nlines.png"]
+    files = Files(names)
+    assert list(files) == names == list(pickle.loads(pickle.dumps(files))) and files == Files(names)
+    assert files[-1] == names[-1] and names[2] in files and len(files) == 4
+    assert list(files.select(torch.tensor([2, 0]))) == [names[2], names[0]]
+    assert list(files + Files(["/x.png"])) == [*names, "/x.png"] and list(Files()) == []
+
+
+def test_a_million_files_take_less_than_a_gibibyte():
+    tracemalloc.start()
+    names = [f"/data/imagenet/train/n{i % 1000:08}/n{i % 1000:08}_{i}.JPEG" for i in range(1_000_000)]
+    files = Files(names)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**29 and files.array.nbytes < 2**27 and files[999_999] == names[-1]

@@ -1,7 +1,9 @@
 """The picture of a report on the front page: headline numbers, the map, the surest mistakes of one kind.
 
     gradmix-pretrain method.selfsup=0.25 run_dir=runs/demo
-    python benchmarks/report_picture.py runs/demo       # writes docs/report.png; needs chromium
+    python benchmarks/report_picture.py runs/demo       # writes docs/report.png
+
+It needs chromium. The caption in README.md names the run's command.
 """
 
 import subprocess
@@ -13,13 +15,14 @@ from PIL import Image, ImageChops
 
 PICTURE = Path(__file__).parent.parent / "docs/report.png"
 MARGIN = 24
-# Only these parts; of the mistakes three, beside the map.
+# Only these parts; of the mistakes six, beside the map.
 STYLE = """<style>
-main { max-width: 1180px; display: grid; grid-template-columns: 700px 1fr; column-gap: 40px; align-items: start; }
+main { max-width: 1240px; display: grid; grid-template-columns: 560px 1fr; column-gap: 40px; align-items: start; }
 main > p, main > h1, main > nav, main > .headline { grid-column: 1 / -1; }
 main > nav, section { display: none; }
 #map, #mistakes { display: block; margin-top: 0; }
-#mistakes h3 ~ h3, #mistakes .cards ~ *, #mistakes .card:nth-child(n + 4) { display: none; }
+#mistakes .cards { grid-template-columns: 1fr 1fr; }
+#mistakes h3 ~ h3, #mistakes .cards ~ *, #mistakes .card:nth-child(n + 7) { display: none; }
 </style>"""
 
 

@@ -24,7 +24,7 @@ def on_startup(**_) -> None:
 
 
 def on_page_markdown(markdown: str, **_) -> str:
-    """Fill `{front page}`, `{settings COMMAND}` with the table of its keys, `{metrics TABLE}` with one of the catalogue."""
+    """Fill `{front page}`, `{settings COMMAND}` with its keys, `{metrics TABLE}` with a table of the catalogue."""
     markdown = markdown.replace("{front page}", front_page())
     markdown = re.sub(r"^\{settings (\w+)\}$", lambda match: table(SCHEMAS[match[1]]), markdown, flags=re.M)
     return re.sub(r"^\{metrics (\w+)\}$", lambda match: metrics(getattr(catalogue, match[1])), markdown, flags=re.M)

@@ -197,6 +197,15 @@ def test_the_site_builds_without_a_warning_and_has_the_docstrings(tmp_path):
     assert not re.search(r'(?:src|href)="https?://[^"]*\.(?:js|css|woff2?)"', pages["settings"])  # opens offline
 
 
+def test_the_front_page_is_short_and_its_links_lead_somewhere():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 150
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if not link.startswith("https://")]
+    assert len(links) > 10
+    for link in links:
+        assert (ROOT / link).is_file(), link
+
+
 def test_the_citation_names_the_paper_and_the_version():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert citation["version"] == gradmix.__version__

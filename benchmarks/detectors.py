@@ -2,7 +2,7 @@
 
     python benchmarks/detectors.py                     about half an hour on 2 cores, 12 GiB
     python benchmarks/detectors.py --bank 5000 --queries 500 --sizes 5000 20000          a rehearsal
-    python benchmarks/detectors.py --save              also writes results/detectors.json and .png
+    python benchmarks/detectors.py --save              also writes results/detectors.json, docs/detectors.png
 
 1. Exact kNN classification against lightly's `knn_predict` (batches of 512) and scikit-learn's brute force, and the
    class-wise score against a loop over images (the form of published code). The same predictions, best of `--repeats`
@@ -224,7 +224,7 @@ def main() -> None:
     parser.add_argument("--approximate-queries", type=int, default=2000, help="test features of part 2")
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--save", action="store_true", help="write results/detectors.json and .png")
+    parser.add_argument("--save", action="store_true", help="write results/detectors.json and docs/detectors.png")
     options = parser.parse_args()
 
     limit_threads(options.threads)
@@ -243,7 +243,8 @@ def main() -> None:
                 name: {size["bank"]: 1000 * size[key] / options.approximate_queries for size in report["approximate"]}
                 for name, key in names.items()
             }
-            plot(RESULTS / "detectors.png", milliseconds, "training features", "milliseconds per image", log=True)
+            picture = RESULTS.parents[1] / "docs/detectors.png"
+            plot(picture, milliseconds, "training features", "milliseconds per image", log=True)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python benchmarks/paper.py --experiment tinyimagenet_osr --root PATH --mix none cutmix gradmix --splits 0 \\
         --epochs 100 --minutes 9.5                      # again and again, until nothing is left to run
-    python benchmarks/paper.py --minutes 0 --save       # tables of all runs so far; results/paper.json and README
+    python benchmarks/paper.py --minutes 0 --save       # tables of all runs so far; results/paper.json, docs/results.md
 
 Each run is ``gradmix-pretrain experiment=...`` in a folder of its own under ``--runs``. When the time is over the
 current one saves and exits; the next call goes on from there. Numbers are the last checkpoint's; settings are chosen
@@ -30,7 +30,7 @@ from gradmix.eval.detectors import DeepKNN
 from gradmix.eval.metrics import auroc
 from gradmix.ssl.runs.files import write_json
 
-README = Path(__file__).parent.parent / "README.md"
+PAGE = Path(__file__).parent.parent / "docs/results.md"
 MARKS = "<!-- paper.py writes this table -->", "<!-- end of the table -->"
 TIME_TO_STOP = 20  # seconds that a run gets to save and exit
 # What makes a row: the same setting may be run for other splits and seeds.
@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--join", action="store_true", help="also score features of runs with different tags, joined")
     parser.add_argument("--results", type=Path, help="write the rows there, added to those that it has")
     parser.add_argument(
-        "--save", action="store_true", help="the same to results/paper.json, and the table to README.md"
+        "--save", action="store_true", help="the same to results/paper.json, and the table to docs/results.md"
     )
     options = parser.parse_args()
     if options.override and not options.tag:
@@ -70,7 +70,7 @@ def main() -> None:
         save("paper", rows)
         if lines := auroc_by_epochs(rows):
             plot(RESULTS / "paper.png", lines, "epochs", "AUROC, %")
-        write_readme(table(rows))
+        write_page(table(rows))
     elif options.results:
         write_json(options.results, rows)
     print(f"\nruns left: {left}" if left else "\nnothing left to run")
@@ -259,12 +259,12 @@ def auroc_by_epochs(rows: list[dict]) -> dict[str, dict[float, float]]:
     }
 
 
-def write_readme(text: str) -> None:
-    before, _, rest = README.read_text().partition(MARKS[0])
+def write_page(text: str) -> None:
+    before, _, rest = PAGE.read_text().partition(MARKS[0])
     _, _, after = rest.partition(MARKS[1])
     if not rest or not after:
-        sys.exit(f"README.md: no place for the table; it must have {MARKS[0]} and {MARKS[1]}")
-    README.write_text(f"{before}{MARKS[0]}\n\n{text}\n\n{MARKS[1]}{after}")
+        sys.exit(f"{PAGE}: no place for the table; it must have {MARKS[0]} and {MARKS[1]}")
+    PAGE.write_text(f"{before}{MARKS[0]}\n\n{text}\n\n{MARKS[1]}{after}")
 
 
 if __name__ == "__main__":

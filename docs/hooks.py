@@ -1,4 +1,4 @@
-"""What the pages can't hold themselves: tables of settings and of numbers, and the sources of the API pages."""
+"""What the pages can't hold themselves: the README, tables of settings and of numbers, the sources of the API pages."""
 
 import re
 import shutil
@@ -9,24 +9,31 @@ from gradmix.eval.commands.help import settings
 from gradmix.eval.config import EvalConfig, ScoreConfig
 from gradmix.ssl.config import Config
 
+ROOT = Path(__file__).parent.parent
 SCHEMAS = {"pretrain": Config, "eval": EvalConfig, "score": ScoreConfig}
 
 
 def on_startup(**_) -> None:
     """Copy the package to build/api: mkdocstrings reads sources, and finds no package in ssl without __init__.py."""
-    root = Path(__file__).parent.parent
-    shutil.rmtree(root / "build/api", ignore_errors=True)
-    shutil.copytree(root / "gradmix", root / "build/api/gradmix", ignore=shutil.ignore_patterns("__pycache__"))
-    (root / "build/api/gradmix/ssl/__init__.py").touch()
-    for path in (root / "build/api").rglob("*.py"):  # docstrings have Sphinx's roles, the pages are Markdown
+    shutil.rmtree(ROOT / "build/api", ignore_errors=True)
+    shutil.copytree(ROOT / "gradmix", ROOT / "build/api/gradmix", ignore=shutil.ignore_patterns("__pycache__"))
+    (ROOT / "build/api/gradmix/ssl/__init__.py").touch()
+    for path in (ROOT / "build/api").rglob("*.py"):  # docstrings have Sphinx's roles, the pages are Markdown
         text = re.sub(r":(?:func|class|meth|mod):`~?([^`]+)`", r"`\1`", path.read_text())
         path.write_text(re.sub(r"::$", ":", text, flags=re.M))
 
 
 def on_page_markdown(markdown: str, **_) -> str:
-    """Fill `{settings COMMAND}` with the table of its keys, and `{metrics TABLE}` with one of the catalogue."""
+    """Fill `{front page}`, `{settings COMMAND}` with its keys, `{metrics TABLE}` with a table of the catalogue."""
+    markdown = markdown.replace("{front page}", front_page())
     markdown = re.sub(r"^\{settings (\w+)\}$", lambda match: table(SCHEMAS[match[1]]), markdown, flags=re.M)
     return re.sub(r"^\{metrics (\w+)\}$", lambda match: metrics(getattr(catalogue, match[1])), markdown, flags=re.M)
+
+
+def front_page() -> str:
+    """The README, its links as they are from docs/."""
+    text = (ROOT / "README.md").read_text().replace("](docs/", "](").replace("](CONTRIBUTING.md)", "](contributing.md)")
+    return text.replace("[CITATION.cff](CITATION.cff)", "`CITATION.cff`")
 
 
 def table(schema: type) -> str:

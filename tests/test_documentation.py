@@ -26,15 +26,20 @@ ROOT = Path(__file__).parent.parent
 PAGES = ["README.md", *(str(path.relative_to(ROOT)) for path in sorted((ROOT / "docs").rglob("*.md")))]
 SMALL = ("epochs=1", "batch_size=16", "encoder.width=4", "knn_k=3", "pictures_every=1", "trainer.accelerator=cpu")
 DIGITS = {"cat": 3, "dog": 6, "rabbit": 8, "fox": 1}  # what plays the animals
-ELSEWHERE = ("Use it in your own loop", "Evaluate any backbone")  # sections that tests/*/test_readme.py run
+ELSEWHERE = {  # sections that other tests run
+    "README.md": ("Three lines in your own loop",),  # tests/gradmix/test_loop_pages.py
+    "docs/recipes/own-loop.md": ("A complete SimCLR in plain PyTorch",),
+    "docs/recipes/evaluate.md": ("Any backbone",),  # tests/eval/test_evaluate_page.py
+}
 SEVERAL = ("trainer.devices=", "torchrun")  # tested below, in processes of their own
 
 
 def steps(page: str) -> list[tuple[str, str]]:
     """(language, text) of a page's code: single lines of shell, whole blocks of Python."""
     text = (ROOT / page).read_text()
-    if page == "README.md":
-        text = re.sub(rf"^## ({'|'.join(ELSEWHERE)})\n.*?(?=^## )", "", text, flags=re.M | re.S)
+    for section in ELSEWHERE.get(page, ()):
+        text, found_it = re.subn(rf"^## {section}\n.*?(?=^## |\Z)", "", text, flags=re.M | re.S)
+        assert found_it, f"{page} has no section {section!r}"
     found = []
     for language, code in re.findall(r"^```(\w*)[^\n]*\n(.*?)^```", text, re.M | re.S):
         if language == "python":
@@ -101,11 +106,27 @@ def run_step(kind: str, text: str, command, monkeypatch) -> str:
     return ""
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if not set(steps(page)) <= set(steps("README.md"))])
+def alone(page: str) -> list[tuple[str, str]]:
+    """The steps that one process can do."""
+    return [step for step in steps(page) if not any(word in step[1] for word in SEVERAL)]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if not set(alone(page)) <= set(alone("README.md"))])
 def test_commands_of_the_pages(page, workplace, command, monkeypatch):
-    for kind, text in steps(page):
-        if not any(word in text for word in SEVERAL):
-            run_step(kind, text, command, monkeypatch)
+    for kind, text in alone(page):
+        run_step(kind, text, command, monkeypatch)
+
+
+def test_who_follows_the_page_of_evaluation_ends_with_comparisons(workplace, command, monkeypatch):
+    printed = "".join(run_step(kind, text, command, monkeypatch) for kind, text in steps("docs/recipes/evaluate.md"))
+    assert "2 known classes: cat, dog; 1 unknown" in printed
+    runs = workplace / "runs"
+    numbers = {name: json.loads((runs / name / "metrics.json").read_text()) for name in ("mine-k10", "mine-far")}
+    assert 0 <= numbers["mine-k10"]["osr/vim/auroc"] <= 1 and "osr/class_knn/auroc" not in numbers["mine-k10"]
+    assert 0 <= numbers["mine-far"]["osr/deep_knn/auroc"] <= 1
+    assert json.loads((runs / "mine/metrics_corruptions.json").read_text())["corruptions/mce/knn"] > 0
+    compared = (workplace / "compare.html").read_text()
+    assert "runs/mine" in compared and "runs/plain" in compared
 
 
 def test_who_follows_the_readme_ends_with_a_report_and_scores(workplace, command, monkeypatch):
@@ -116,19 +137,13 @@ def test_who_follows_the_readme_ends_with_a_report_and_scores(workplace, command
         save_digits(workplace / "photos/test" / name, digit, range(30, 45))
     printed = [run_step(kind, text, command, monkeypatch) for kind, text in steps("README.md")]
     assert any("3 known classes: cat, dog, rabbit; 1 unknown" in text for text in printed)
-    for run in ("demo", "mine", "eight", "digits"):
+    for run in ("demo", "mine"):
         assert (workplace / "runs" / run / "report.html").stat().st_size > 10_000, run
     numbers = json.loads((workplace / "runs/mine/metrics.json").read_text())
     assert 0 <= numbers["osr/deep_knn/auroc"] <= 1
     rows = list(csv.DictReader(open(workplace / "scores.csv")))
     assert [row["path"] for row in rows] == [f"new/{number}.png" for number in range(6)]
     assert all(row["prediction"] in ("cat", "dog", "rabbit", "unknown") and float(row["score"]) >= 0 for row in rows)
-    assert (workplace / "compare.html").is_file()
-
-
-def test_the_readme_s_commands_for_several_gpus_are_the_page_s():
-    lines = [text for _, text in steps("README.md") if any(word in text for word in SEVERAL)]
-    assert len(lines) == 2 and set(lines) <= {text for _, text in steps("docs/several-gpus.md")}
 
 
 def several_steps() -> dict[str, list[str]]:
@@ -172,12 +187,23 @@ def test_the_site_builds_without_a_warning_and_has_the_docstrings(tmp_path):
         command, cwd=ROOT, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}, capture_output=True, text=True
     )
     assert (built.returncode, built.stderr) == (0, "")
-    pages = {
-        name: (tmp_path / f"site/{name}/index.html").read_text() for name in ("api/gradmix", "api/ssl", "settings")
-    }
+    names = (".", "api/gradmix", "api/ssl", "settings")
+    pages = {name: (tmp_path / f"site/{name}/index.html").read_text() for name in names}
     assert "watch" in pages["api/gradmix"] and "NTXentLoss" in pages["api/ssl"]
+    assert "Three lines in your own loop" in pages["."] and 'href="recipes/own-loop/"' in pages["."]
+    for picture in re.findall(r'<img[^>]* src="([^"]+)"', pages["."]):
+        assert (tmp_path / "site" / picture).is_file(), picture
     assert "data.unknown_root" in pages["settings"] and "{settings" not in pages["settings"]
     assert not re.search(r'(?:src|href)="https?://[^"]*\.(?:js|css|woff2?)"', pages["settings"])  # opens offline
+
+
+def test_the_front_page_is_short_and_its_links_lead_somewhere():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 150
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if not link.startswith("https://")]
+    assert len(links) > 10
+    for link in links:
+        assert (ROOT / link).is_file(), link
 
 
 def test_the_citation_names_the_paper_and_the_version():

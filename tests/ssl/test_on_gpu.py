@@ -1,7 +1,8 @@
 """Training steps on a pretended GPU: nothing is left on the host that has to be on the device, and nothing waits.
 
 Where there is no GPU, device mismatches and needless waiting go unnoticed. Here tensors say that they lie on one, are
-computed with on the CPU, and refuse to meet tensors of the host as a GPU's would.
+computed with on the CPU, and refuse to meet tensors of the host as a GPU's would. One wait goes unseen here: kornia
+draws the random numbers of a crop on the host, and copying them to a real GPU waits.
 """
 
 import traceback

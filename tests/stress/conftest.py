@@ -21,7 +21,7 @@ def undisturbed(tmp_path_factory):
 
 @pytest.fixture
 def tell(capsys, request):
-    """Print a figure for the README's table, past pytest's capturing."""
+    """Print a figure for the table of docs/runs.md, past pytest's capturing."""
 
     def tell(text):
         with capsys.disabled():

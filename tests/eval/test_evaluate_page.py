@@ -1,4 +1,4 @@
-"""Every command of the README's "Evaluate any backbone", run as printed, with small settings added."""
+"""Every command of "Any backbone" in docs/recipes/evaluate.md, run as printed, with small settings added."""
 
 import json
 import re
@@ -13,7 +13,7 @@ from sklearn.datasets import load_digits
 
 from gradmix.ssl.networks.backbones import ResNet
 
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "docs/recipes/evaluate.md"
 SMALL = {
     "eval": ("probe.epochs=1",),
     "pretrain": ("epochs=1", "batch_size=32", "encoder.width=8", "data.image_size=16", "trainer.accelerator=cpu"),
@@ -29,8 +29,8 @@ LEFT_BEHIND = {
 
 
 def commands():
-    section = re.search(r"^## Evaluate any backbone\n(.*?)(?=^## |\Z)", README.read_text(), re.M | re.S)
-    assert section, "README.md has no section 'Evaluate any backbone'"
+    section = re.search(r"^## Any backbone\n(.*?)(?=^## |\Z)", PAGE.read_text(), re.M | re.S)
+    assert section, f"{PAGE} has no section 'Any backbone'"
     return re.search(r"^```\n(.*?)^```", section[1], re.M | re.S)[1].splitlines()
 
 
@@ -50,7 +50,7 @@ def folder(tmp_path, digits_run):
 
 
 @pytest.mark.parametrize("line", commands(), ids=lambda line: line.split()[2 if "run=" in line else 1])
-def test_commands_of_the_readme(line, folder, command):
+def test_commands_of_the_page(line, folder, command):
     name, *arguments = line.split("#")[0].split()
     name = name.removeprefix("gradmix-")
     result = command(name, *arguments, *SMALL[name])

@@ -1,4 +1,4 @@
-"""The README's "Use it in your own loop", run exactly as printed, on a few random images instead of CIFAR-10."""
+"""The loops of README.md and docs/recipes/own-loop.md, as printed, on a few random images instead of CIFAR-10."""
 
 import re
 from pathlib import Path
@@ -8,14 +8,15 @@ import pytest
 import torch
 import torchvision
 
-README = Path(__file__).parents[2] / "README.md"
+ROOT = Path(__file__).parents[2]
 
 
-def block(language: str) -> str:
-    """The one code block of that language in the section."""
-    section = re.search(r"^## Use it in your own loop\n(.*?)(?=^## |\Z)", README.read_text(), re.M | re.S)
-    assert section, "README.md has no section 'Use it in your own loop'"
-    (code,) = re.findall(rf"^```{language}\n(.*?)^```", section[1], re.M | re.S)
+def block(language: str, page: str, section: str = "") -> str:
+    """The one code block of that language on the page, or in a section of it."""
+    text = (ROOT / page).read_text()
+    if section:
+        text = re.search(rf"^## {section}\n(.*?)(?=^## |\Z)", text, re.M | re.S)[1]
+    (code,) = re.findall(rf"^```{language}\n(.*?)^```", text, re.M | re.S)
     return code
 
 
@@ -35,11 +36,37 @@ def tiny(monkeypatch):
     monkeypatch.setattr(torch.utils.data, "DataLoader", small_loader)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        yield {"range": lambda _epochs: range(3), "__name__": "readme"}
+        yield {"range": lambda _epochs: range(3), "__name__": "page"}
+
+
+PAGE = "docs/recipes/own-loop.md"
+
+
+def test_the_three_lines_of_the_readme():
+    """The loss is NT-Xent of the views and, weighted by what they kept, of the mixed ones: by a slow loop."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = torchvision.models.resnet18(num_classes=16)
+        views = torch.rand(8, 3, 32, 32)
+    before = network.conv1.weight.detach().clone()
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    names = {"network": network, "optimizer": optimizer, "batches": [views], "__name__": "page"}
+    exec(compile(block("python", "README.md", "Three lines in your own loop"), "README.md", "exec"), names)
+
+    z, p, kept = names["z"].detach().double(), names["p"].detach().double(), names["mixed"].kept.double()
+    rows, expected = len(views), 0.0
+    for i in range(rows):
+        other = (i + rows // 2) % rows
+        everyone = sum(torch.exp(z[i] @ z[j] / 0.1) for j in range(rows) if j != i)
+        expected -= torch.log(torch.exp(z[i] @ z[other] / 0.1) / everyone).item() / rows
+        expected -= kept[other] * torch.log(torch.exp(z[i] @ p[other] / 0.1) / everyone).item() / rows
+    assert names["loss"].item() == pytest.approx(float(expected), rel=1e-4)
+    assert (kept < 1).all() and (names["mixed"].attribution.amax((1, 2)) > 0).all()
+    assert not torch.equal(network.conv1.weight, before) and network.conv1.weight.isfinite().all()
 
 
 def test_plain_pytorch(tiny, capsys):
-    exec(compile(block("python"), "README.md", "exec"), tiny)
+    exec(compile(block("python", PAGE), PAGE, "exec"), tiny)
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in lines] == ["epoch 0", "epoch 1", "epoch 2"]
     assert all(torch.isfinite(p).all() for p in tiny["model"].parameters())
@@ -58,7 +85,7 @@ def changed(source: str, diff: str) -> str:
     return source
 
 
-# SimCLR on lightly's parts, as its documentation puts them together; the lines that the README changes are its own.
+# SimCLR on lightly's parts, as its documentation puts them together; the lines that the page changes are its own.
 LIGHTLY = """
 import torch
 import torchvision
@@ -97,7 +124,7 @@ for epoch in range(10):
 
 
 def test_the_change_to_lightlys_loop(tiny, capsys):
-    exec(compile(changed(LIGHTLY, block("diff")), "simclr.py", "exec"), tiny)
+    exec(compile(changed(LIGHTLY, block("diff", PAGE)), "simclr.py", "exec"), tiny)
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in lines] == ["epoch 0", "epoch 1", "epoch 2"]
     assert all(torch.isfinite(p).all() for p in tiny["model"].parameters())

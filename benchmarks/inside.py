@@ -11,12 +11,14 @@ training images of split 0 and val/; a small network is trained on it (inside_tr
 import argparse
 import json
 import statistics
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from inside_training import KEEP_EPOCHS, SIZE, config_of, masks, peaks, prepare
+from inside_training import KEEP_EPOCHS, SIZE, at_border, config_of, from_centre, masks, peaks, prepare
 from machine import hardware, save
 from study import ARMS, SETTING, subset
 from theirs import against_theirs
@@ -36,6 +38,7 @@ from gradmix.ssl.data.images import ImageSet, denormalize, normalize
 from gradmix.ssl.data.open_set import OpenSetData, load_data
 from gradmix.ssl.losses import NTXentLoss
 from gradmix.ssl.networks.backbones import load_backbone
+from gradmix.ssl.runs.files import write_json
 
 PICTURE = Path(__file__).parent.parent / "docs" / "study-inside.png"
 BATCH = 125  # images; two views each
@@ -54,36 +57,44 @@ def main() -> None:
     torch.set_num_threads(1)
     data, run = prepare(options.tiny, options.work)
     networks = {f"epoch {e}": network(run / f"epoch-{e}") for e in (0, *KEEP_EPOCHS)}
-    long = {path.stem: network(path) for path in sorted(options.backbones.glob("*_0.safetensors"))}
-    images, boxes = with_boxes(data.test, options.tiny)
-
-    objects, examples = {}, {}
-    for name, (backbone, head) in (networks | long).items():
-        maps, views = maps_of(backbone, head, images)
-        objects[name] = pointing(maps, views, boxes)
-        examples[name] = maps
-        print(name, json.dumps(objects[name]["all"]["peak in the object"]), flush=True)
     last = f"epoch {KEEP_EPOCHS[-1]}"
-    objects[f"{last}, by stage"] = by_stage(*networks[last], images, boxes)
-    theirs = {}
-    for name in ("epoch 1", "epoch 4", last, *long):
-        theirs[name] = against_theirs(*networks.get(name, long.get(name)), views_of(images[::4]))
-        print(name, json.dumps(theirs[name]), flush=True)
-
-    features = {name: of_features(backbone, data) for name, (backbone, _) in networks.items()}
-    classes, mistakes = of_mistakes(options)
+    study = {path.stem: network(path) for path in sorted(options.backbones.glob("*_0.safetensors"))}
+    both = networks | study
+    images, boxes = with_boxes(data.test, options.tiny)
+    seen = options.work / "seen"
+    classes, mistakes, places = once(seen / "cifar10", of_cifar10, options)
     result = {
-        "objects": objects,
+        "objects": {name: once(seen / f"objects, {name}", of_objects, *both[name], images, boxes) for name in both},
+        "objects by stage, last epoch": once(seen / "stages", by_stage, *networks[last], images, boxes),
         "training": json.loads((run / "watched.json").read_text()),
-        "features": features,
+        "places on CIFAR-10's training images": places,
+        "features": {name: once(seen / f"features, {name}", of_features, networks[name][0], data) for name in networks},
         "features of the study's runs": of_runs(options.runs),
         "unknown classes": classes,
         "mistakes": mistakes,
-        "theirs": theirs,
+        "theirs": {
+            name: once(seen / f"theirs, {name}", against_theirs, *both[name], views_of(images[: 2 * BATCH]))
+            for name in ("epoch 1", "epoch 8", last, *study)
+        },
         "hardware": hardware(torch.device("cpu")),
     }
     save("inside", result)
-    picture(result, images, boxes, examples[last])
+    maps = maps_of(*networks[last], images[:BATCH])
+    picture(result, images[:BATCH], boxes[:BATCH], maps)
+
+
+def once(path: Path, function: Callable, *arguments: Any) -> Any:
+    """What the function gives, from ``path`` if it was computed before: a look that was stopped goes on."""
+    path = path.with_suffix(".json")
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, function(*arguments))
+        print(path.stem, "done", flush=True)
+    return json.loads(path.read_text())
+
+
+def of_objects(backbone: nn.Module, head: nn.Module, images: Tensor, boxes: Tensor) -> dict:
+    return pointing(maps_of(backbone, head, images), normalize(images), boxes)
 
 
 def network(path: Path) -> tuple[nn.Module, nn.Module]:
@@ -121,8 +132,8 @@ def looked_at(backbone: nn.Module, head: nn.Module, views: Tensor) -> tuple[Tens
     return NTXentLoss(TEMPERATURE)(z), seen
 
 
-def maps_of(backbone: nn.Module, head: nn.Module, images: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-    """Per kind of map ``[N, S, S]`` of the whole images, and the whole images as the network takes them."""
+def maps_of(backbone: nn.Module, head: nn.Module, images: Tensor) -> dict[str, Tensor]:
+    """Per kind of map ``[N, S, S]`` of the whole images."""
     maps: dict[str, list[Tensor]] = {kind: [] for kind in MAPS}
     for part in images.split(BATCH):
         loss, seen = looked_at(backbone, head, views_of(part))
@@ -130,7 +141,7 @@ def maps_of(backbone: nn.Module, head: nn.Module, images: Tensor) -> tuple[dict[
         for kind in ("loss", "agreement"):
             maps[kind].append(layercam(loss, seen, size, kind)[: len(part)])
         maps["activation"].append(activation_map(seen, size)[: len(part)])
-    return {kind: torch.cat(parts) for kind, parts in maps.items()}, normalize(images)
+    return {kind: torch.cat(parts) for kind, parts in maps.items()}
 
 
 @torch.no_grad()
@@ -203,8 +214,8 @@ def boxed(maps: dict[str, Tensor], views: Tensor, objects: Tensor) -> dict:
 
 
 def by_stage(backbone: nn.Module, head: nn.Module, images: Tensor, boxes: Tensor) -> dict:
-    """The pointing game with the map of one stage alone, on every second image."""
-    images, boxes = images[::2], boxes[::2]
+    """The pointing game with the map of one stage alone, on half of the images."""
+    images, boxes = images[:500], boxes[:500]
     hits: dict[str, list[Tensor]] = {}
     for part, objects in zip(images.split(BATCH), boxes.split(BATCH), strict=True):
         loss, seen = looked_at(backbone, head, views_of(part))
@@ -259,20 +270,23 @@ def of_runs(folder: Path) -> dict:
     return result
 
 
-def of_mistakes(options: argparse.Namespace) -> tuple[dict, dict]:
-    """On CIFAR-10: AUROC of each unknown class, and known images that only one of two networks gets wrong."""
+def of_cifar10(options: argparse.Namespace) -> tuple[dict, dict, dict]:
+    """AUROC of each unknown class; known images that only one of two networks gets wrong; where maps peak.
+
+    Splits 0 and 1 have the same classes in another order, so that two seeds of one arm are there to compare with.
+    """
     unknown_classes: dict[str, dict] = {}
-    votes: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-    truth, names = None, []
+    answers: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    places: dict[str, dict] = {}
     for path in sorted(options.backbones.glob("*.safetensors")):
         split = int(path.stem.rpartition("_")[2])
         root = subset(options.archive, options.work / "cifar", split)
         config = config_of(*SETTING, "method=joint", f"data.root={root}", f"data.split={split}", "run_dir=unused")
         data = load_data(config.data, split)
-        backbone, _ = network(path)
+        backbone, head = network(path)
         train, test = features_of(backbone, data.train).numpy(), features_of(backbone, data.test).numpy()
-        known = data.test.labels.numpy() >= 0
-        detector = DeepKNN(k=5).fit(train, data.train.labels.numpy())
+        labels, known = data.train.labels.numpy(), data.test.labels.numpy() >= 0
+        detector = DeepKNN(k=5).fit(train, labels)
         scores, nearest = detector.score(test), detector.classify(test)
         of_file = np.array([Path(file).parent.name for file in data.test.files])
         unknown_classes[path.stem] = {}
@@ -284,13 +298,25 @@ def of_mistakes(options: argparse.Namespace) -> tuple[dict, dict]:
                 "error": round(auroc_error(scores[known], scores[here]), 4),
                 "looks like": {data.classes[i]: round(float(counts[i]), 3) for i in counts.argsort()[::-1][:2]},
             }
-        if split == 0:
-            truth, names = data.test.labels.numpy()[known], data.classes
-            shares = KNNClassifier(20).fit(train, data.train.labels.numpy()).predict_proba(test[known])
-            votes[path.stem] = shares.argmax(1), np.diff(np.sort(shares, 1)[:, -2:], axis=1)[:, 0]
-    arms = sorted(votes, key=lambda name: (not name.startswith("none"), name))
+        shares = KNNClassifier(20).fit(train, labels).predict_proba(test[known])
+        margin = np.diff(np.sort(shares, 1)[:, -2:], axis=1)[:, 0]
+        answers[path.stem] = np.array(data.classes)[shares.argmax(1)], margin
+        truth = of_file[known]
+        maps = maps_of(backbone, head, data.train.images[: 4 * BATCH])
+        places[path.stem] = {kind: place(peaks(m)) for kind, m in maps.items()}
+    y, x = torch.meshgrid(torch.arange(SIZE), torch.arange(SIZE), indexing="ij")
+    places["any pixel"] = {name: value[0] for name, value in place(torch.stack([y, x], 2).flatten(0, 1)).items()}
+    arms = sorted(answers, key=lambda name: (not name.startswith("none"), name))
     pairs = [(a, b) for i, a in enumerate(arms) for b in arms[i + 1 :]]
-    return unknown_classes, {f"{a} and {b}": only_one(votes[a], votes[b], truth, names) for a, b in pairs}
+    return unknown_classes, {f"{a} and {b}": only_one(answers[a], answers[b], truth) for a, b in pairs}, places
+
+
+def place(pixels: Tensor) -> dict[str, list[float]]:
+    size = (SIZE, SIZE)
+    return {
+        "at the border": mean_error(at_border(pixels, size).double()),
+        "from the centre": mean_error(from_centre(pixels, size).double()),
+    }
 
 
 def auroc_error(known: np.ndarray, unknown: np.ndarray) -> float:
@@ -301,7 +327,7 @@ def auroc_error(known: np.ndarray, unknown: np.ndarray) -> float:
     return float(np.sqrt(of_unknown.var(ddof=1) / len(unknown) + of_known.var(ddof=1) / len(known)))
 
 
-def only_one(first: tuple, second: tuple, truth: np.ndarray, names: list[str]) -> dict:
+def only_one(first: tuple, second: tuple, truth: np.ndarray) -> dict:
     """How often the first, the second, or both are wrong; and how sure the one that is right was (margin of votes)."""
     a, b = first[0] == truth, second[0] == truth
     return {
@@ -314,8 +340,8 @@ def only_one(first: tuple, second: tuple, truth: np.ndarray, names: list[str]) -
         "margin where both are right": round(float(first[1][a & b].mean()), 3),
         "margin of the one that is right": round(float(np.r_[first[1][a & ~b], second[1][~a & b]].mean()), 3),
         "by class, only the first and only the second wrong": {
-            name: [int((~a & b & (truth == i)).sum()), int((a & ~b & (truth == i)).sum())]
-            for i, name in enumerate(names)
+            name: [int((~a & b & (truth == name)).sum()), int((a & ~b & (truth == name)).sum())]
+            for name in sorted(set(truth.tolist()))
         },
     }
 
@@ -331,7 +357,7 @@ def picture(result: dict, images: Tensor, boxes: Tensor, maps: dict[str, Tensor]
     above, below = figure.subfigures(2, 1, height_ratios=[1, 1.05])
     area = (boxes[:, 2:] - boxes[:, :2]).prod(1)
     shown = (area < 0.5).nonzero()[:, 0]
-    shown = shown[torch.linspace(0, len(shown) - 1, 10).long()]  # evenly spaced, not picked
+    shown = shown[:10]  # the first, not picked
     grid = above.subplots(3, len(shown))
     for column, index in enumerate(shown.tolist()):
         top, left, bottom, right = (boxes[index] * SIZE).tolist()
@@ -348,7 +374,10 @@ def picture(result: dict, images: Tensor, boxes: Tensor, maps: dict[str, Tensor]
             axes.set_yticks([])
             if column == 0:
                 axes.set_ylabel(kind or "object")
-    above.suptitle("Evenly spaced validation images, the object's box (green), the map and its peak (x)", fontsize=10)
+    above.suptitle(
+        "The first validation images with an object under half of the picture: its box (green), map, peak (x)",
+        fontsize=10,
+    )
     panels = below.subplots(1, 4)
     group = "object under half of the image"
     epochs = [0, *KEEP_EPOCHS]
@@ -375,12 +404,12 @@ def picture(result: dict, images: Tensor, boxes: Tensor, maps: dict[str, Tensor]
     spread = [result["features"][f"epoch {e}"]["class spread"] for e in epochs]
     panels[2].plot(epochs, spread, "o-", label="class spread")
     panels[2].set_title("Features of validation images", fontsize=9)
-    of_split = {k: v for k, v in result["unknown classes"].items() if k.endswith("_0")}
+    of_split = result["unknown classes"]
     classes = sorted(next(iter(of_split.values())))
     for shift, (name, values) in enumerate(of_split.items()):
-        x = np.arange(len(classes)) + 0.27 * (shift - 1)
+        x = np.arange(len(classes)) + 0.2 * (shift - 1.5)
         heights, errors = ([100 * values[c][what] for c in classes] for what in ("auroc", "error"))
-        panels[3].bar(x, heights, 0.25, yerr=errors, label=name)
+        panels[3].bar(x, heights, 0.19, yerr=errors, label=name)
     panels[3].set_xticks(range(len(classes)), classes)
     panels[3].set_ylim(40, 80)
     panels[3].set_title("CIFAR-10: AUROC of each unknown class, %", fontsize=9)

@@ -29,7 +29,7 @@ from gradmix.ssl.train import train
 
 IMAGES = 60  # of each of 20 classes: 1,200 in all, as in the study
 SIZE = 32
-KEEP_EPOCHS = (1, 2, 4, 8, 16, 30)
+KEEP_EPOCHS = (1, 4, 8, 16, 30)
 SETTING = (
     *("data=tinyimagenet", "data.split=0", f"data.image_size={SIZE}", "data.holdout=0", "method=joint"),
     *("encoder=resnet18", "encoder.width=16", "batch_size=128", "optimizer=adam", "optimizer.base_lr=2e-3"),

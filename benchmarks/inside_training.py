@@ -24,7 +24,7 @@ from gradmix.ssl.data.loader import Batch
 from gradmix.ssl.data.open_set import OpenSetData, load_data
 from gradmix.ssl.networks.backbones import backbone_metadata
 from gradmix.ssl.pretrain import Pretraining
-from gradmix.ssl.runs.files import write_json
+from gradmix.ssl.runs.files import read_json, write_json
 from gradmix.ssl.train import train
 
 IMAGES = 60  # of each of 20 classes: 1,200 in all, as in the study
@@ -46,10 +46,12 @@ class Watch(EpochCallback):
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.epoch: list[dict[str, float]] = []
-        self.watched: dict[int, dict[str, float]] = {}
+        path = folder / "watched.json"  # a training that was stopped goes on
+        self.watched: dict[str, dict[str, float]] = read_json(path) if path.exists() else {}
 
     def on_train_start(self, trainer: Trainer, module: Pretraining) -> None:
-        self.keep(module, 0)
+        if not module.start:
+            self.keep(module, 0)
 
     def on_train_batch_end(
         self, trainer: Trainer, module: Pretraining, outputs: Any, batch: Batch, batch_idx: int
@@ -59,7 +61,7 @@ class Watch(EpochCallback):
 
     def on_epoch(self, trainer: Trainer, module: Pretraining) -> None:
         epoch = module.steps // module.loader.steps_per_epoch
-        self.watched[epoch] = {name: statistics.mean(row[name] for row in self.epoch) for name in self.epoch[0]}
+        self.watched[str(epoch)] = {name: statistics.mean(row[name] for row in self.epoch) for name in self.epoch[0]}
         self.epoch = []
         if epoch in KEEP_EPOCHS:
             self.keep(module, epoch)

@@ -418,7 +418,7 @@ def picture(result: dict, images: Tensor, boxes: Tensor, maps: dict[str, Tensor]
         axes.grid(alpha=0.3)
     for axes in panels[:3]:
         axes.set_xlabel("epochs")
-    figure.savefig(PICTURE, dpi=90)
+    figure.savefig(PICTURE, dpi=90, bbox_inches="tight")
 
 
 if __name__ == "__main__":

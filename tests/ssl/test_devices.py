@@ -67,7 +67,7 @@ def test_maps_are_those_of_float64(device):
     torch.testing.assert_close(maps(device, torch.float32), exact, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", [name for name in MIXERS if name not in ("mixup", "fmix")])
+@pytest.mark.parametrize("name", [name for name in MIXERS if name not in ("mixup", "fmix", "extra_view")])
 def test_a_mixed_pixel_is_ones_own_or_comes_from_elsewhere_and_kept_counts_them(device, name):
     torch.manual_seed(0)
     views = torch.rand(16, 3, 24, 24, device=device)

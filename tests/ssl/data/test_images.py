@@ -63,7 +63,7 @@ def test_weights_from_before_there_was_a_choice_crop(wide):
 
 
 def test_no_other_fit(tmp_path):
-    with pytest.raises(ValueError, match=r"data\.fit: expected crop, pad or squash, got 'stretch'"):
+    with pytest.raises(ValueError, match=r"data\.fit: expected one of crop, pad, squash, got 'stretch'"):
         load_data(DataConfig("digits", fit="stretch"), 0)
 
 

@@ -4,7 +4,10 @@ from collections.abc import Iterator
 from operator import attrgetter
 from typing import Any
 
+from gradmix.ssl.config import DataConfig
 from gradmix.ssl.keys import Key, keys_of
+
+WITHOUT_FOLDER = ("digits",)  # data sets that come with a package: there is no folder to read
 
 
 def check_values(config: Any, prefix: str = "") -> None:
@@ -21,6 +24,21 @@ def check_values(config: Any, prefix: str = "") -> None:
         expected = key.expected(value)
         if expected is not None:
             raise ValueError(f"{prefix}{name}: expected {expected}, got {value!r}")
+
+
+def check_root(data: DataConfig, key: str = "data.root") -> None:
+    """
+    Args:
+        key: what the command calls ``root``, for the message.
+
+    Raises:
+        ValueError: a folder for a data set that reads none.
+    """
+    if data.root is not None and data.name in WITHOUT_FOLDER:
+        raise ValueError(
+            f"{key}: data={data.name} reads no folder; the images in it are meant by data=imagefolder "
+            f"data.root={data.root}"
+        )
 
 
 def _given(config: Any) -> Iterator[tuple[str, Key, Any]]:

@@ -17,7 +17,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from gradmix.registry import nearest
 from gradmix.ssl.callbacks import Checkpoints, Pictures, Progress, newest_checkpoint
-from gradmix.ssl.checks import check_values
+from gradmix.ssl.checks import check_root, check_values
 from gradmix.ssl.config import Config
 from gradmix.ssl.data.images import ImageSet
 from gradmix.ssl.data.loader import check_batch_size
@@ -128,6 +128,7 @@ def check(config: Config) -> None:
             trainer argument that does not exist.
     """
     check_values(config)
+    check_root(config.data)
     for key in OURS:
         if key in config.trainer:
             raise ValueError(f"trainer.{key}: not to be set here; {OURS[key]}")

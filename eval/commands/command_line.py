@@ -2,9 +2,11 @@
 
 import os
 import re
+import shlex
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -91,6 +93,8 @@ def refuse(name: str, schema: type, arguments: list[str]) -> None:
             wrong = f"no such flag; settings are given as {flag.lstrip('-') or 'KEY'}=VALUE, --help lists them"
         elif equals and not value and _is_path(schema, flag):
             wrong = "empty; give a path"
+        elif flag == "data" and not value.isidentifier() and Path(value).expanduser().is_dir():
+            wrong = folder_as_data(value)  # Hydra would trip over the first blank
         else:
             continue
         print(f"gradmix-{name}: {flag}: {wrong}", file=sys.stderr)
@@ -115,7 +119,9 @@ def explain(error: Exception, schema: type) -> str:
     if missing_option:
         asked, group, options = missing_option.groups()
         options = options.partition("Config search path")[0]
-        name = asked.split("/")[-1]
+        name = asked.removeprefix(f"{group}/")
+        if group == "data" and Path(name).is_dir():
+            return f"data: {folder_as_data(name)}"
         return f"{group}: no option {name!r}; {nearest(name, options.split())}"
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     found = re.search(r"full_key: (\S+)", text)
@@ -126,6 +132,10 @@ def explain(error: Exception, schema: type) -> str:
     return (f"{found[1]}: " if found else "") + (
         lines[0] if lines else type(error.__cause__ if hides else error).__name__
     )
+
+
+def folder_as_data(folder: str) -> str:
+    return f"{folder} is a folder; say data=imagefolder {shlex.quote(f'data.root={folder}')}"
 
 
 def _names(schema: type) -> list[str]:

@@ -14,6 +14,7 @@ from gradmix.eval.runs.compare import compare, comparison_table
 from gradmix.eval.runs.export import export_backbone
 from gradmix.eval.runs.foreign import adopt, check_transfer_classes, transfer
 from gradmix.eval.runs.groups import find_runs
+from gradmix.ssl.checks import check_root
 from gradmix.ssl.data.open_set import load_data
 from gradmix.ssl.runs.files import remove_strays, replacing, write_json
 from gradmix.ssl.runs.folder import check_classes, read_config
@@ -62,6 +63,7 @@ def eval_one(config: EvalConfig, run_dir: Path, out: Path) -> dict:
     for key in ("root", "unknown_root"):
         if getattr(config, key) is not None:
             setattr(run.data, key, getattr(config, key))
+    check_root(run.data, "root" if config.root is not None else "data.root")
     choose_measures(run, config)
     if not (run_dir / "training.json").exists():
         raise ValueError(f"run: {run_dir} has not finished training; gradmix-pretrain run_dir={run_dir} goes on")

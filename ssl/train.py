@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 from pytorch_lightning import Callback, Trainer, seed_everything
 from pytorch_lightning.loggers import TensorBoardLogger
-from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from gradmix.registry import nearest
@@ -29,7 +28,7 @@ from gradmix.ssl.objective import check_mixing
 from gradmix.ssl.optimizer import learning_rate
 from gradmix.ssl.pretrain import Pretraining, build_mixer
 from gradmix.ssl.runs.files import write_json, write_tensors
-from gradmix.ssl.runs.folder import claim
+from gradmix.ssl.runs.folder import check_free, claim
 
 # What Lightning's Trainer may not be told, for the run's folder would not hold everything any more.
 OURS = {
@@ -63,9 +62,7 @@ def train(config: Config, data: OpenSetData, callbacks: Sequence[Callback] = ())
     network = torch.nn.Sequential(module.backbone, module.head)
     images = len(data.train) + len(data.held_out) + len(data.test)
     check_limits(config, network, images, module.backbone.num_features)
-    claim(run_dir, config)  # not before the config has shown that it can be built
-    if data.bad and rank_zero_only.rank == 0:  # type: ignore[attr-defined]
-        write_json(run_dir / "bad_images.json", data.bad)
+    check_free(run_dir, config)
     resume, fingerprint = newest_checkpoint(run_dir / "checkpoints"), data.train.fingerprint()
     if resume is not None:
         if resume["step"] > config.epochs * (len(data.train) // config.batch_size):
@@ -82,6 +79,9 @@ def train(config: Config, data: OpenSetData, callbacks: Sequence[Callback] = ())
     guard = Guard(config.on_nonfinite, config.max_skipped_steps, 0 if resume is None else resume["skipped"])
     checkpoints = Checkpoints(run_dir / "checkpoints", config.checkpoint_seconds, guard, fingerprint, resume)
     trainer = build_trainer(config, [*callbacks, progress, guard, checkpoints])
+    claim(run_dir, config)  # not before all of it has shown that it can be built
+    if data.bad and trainer.is_global_zero:
+        write_json(run_dir / "bad_images.json", data.bad)
     if trainer.is_global_zero:
         print(where_images_lie(config, data.train, trainer.strategy.root_device))
         if start:

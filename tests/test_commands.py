@@ -243,7 +243,7 @@ def test_bad_input_is_one_line_that_says_what_to_do(command, tmp_path, arguments
     assert result.code == 2, result.err
     assert message in result.err
     assert len(result.err.strip().splitlines()) == 1, result.err
-    assert not (tmp_path / "run" / "metrics.json").exists()
+    assert not (tmp_path / "run" / "config.yaml").exists()  # not claimed
 
 
 def test_a_folder_of_another_config_is_not_touched(run, command):

@@ -18,7 +18,7 @@ from gradmix.ssl.config import Config
 from gradmix.ssl.data.open_set import load_data, splits_of
 from gradmix.ssl.processes import world_size
 from gradmix.ssl.runs.files import read_json, remove_strays, replacing, write_json
-from gradmix.ssl.runs.folder import claim
+from gradmix.ssl.runs.folder import check_free
 from gradmix.ssl.runs.lock import alone_in
 from gradmix.ssl.train import check, train
 
@@ -51,8 +51,7 @@ def pretrain_one(config: Config) -> dict | None:
     run_dir, first = Path(config.run_dir), rank_zero_only.rank == 0
     check(config)
     with alone_in(run_dir):
-        if (run_dir / "config.yaml").exists():
-            claim(run_dir, config)  # before anything is written there
+        check_free(run_dir, config)  # before anything is written there
         if first:
             remove_strays(run_dir)
         if (run_dir / "report.html").exists():  # the last thing to be written

@@ -18,6 +18,7 @@ from gradmix.mixing import Mixed
 from gradmix.ssl.data.images import Constants, denormalize
 from gradmix.ssl.data.loader import Batch
 from gradmix.ssl.guard import Guard, check_finite
+from gradmix.ssl.loggers import log
 from gradmix.ssl.pretrain import Pretraining
 from gradmix.ssl.runs.files import write_atomically
 
@@ -219,7 +220,7 @@ class Progress(Callback):
             curves = {name: value.item() for name, value in module.scalars.items()}
             curves |= {"train/images_per_s": self.images_per_s, "train/epoch": batch.epoch}
             curves["lr"] = trainer.optimizers[0].param_groups[0]["lr"]
-            cast(TensorBoardLogger, module.logger).log_metrics(curves, module.steps)
+            log(module.loggers, curves, module.steps)
 
     def status(self, module: Pretraining) -> dict[str, str]:
         """Only for when it is shown: reading the loss makes a GPU wait."""
@@ -242,7 +243,7 @@ class Pictures(EpochCallback):
     def on_epoch(self, trainer: Trainer, module: Pretraining) -> None:
         if module.pictures is not None:
             picture = mixing_picture(*module.pictures, module.backbone.constants)
-            cast(TensorBoardLogger, module.logger).experiment.add_image("mixing", picture, module.steps)
+            cast(TensorBoardLogger, module.loggers[0]).experiment.add_image("mixing", picture, module.steps)
 
 
 def mixing_picture(views: torch.Tensor, mixed: Mixed, constants: Constants, pairs: int = 8) -> torch.Tensor:

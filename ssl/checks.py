@@ -47,9 +47,9 @@ def _given(config: Any) -> Iterator[tuple[str, Key, Any]]:
     for name, key in keys_of(schema).items():
         value = attrgetter(name)(config)
         if key.is_dict:
-            yield from (
-                (f"{name}.{entry}", key.entries[entry], value[entry]) for entry in key.entries if entry in value
-            )
+            for entry in key.entries.keys() & value.keys():
+                several = value[entry] if isinstance(value[entry], list) else [value[entry]]
+                yield from ((f"{name}.{entry}", key.entries[entry], one) for one in several)
         elif isinstance(value, list) and not key.pair:
             yield from ((name, key, one) for one in value)
         else:

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 from pytorch_lightning import Callback, Trainer, seed_everything
-from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from gradmix.registry import nearest
@@ -22,6 +21,7 @@ from gradmix.ssl.data.images import ImageSet
 from gradmix.ssl.data.loader import check_batch_size
 from gradmix.ssl.data.open_set import OpenSetData
 from gradmix.ssl.guard import Guard
+from gradmix.ssl.loggers import asked_for, loggers
 from gradmix.ssl.machine import check_limits, precision
 from gradmix.ssl.networks.backbones import backbone_metadata, check_encoder
 from gradmix.ssl.objective import check_mixing
@@ -34,7 +34,7 @@ from gradmix.ssl.runs.folder import check_free, claim
 OURS = {
     **dict.fromkeys(("max_epochs", "min_epochs", "max_steps", "min_steps"), "epochs= says how long to train"),
     **dict.fromkeys(("max_time", "limit_train_batches", "overfit_batches", "fast_dev_run"), "a run is all its epochs"),
-    **dict.fromkeys(("logger", "default_root_dir", "enable_checkpointing"), "run_dir= says where everything is kept"),
+    **dict.fromkeys(("default_root_dir", "enable_checkpointing"), "run_dir= says where everything is kept"),
     **dict.fromkeys(("callbacks", "plugins"), "in Python, gradmix.ssl.train.train takes callbacks"),
 }
 
@@ -136,6 +136,7 @@ def check(config: Config) -> None:
     for key in config.trainer:
         if key not in known:
             raise ValueError(f"trainer.{key}: Lightning's Trainer has no such argument; {nearest(key, known)}")
+    asked_for(config)
     check_encoder(config.encoder)
     if config.optimizer.warmup_epochs > config.epochs:
         raise ValueError(
@@ -158,12 +159,12 @@ def build_trainer(config: Config, callbacks: list[Callback]) -> Trainer:
         torch.set_float32_matmul_precision("high")
     settings = {
         "max_epochs": 1,  # to Lightning, all our epochs are one sequence; see TrainLoader
-        "logger": TensorBoardLogger(config.run_dir, name="", version="tensorboard"),
         "enable_checkpointing": False,  # Checkpoints does it
         "enable_progress_bar": False,  # Progress does it
         "enable_model_summary": False,
         "num_sanity_val_steps": 0,
         **config.trainer,
+        "logger": loggers(config),
         "precision": precision(config),
     }
     try:

@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from gradmix.eval.commands.help import help_text
+from gradmix.eval.commands.words import key_for
 from gradmix.registry import nearest
 from gradmix.ssl.checks import check_values
 from gradmix.ssl.config import register_configs
@@ -90,7 +91,11 @@ def refuse(name: str, schema: type, arguments: list[str]) -> None:
         if re.match(r"[+~]*hydra([./@:=]|$)|--experimental-rerun", argument):
             wrong = "Hydra's own settings are fixed"
         elif argument.startswith("-") and flag not in HYDRA_FLAGS:
-            wrong = f"no such flag; settings are given as {flag.lstrip('-') or 'KEY'}=VALUE, --help lists them"
+            how = (
+                key_for(flag, schema)
+                or f"settings are given as {flag.lstrip('-').replace('-', '_') or 'KEY'}=VALUE, --help lists them"
+            )
+            wrong = f"no such flag; {how}"
         elif equals and not value and _is_path(schema, flag):
             wrong = "empty; give a path"
         elif flag == "data" and not value.isidentifier() and Path(value).expanduser().is_dir():
@@ -105,7 +110,9 @@ def explain(error: Exception, schema: type) -> str:
     """An exception in one line, with the nearest key where a key is unknown."""
     if isinstance(error, OverrideParseException):
         key, equals, value = error.override.partition("=")
-        hint = f"in quotes a value is taken as it is: '{key}=\"{value}\"'" if equals else "expected KEY=VALUE"
+        if not equals:
+            return f"{error.override}: can't be read; {key_for(key, schema) or 'expected KEY=VALUE'}"
+        hint = f"in quotes a value is taken as it is: '{key}=\"{value}\"'"
         return f"{error.override}: can't be read; {hint}"
     hides = isinstance(error, HydraException) and error.__cause__ is not None
     text = str(error.__cause__ if hides else error)  # Hydra says that it failed, OmegaConf why
@@ -114,7 +121,7 @@ def explain(error: Exception, schema: type) -> str:
     unknown = re.search(r"Key '[^']+' (?:is )?not in .*\s+full_key: (\S+)", text)
     if unknown:
         wrong = unknown.group(1)
-        return f"{wrong}: no such key; {nearest(wrong, _names(schema))}"
+        return f"{wrong}: no such key; {key_for(wrong, schema) or nearest(wrong, _names(schema))}"
     missing_option = re.search(r"Could not find '([^']+)'\s+Available options in '([^']+)':\n((?:\t.*\n)+)", text)
     if missing_option:
         asked, group, options = missing_option.groups()

@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -61,13 +62,7 @@ def run_command(name: str, summary: str, schema: type, run: Callable) -> None:
         compose()
         sys.argv = typed  # the report shows it
         for one in composed:  # several with --multirun, none with --help
-            # Once more into the schema, as plain values: Hydra's + adds any key.
-            merged = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.to_container(one, resolve=True))
-            if missing := sorted(OmegaConf.missing_keys(merged)):
-                raise ValueError(f"{missing[0]}: missing; give it as {missing[0]}=VALUE")
-            config = OmegaConf.to_object(merged)
-            check_values(config)
-            run(config)
+            run(checked(one, schema))
     except KeyboardInterrupt:
         print("interrupted; the same command goes on", file=sys.stderr)
         sys.exit(130)
@@ -81,6 +76,21 @@ def run_command(name: str, summary: str, schema: type, run: Callable) -> None:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def checked(composed: DictConfig, schema: type) -> Any:
+    """A composed config as an object of its schema.
+
+    Raises:
+        ValueError: a key is missing, or a value makes no sense.
+    """
+    # Once more into the schema, as plain values: Hydra's + adds any key.
+    merged = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.to_container(composed, resolve=True))
+    if missing := sorted(OmegaConf.missing_keys(merged)):
+        raise ValueError(f"{missing[0]}: missing; give it as {missing[0]}=VALUE")
+    config = OmegaConf.to_object(merged)
+    check_values(config)
+    return config
 
 
 def refuse(name: str, schema: type, arguments: list[str]) -> None:

@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 from typing import Any, cast
 
-from PIL.Image import Image
+import numpy as np
+from PIL.Image import Image, fromarray
 from pytorch_lightning.utilities import rank_zero_only
 from safetensors import safe_open
 from torch import Tensor, nn
@@ -163,11 +164,21 @@ class Backbone(nn.Module):
         self.encoder = encoder.eval().requires_grad_(False)
         self.image_size = image_size
         self.num_features = encoder.num_features
+        self.eval()
 
-    def transform(self, image: Image | str | Path) -> Tensor:
-        """A PIL image or a path to ``[3, S, S]`` uint8, as in training."""
+    def transform(self, image: Image | str | Path | np.ndarray) -> Tensor:
+        """A PIL image, an array ``[H, W]`` or ``[H, W, 3]`` uint8, or a path, to ``[3, S, S]`` uint8, as in training.
+
+        Raises:
+            ValueError: a file that can't be read, or an array of another shape or type.
+        """
         if isinstance(image, str | Path):
             return decode(image, self.image_size)
+        if isinstance(image, np.ndarray):
+            grey_or_colour = image.ndim == 2 or (image.ndim == 3 and image.shape[2] == 3)
+            if image.dtype != np.uint8 or not grey_or_colour or not image.size:
+                raise ValueError(f"image: expected [H, W] or [H, W, 3] uint8, got {[*image.shape]} {image.dtype}")
+            image = fromarray(image)
         return to_square(image, self.image_size)
 
     def forward(self, images: Tensor) -> Tensor:

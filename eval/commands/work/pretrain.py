@@ -24,26 +24,33 @@ from gradmix.ssl.train import check, train
 
 
 def run_pretrain(config: Config) -> None:
+    result = pretrain(config)
+    if result is None:
+        return
+    print(table(result))
+    if config.data.split != "all":
+        print(f"\n{config.run_dir}: report.html, metrics.json, weights, detector and TensorBoard events")
+    else:
+        over = f"mean ± standard deviation over {result['splits']} splits"
+        print(f"\n{over}; {config.run_dir}: report.html, and the runs in split-*")
+
+
+def pretrain(config: Config) -> dict | None:
+    """The run's numbers, or the mean of its splits'; None on all but the first process."""
     choose_measures(config)
     config.run_dir = str(Path(config.run_dir).expanduser())
     if config.data.split != "all":
-        result = pretrain_one(config)
-        if result is None:
-            return
-        print(table(result))
-        print(f"\n{config.run_dir}: report.html, metrics.json, weights, detector and TensorBoard events")
-        return
+        return pretrain_one(config)
     results = []
     for split in range(len(splits_of(config.data))):
         one = replace(config, data=replace(config.data, split=split), run_dir=f"{config.run_dir}/split-{split}")
         results.append(pretrain_one(one))
     if None in results:
-        return
+        return None
     summary, folder = over_splits(results), Path(config.run_dir)
     write_json(folder / "metrics.json", summary)
     write_comparison(find_runs([folder]), folder / "report.html")
-    print(table(summary))
-    print(f"\nmean ± standard deviation over {len(results)} splits; {folder}: report.html, and the runs in split-*")
+    return summary
 
 
 def pretrain_one(config: Config) -> dict | None:

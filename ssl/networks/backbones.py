@@ -6,7 +6,6 @@ from typing import Any, cast
 
 import numpy as np
 from PIL.Image import Image, fromarray
-from pytorch_lightning.utilities import rank_zero_only
 from safetensors import safe_open
 from torch import Tensor, nn
 from torchvision.models import resnet
@@ -16,6 +15,7 @@ from gradmix.ssl.config import EncoderConfig
 from gradmix.ssl.data.images import IMAGENET, Constants, decode, normalize, to_square
 from gradmix.ssl.networks.timm_encoders import PREFIX, check_timm, timm_encoder
 from gradmix.ssl.networks.weights import find_backbone, load_found, load_weights
+from gradmix.ssl.processes import is_first
 
 RESNETS: dict[str, tuple[type[resnet.BasicBlock | resnet.Bottleneck], list[int]]] = {
     "resnet18": (resnet.BasicBlock, [2, 2, 2, 2]),
@@ -138,7 +138,8 @@ def read_backbone(
         found = find_backbone(weights, list(backbone.state_dict()))
         load_found(backbone, found, path, "encoder.name and data.image_size")
         mean, std = backbone.constants
-        rank_zero_only(print)(f"{path}: {found}; images with mean {mean} and deviation {std} removed, as timm has it")
+        if is_first():
+            print(f"{path}: {found}; images with mean {mean} and deviation {std} removed, as timm has it")
         return backbone
     found = find_backbone(weights, list(ResNet(name, 1).state_dict()))
     conv1 = found.tensors.get("conv1.weight")
@@ -147,7 +148,8 @@ def read_backbone(
         stem = stem or ("small" if conv1.shape[2] == 3 else "imagenet")
     backbone = ResNet(name, width or 64, stem or "imagenet")
     load_found(backbone, found, path, "encoder.name and encoder.width")
-    rank_zero_only(print)(f"{path}: {found}")
+    if is_first():
+        print(f"{path}: {found}")
     return backbone
 
 

@@ -3,8 +3,6 @@
 from dataclasses import replace
 from pathlib import Path
 
-from pytorch_lightning.utilities import rank_zero_only
-
 from gradmix.eval.features.extraction import extract_together
 from gradmix.eval.protocols.evaluate import device_of, evaluate
 from gradmix.eval.protocols.measures import choose_measures
@@ -16,7 +14,7 @@ from gradmix.eval.report.tensorboard import write_tensorboard
 from gradmix.eval.runs.groups import find_runs
 from gradmix.ssl.config import Config
 from gradmix.ssl.data.open_set import load_data, splits_of
-from gradmix.ssl.processes import world_size
+from gradmix.ssl.processes import is_first, world_size
 from gradmix.ssl.runs.files import read_json, remove_strays, replacing, write_json
 from gradmix.ssl.runs.folder import check_free
 from gradmix.ssl.runs.lock import alone_in
@@ -55,7 +53,7 @@ def pretrain(config: Config) -> dict | None:
 
 def pretrain_one(config: Config) -> dict | None:
     """The run's numbers; None on all but the first process, which go on to the next run while it evaluates."""
-    run_dir, first = Path(config.run_dir), rank_zero_only.rank == 0
+    run_dir, first = Path(config.run_dir), is_first()
     check(config)
     with alone_in(run_dir):
         check_free(run_dir, config)  # before anything is written there

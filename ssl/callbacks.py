@@ -227,7 +227,7 @@ class Progress(Callback):
             curves = {name: value.item() for name, value in module.scalars.items()}
             curves |= {"train/images_per_s": self.images_per_s, "train/epoch": batch.epoch}
             curves["lr"] = trainer.optimizers[0].param_groups[0]["lr"]
-            log(module.loggers, curves, module.steps)
+            log(module, curves, module.steps)
 
     def status(self, module: Pretraining) -> dict[str, str]:
         """Only for when it is shown: reading the loss makes a GPU wait."""

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
+from pytorch_lightning import LightningModule
 from pytorch_lightning.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 
 from gradmix.ssl.config import Config
@@ -38,7 +39,7 @@ def loggers(config: Config) -> list[Logger]:
     return ours + [LOGGERS[name][1](run) for name in asked_for(config)]
 
 
-def log(module_loggers: list[Logger], numbers: dict[str, float], step: int) -> None:
-    """Tell all of them."""
-    for logger in module_loggers:
+def log(module: LightningModule, numbers: dict[str, float], step: int) -> None:
+    """Tell all of the trainer's loggers."""
+    for logger in module.loggers:
         logger.log_metrics(numbers, step)

@@ -14,7 +14,7 @@ def shown(source):
     tree = ast.parse(source)
     if isinstance(tree.body[-1], ast.Expr):
         last = ast.get_source_segment(source, tree.body[-1])
-        source = source[: source.rindex(last)] + f"print('OUT', repr({last}))"
+        source = source[: source.rindex(last)] + f"print('OUT', repr(({last})))"
     return source
 
 

@@ -30,7 +30,7 @@ class OnlineKNN(EpochCallback):
 
     def on_epoch(self, trainer: Trainer, module: Pretraining) -> None:
         accuracy = self.accuracy(module)
-        log(module.loggers, {"knn/held_out": accuracy}, module.steps)
+        log(module, {"knn/held_out": accuracy}, module.steps)
         for callback in trainer.callbacks:
             if isinstance(callback, Progress):
                 callback.knn = 100 * accuracy
@@ -57,7 +57,7 @@ class OnlineTest(EpochCallback):
         with frozen(module.backbone):
             numbers, _ = measure_all(self.measures, subject_now(module, self.config, self.data))
         curves = {f"test/{key}": numbers[key] for key in self.KEYS if key in numbers}
-        log(module.loggers, curves, module.steps)
+        log(module, curves, module.steps)
 
 
 class OnlineQuality(EpochCallback):
@@ -70,7 +70,7 @@ class OnlineQuality(EpochCallback):
     def on_epoch(self, trainer: Trainer, module: Pretraining) -> None:
         with frozen(module.backbone):
             numbers, _ = measure_all([Quality()], subject_now(module, self.config, self.data))
-        log(module.loggers, numbers, module.steps)
+        log(module, numbers, module.steps)
 
 
 def watched(data: OpenSetData, test: ImageSet) -> OpenSetData:

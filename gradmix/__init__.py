@@ -11,20 +11,44 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from gradmix.attribution import layercam
+    from gradmix.eval.calls import evaluate, pretrain, score
+    from gradmix.eval.features.transformer import Features
     from gradmix.gradmix import GradMix
     from gradmix.mixer import Mixed, Mixer
     from gradmix.mixing import MIXERS, CutMix, FMix, MixUp, ResizeMix
     from gradmix.ssl.networks.backbones import Backbone
 
-__all__ = ["MIXERS", "CutMix", "FMix", "GradMix", "MixUp", "Mixed", "Mixer", "ResizeMix", "layercam", "load"]
+# Where each name is; those of the other rooms are only named here, so that the method itself never imports them.
+WHERE = {
+    **dict.fromkeys(("MIXERS", "CutMix", "FMix", "GradMix", "MixUp", "Mixed", "Mixer", "ResizeMix"), "gradmix.mixing"),
+    "layercam": "gradmix.attribution",
+    **dict.fromkeys(("pretrain", "evaluate", "score"), "gradmix.eval.calls"),
+    "Features": "gradmix.eval.features.transformer",
+}
+__all__ = [
+    "MIXERS",
+    "CutMix",
+    "FMix",
+    "Features",
+    "GradMix",
+    "MixUp",
+    "Mixed",
+    "Mixer",
+    "ResizeMix",
+    "evaluate",
+    "layercam",
+    "load",
+    "pretrain",
+    "score",
+]
 __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
     # Imported when it is asked for (PEP 562): torch takes seconds, and a command's --help needs none of it.
-    if name not in __all__:
+    if name not in WHERE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module("gradmix.attribution" if name == "layercam" else "gradmix.mixing"), name)
+    value = getattr(import_module(WHERE[name]), name)
     globals()[name] = value
     return value
 
@@ -41,7 +65,8 @@ def load(run: "str | Path") -> "Backbone":
 
     Returns:
         A module in eval mode: ``model(images)`` takes float images ``[N, 3, H, W]`` in [0, 1] or uint8 and gives
-        features ``[N, F]``; ``model.transform(image)`` turns a PIL image or a path into such an image.
+        features ``[N, F]``; ``model.transform(image)`` turns a PIL image, an array
+        or a path into such an image.
     """
     from gradmix.ssl.networks.backbones import load_backbone  # only here: the method itself must not import the trainer
 

@@ -18,6 +18,7 @@ from gradmix.mixing import Mixed
 from gradmix.ssl.data.images import Constants, denormalize
 from gradmix.ssl.data.loader import Batch
 from gradmix.ssl.guard import Guard, check_finite
+from gradmix.ssl.loggers import log
 from gradmix.ssl.pretrain import Pretraining
 from gradmix.ssl.runs.files import write_atomically
 
@@ -165,7 +166,9 @@ class Checkpoints(Callback):
 
 
 class Progress(Callback):
-    """One bar over the whole training, a line a minute where the output is not a terminal; and the curves.
+    """One bar over the whole training, lines where the output is not a terminal; and the curves.
+
+    A line every ten seconds in the first minute, then one a minute, and one at the end of more than ten seconds.
 
     Attributes:
         seconds, images: of this session, without its first step (it warms caches up).
@@ -174,7 +177,7 @@ class Progress(Callback):
 
     log_every_steps = 10
     first_steps = 5  # over which the time that a run will take is measured
-    seconds_per_line = 60.0
+    first_minute, seconds_per_line = 10.0, 60.0  # between two lines
 
     def __init__(self, images_per_step: int) -> None:
         self.images_per_step = images_per_step
@@ -198,12 +201,13 @@ class Progress(Callback):
             mininterval=0.5,
             dynamic_ncols=True,
         )
-        self._line_at = time.perf_counter()
+        self._line_at = self._step_at = self._begin = time.perf_counter()
 
     def on_train_batch_end(
         self, trainer: Trainer, module: Pretraining, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        now = time.perf_counter()
+        now, before = time.perf_counter(), self._step_at
+        self._step_at = now
         if self._started is None:
             self._started = now
         else:
@@ -212,17 +216,22 @@ class Progress(Callback):
         left = (self.total - module.steps) * self.seconds * self.images_per_step / max(self.images, 1)
         if self.images == self.first_steps * self.images_per_step and left >= 30 and trainer.is_global_zero:
             tqdm.write(f"expected time: {tqdm.format_interval(left)}, measured over {self.first_steps} steps")
-        if self.bar.update(1):
-            self.bar.set_postfix(self.status(module), refresh=False)
-        elif self.bar.disable and trainer.is_global_zero and now - self._line_at >= self.seconds_per_line:
-            self._line_at = now
-            parts = [f"step {module.steps}/{self.total}", *(f"{k} {v}" for k, v in self.status(module).items())]
-            print(", ".join([*parts, f"{tqdm.format_interval(left)} left"]), file=sys.stderr)
+        last = module.steps == self.total
+        if self.bar.update(1) or (last and not self.bar.disable):
+            end = {name: value for name, value in self.end(module).items() if name != "left"}  # the bar has it
+            self.bar.set_postfix(self.status(module) | end, refresh=last)
+        elif self.bar.disable and trainer.is_global_zero:
+            pause = self.first_minute if now - self._begin <= 60 else self.seconds_per_line
+            late = now - self._line_at + (now - before) >= pause  # the next step would be
+            if late or (last and now - self._begin >= self.first_minute):
+                self._line_at = now
+                told = {"step": f"{module.steps}/{self.total}"} | self.status(module) | self.end(module)
+                print(", ".join(f"{name} {value}" for name, value in told.items()), file=sys.stderr)
         if module.steps % self.log_every_steps == 0 and trainer.is_global_zero:
             curves = {name: value.item() for name, value in module.scalars.items()}
             curves |= {"train/images_per_s": self.images_per_s, "train/epoch": batch.epoch}
             curves["lr"] = trainer.optimizers[0].param_groups[0]["lr"]
-            cast(TensorBoardLogger, module.logger).log_metrics(curves, module.steps)
+            log(module, curves, module.steps)
 
     def status(self, module: Pretraining) -> dict[str, str]:
         """Only for when it is shown: reading the loss makes a GPU wait."""
@@ -230,6 +239,16 @@ class Progress(Callback):
         if self.knn is not None:
             shown["knn"] = f"{self.knn:.1f}%"
         return shown | {"img/s": f"{self.images_per_s:.0f}"}
+
+    def end(self, module: Pretraining) -> dict[str, str]:
+        """How much longer, and until when; at the end, how long it took."""
+        left = (self.total - module.steps) * self.seconds * self.images_per_step / max(self.images, 1)
+        if module.steps == self.total:
+            return {"took": tqdm.format_interval(time.perf_counter() - self._begin)}
+        if not self.images:  # after one step nobody knows
+            return {}
+        day = "%H:%M" if left < 12 * 3600 else "%a %H:%M"
+        return {"left": tqdm.format_interval(left), "until": time.strftime(day, time.localtime(time.time() + left))}
 
     def teardown(self, trainer: Trainer, module: Pretraining, stage: str) -> None:
         if hasattr(self, "bar"):
@@ -245,7 +264,7 @@ class Pictures(EpochCallback):
     def on_epoch(self, trainer: Trainer, module: Pretraining) -> None:
         if module.pictures is not None:
             picture = mixing_picture(*module.pictures, module.backbone.constants)
-            cast(TensorBoardLogger, module.logger).experiment.add_image("mixing", picture, module.steps)
+            cast(TensorBoardLogger, module.loggers[0]).experiment.add_image("mixing", picture, module.steps)
 
 
 def mixing_picture(views: torch.Tensor, mixed: Mixed, constants: Constants, pairs: int = 8) -> torch.Tensor:

@@ -4,7 +4,10 @@ from collections.abc import Iterator
 from operator import attrgetter
 from typing import Any
 
+from gradmix.ssl.config import DataConfig
 from gradmix.ssl.keys import Key, keys_of
+
+WITHOUT_FOLDER = ("digits",)  # data sets that come with a package: there is no folder to read
 
 
 def check_values(config: Any, prefix: str = "") -> None:
@@ -23,15 +26,30 @@ def check_values(config: Any, prefix: str = "") -> None:
             raise ValueError(f"{prefix}{name}: expected {expected}, got {value!r}")
 
 
+def check_root(data: DataConfig, key: str = "data.root") -> None:
+    """
+    Args:
+        key: what the command calls ``root``, for the message.
+
+    Raises:
+        ValueError: a folder for a data set that reads none.
+    """
+    if data.root is not None and data.name in WITHOUT_FOLDER:
+        raise ValueError(
+            f"{key}: data={data.name} reads no folder; the images in it are meant by data=imagefolder "
+            f"data.root={data.root}"
+        )
+
+
 def _given(config: Any) -> Iterator[tuple[str, Key, Any]]:
     """Every value with its key; the parts of a list, and the entries of a dict that are declared, one by one."""
     schema: type = type(config)
     for name, key in keys_of(schema).items():
         value = attrgetter(name)(config)
         if key.is_dict:
-            yield from (
-                (f"{name}.{entry}", key.entries[entry], value[entry]) for entry in key.entries if entry in value
-            )
+            for entry in key.entries.keys() & value.keys():
+                several = value[entry] if isinstance(value[entry], list) else [value[entry]]
+                yield from ((f"{name}.{entry}", key.entries[entry], one) for one in several)
         elif isinstance(value, list) and not key.pair:
             yield from ((name, key, one) for one in value)
         else:

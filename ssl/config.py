@@ -170,6 +170,7 @@ TRAINER = {
     "accumulate_grad_batches": Key(at_least=1),
     "num_nodes": Key(at_least=1),
     "gradient_clip_val": Key(at_least=0),
+    "logger": Key(meaning="beside TensorBoard; several as [A,B]", choices=("tensorboard", "wandb", "mlflow", "csv")),
 }
 
 

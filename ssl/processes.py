@@ -1,5 +1,6 @@
 """What the processes of a distributed run tell each other; alone, each of these is the plain thing."""
 
+import os
 from typing import Any
 
 import torch
@@ -17,6 +18,14 @@ def gather(rows: Tensor) -> tuple[Tensor, int]:
 def world_size() -> int:
     """How many processes train together; 1 where none was asked for."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes and speaks. Before they have met, their launcher's word counts."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank() == 0
+    told = (os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK"))
+    return int(next((rank for rank in told if rank is not None), 0)) == 0
 
 
 class _Gather(torch.autograd.Function):

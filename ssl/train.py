@@ -11,31 +11,30 @@ from pathlib import Path
 
 import torch
 from pytorch_lightning import Callback, Trainer, seed_everything
-from pytorch_lightning.loggers import TensorBoardLogger
-from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from gradmix.registry import nearest
 from gradmix.ssl.callbacks import Checkpoints, Pictures, Progress, newest_checkpoint
-from gradmix.ssl.checks import check_values
+from gradmix.ssl.checks import check_root, check_values
 from gradmix.ssl.config import Config
 from gradmix.ssl.data.images import ImageSet
 from gradmix.ssl.data.loader import check_batch_size
 from gradmix.ssl.data.open_set import OpenSetData
 from gradmix.ssl.guard import Guard
+from gradmix.ssl.loggers import asked_for, loggers
 from gradmix.ssl.machine import check_limits, check_queue, decoders, precision
 from gradmix.ssl.networks.backbones import backbone_metadata, check_encoder
 from gradmix.ssl.objective import check_mixing
 from gradmix.ssl.optimizer import learning_rate
 from gradmix.ssl.pretrain import Pretraining, build_mixer
 from gradmix.ssl.runs.files import write_json, write_tensors
-from gradmix.ssl.runs.folder import claim
+from gradmix.ssl.runs.folder import check_free, claim
 
 # What Lightning's Trainer may not be told, for the run's folder would not hold everything any more.
 OURS = {
     **dict.fromkeys(("max_epochs", "min_epochs", "max_steps", "min_steps"), "epochs= says how long to train"),
     **dict.fromkeys(("max_time", "limit_train_batches", "overfit_batches", "fast_dev_run"), "a run is all its epochs"),
-    **dict.fromkeys(("logger", "default_root_dir", "enable_checkpointing"), "run_dir= says where everything is kept"),
+    **dict.fromkeys(("default_root_dir", "enable_checkpointing"), "run_dir= says where everything is kept"),
     **dict.fromkeys(("callbacks", "plugins"), "in Python, gradmix.ssl.train.train takes callbacks"),
 }
 
@@ -63,9 +62,7 @@ def train(config: Config, data: OpenSetData, callbacks: Sequence[Callback] = ())
     network = torch.nn.Sequential(module.backbone, module.head)
     images = len(data.train) + len(data.held_out) + len(data.test)
     takes = check_limits(config, network, images, module.backbone.num_features)
-    claim(run_dir, config)  # not before the config has shown that it can be built
-    if data.bad and rank_zero_only.rank == 0:  # type: ignore[attr-defined]
-        write_json(run_dir / "bad_images.json", data.bad)
+    check_free(run_dir, config)
     resume, fingerprint = newest_checkpoint(run_dir / "checkpoints"), data.train.fingerprint()
     if resume is not None:
         if resume["step"] > config.epochs * (len(data.train) // config.batch_size):
@@ -86,6 +83,9 @@ def train(config: Config, data: OpenSetData, callbacks: Sequence[Callback] = ())
     if data.train.images is None:
         views = module.crops.count if data.train.photographs else 1
         check_queue(config.batch_size // trainer.world_size * views * 3 * data.train.size**2, workers)
+    claim(run_dir, config)  # not before all of it has shown that it can be built
+    if data.bad and trainer.is_global_zero:
+        write_json(run_dir / "bad_images.json", data.bad)
     if trainer.is_global_zero:
         print(where_images_lie(config, data.train, trainer.strategy.root_device, workers))
         steps = config.epochs * (len(data.train) // config.batch_size)
@@ -136,6 +136,7 @@ def check(config: Config) -> None:
             trainer argument that does not exist.
     """
     check_values(config)
+    check_root(config.data)
     for key in OURS:
         if key in config.trainer:
             raise ValueError(f"trainer.{key}: not to be set here; {OURS[key]}")
@@ -143,6 +144,7 @@ def check(config: Config) -> None:
     for key in config.trainer:
         if key not in known:
             raise ValueError(f"trainer.{key}: Lightning's Trainer has no such argument; {nearest(key, known)}")
+    asked_for(config)
     check_encoder(config.encoder)
     if config.optimizer.warmup_epochs > config.epochs:
         raise ValueError(
@@ -165,12 +167,12 @@ def build_trainer(config: Config, callbacks: list[Callback]) -> Trainer:
         torch.set_float32_matmul_precision("high")
     settings = {
         "max_epochs": 1,  # to Lightning, all our epochs are one sequence; see TrainLoader
-        "logger": TensorBoardLogger(config.run_dir, name="", version="tensorboard"),
         "enable_checkpointing": False,  # Checkpoints does it
         "enable_progress_bar": False,  # Progress does it
         "enable_model_summary": False,
         "num_sanity_val_steps": 0,
         **config.trainer,
+        "logger": loggers(config),
         "precision": precision(config),
     }
     try:

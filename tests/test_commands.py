@@ -212,6 +212,9 @@ def test_a_flat_folder_without_classes(command, tmp_path):
         (["epochs"], "epochs: can't be read; expected KEY=VALUE"),
         (["encoder.stem=ß"], """in quotes a value is taken as it is: 'encoder.stem="ß"'"""),
         (["data.root="], "data.root: empty; give a path"),
+        (["data.root=one"], "data.root: data=digits reads no folder; the images in it are meant by data=imagefolder"),
+        (["data=one"], "data: one is a folder; say data=imagefolder data.root=one"),
+        (["data=./my photos, all"], "data: ./my photos, all is a folder; say data=imagefolder 'data.root=./my photos"),
         (["data.image_size=0"], "data.image_size: expected at least 1, got 0"),
         (["speed.micro_batch=1"], "speed.micro_batch: expected at least 2, for BatchNorm has nothing to compare"),
         (["method.temperature_end=0"], "method.temperature_end: expected a number above 0, got 0.0"),
@@ -233,6 +236,7 @@ def test_bad_input_is_one_line_that_says_what_to_do(command, tmp_path, arguments
     for name in ("a", "b"):
         (tmp_path / "above" / "one" / name).mkdir(parents=True)
     digit_files(tmp_path / "loose")
+    (tmp_path / "my photos, all").mkdir()
     (tmp_path / "loose" / "sub").mkdir()
     for name in ("cat", "dog"):
         (tmp_path / "broken" / name).mkdir(parents=True)
@@ -242,7 +246,7 @@ def test_bad_input_is_one_line_that_says_what_to_do(command, tmp_path, arguments
     assert result.code == 2, result.err
     assert message in result.err
     assert len(result.err.strip().splitlines()) == 1, result.err
-    assert not (tmp_path / "run" / "metrics.json").exists()
+    assert not (tmp_path / "run" / "config.yaml").exists()  # not claimed
 
 
 def test_a_folder_of_another_config_is_not_touched(run, command):
@@ -256,6 +260,7 @@ def test_a_folder_of_another_config_is_not_touched(run, command):
 def test_bad_runs_and_detectors_are_named(command, run, tmp_path):
     assert "not a run's folder" in command("eval", f"run={tmp_path}").err
     assert "run: missing" in command("eval").err
+    assert "root: data=digits reads no folder" in command("eval", f"run={run}", "root=.").err
     assert f"did you mean {run / 'detector'}?" in command("score", f"detector={run}", "images=/etc/hostname").err
     assert "names no image file" in command("score", f"detector={run / 'detector'}", "images=nothing*").err
     weights = run / "detector" / "backbone.safetensors"

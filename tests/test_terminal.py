@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 import termios
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -36,7 +37,7 @@ def test_a_terminal_shows_loss_knn_speed_and_time_left(tmp_path):
         pass
     assert process.wait() == 0, shown.decode()
     bar = re.findall(r"training: +\d+%.*?\[\d\d:\d\d<\d\d:\d\d.*?\]", shown.decode())
-    assert bar and re.search(r"loss=\d+\.\d+, (knn=[\d.]+%, )?img/s=\d+", bar[-1])
+    assert bar and re.search(r"loss=\d+\.\d+, (knn=[\d.]+%, )?img/s=\d+, took=\d\d:\d\d", bar[-1])  # also of two epochs
     assert "warn" not in shown.decode().lower()
 
 
@@ -46,19 +47,38 @@ def test_elsewhere_nothing_but_results(tmp_path):
     assert "\r" not in result.stdout and "deep_knn on pixels" in result.stdout
 
 
-def test_long_runs_say_a_line_a_minute(capsys):
+@pytest.mark.parametrize("seconds", [0.5, 2.5])
+def test_elsewhere_a_line_every_ten_seconds_then_every_minute(capsys, monkeypatch, seconds):
+    now = 1000.0
+    monkeypatch.setattr("gradmix.ssl.callbacks.time.perf_counter", lambda: now)
     progress = Progress(images_per_step=10)
-    progress.seconds_per_line = 0.0
+    progress.log_every_steps = 10**6  # no curves
+    steps = int(200 / seconds)
     module = SimpleNamespace(
-        start=0, steps=0, loader=range(20), scalars={"train/loss": SimpleNamespace(item=lambda: 1.5)}
+        start=0, steps=0, loader=range(steps), scalars={"train/loss": SimpleNamespace(item=lambda: 1.5)}
     )
     trainer = SimpleNamespace(is_global_zero=True)
     progress.on_train_start(trainer, module)
-    for step in range(1, 4):
-        module.steps, progress.knn = step, 87.5
-        progress.on_train_batch_end(trainer, module, None, None, step)
-    lines = capsys.readouterr().err.splitlines()
-    assert re.fullmatch(r"step 3/20, loss 1\.500, knn 87\.5%, img/s \d+, 00:00 left", lines[-1]) and len(lines) == 3
+    said = [0.0]
+    for step in range(1, steps + 1):
+        module.steps, progress.knn, now = step, 87.5, now + seconds
+        before = capsys.readouterr().err
+        progress.on_train_batch_end(trainer, module, None, SimpleNamespace(epoch=0), step)
+        line = before + capsys.readouterr().err
+        if line:
+            said.append(step * seconds)
+            spoken = line
+            if step < steps:
+                left = int((steps - step) * seconds + 0.5)
+                assert re.fullmatch(
+                    rf"step {step}/{steps}, loss 1\.500, knn 87\.5%, img/s \d+, left 0\d:\d\d, until \d\d:\d\d\n", line
+                )
+                minutes, rest = map(int, re.search(r"left (\d\d):(\d\d)", line).groups())
+                assert abs(60 * minutes + rest - left) <= 1
+    assert spoken.endswith(", took 03:20\n")  # the last one
+    pauses = [later - earlier for earlier, later in pairwise(said)]
+    assert all(pause <= 10 for pause, end in zip(pauses, said[1:], strict=True) if end <= 60)
+    assert max(pauses) <= 60 and len(said) < 14
 
 
 def test_help_has_a_line_for_every_option_and_key(command):

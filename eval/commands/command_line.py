@@ -2,9 +2,12 @@
 
 import os
 import re
+import shlex
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -13,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from gradmix.eval.commands.help import help_text
+from gradmix.eval.commands.words import key_for
 from gradmix.registry import nearest
 from gradmix.ssl.checks import check_values
 from gradmix.ssl.config import register_configs
@@ -58,13 +62,7 @@ def run_command(name: str, summary: str, schema: type, run: Callable) -> None:
         compose()
         sys.argv = typed  # the report shows it
         for one in composed:  # several with --multirun, none with --help
-            # Once more into the schema, as plain values: Hydra's + adds any key.
-            merged = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.to_container(one, resolve=True))
-            if missing := sorted(OmegaConf.missing_keys(merged)):
-                raise ValueError(f"{missing[0]}: missing; give it as {missing[0]}=VALUE")
-            config = OmegaConf.to_object(merged)
-            check_values(config)
-            run(config)
+            run(checked(one, schema))
     except KeyboardInterrupt:
         print("interrupted; the same command goes on", file=sys.stderr)
         sys.exit(130)
@@ -80,6 +78,21 @@ def run_command(name: str, summary: str, schema: type, run: Callable) -> None:
             signal.signal(number, handler)
 
 
+def checked(composed: DictConfig, schema: type) -> Any:
+    """A composed config as an object of its schema.
+
+    Raises:
+        ValueError: a key is missing, or a value makes no sense.
+    """
+    # Once more into the schema, as plain values: Hydra's + adds any key.
+    merged = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.to_container(composed, resolve=True))
+    if missing := sorted(OmegaConf.missing_keys(merged)):
+        raise ValueError(f"{missing[0]}: missing; give it as {missing[0]}=VALUE")
+    config = OmegaConf.to_object(merged)
+    check_values(config)
+    return config
+
+
 def refuse(name: str, schema: type, arguments: list[str]) -> None:
     """Hydra's own settings can name any function to be called, and --experimental-rerun reads a pickle. A flag that
     does not exist Hydra would answer with a page, and an empty path is the folder one stands in."""
@@ -88,9 +101,15 @@ def refuse(name: str, schema: type, arguments: list[str]) -> None:
         if re.match(r"[+~]*hydra([./@:=]|$)|--experimental-rerun", argument):
             wrong = "Hydra's own settings are fixed"
         elif argument.startswith("-") and flag not in HYDRA_FLAGS:
-            wrong = f"no such flag; settings are given as {flag.lstrip('-') or 'KEY'}=VALUE, --help lists them"
+            how = (
+                key_for(flag, schema)
+                or f"settings are given as {flag.lstrip('-').replace('-', '_') or 'KEY'}=VALUE, --help lists them"
+            )
+            wrong = f"no such flag; {how}"
         elif equals and not value and _is_path(schema, flag):
             wrong = "empty; give a path"
+        elif flag == "data" and not value.isidentifier() and Path(value).expanduser().is_dir():
+            wrong = folder_as_data(value)  # Hydra would trip over the first blank
         else:
             continue
         print(f"gradmix-{name}: {flag}: {wrong}", file=sys.stderr)
@@ -101,7 +120,9 @@ def explain(error: Exception, schema: type) -> str:
     """An exception in one line, with the nearest key where a key is unknown."""
     if isinstance(error, OverrideParseException):
         key, equals, value = error.override.partition("=")
-        hint = f"in quotes a value is taken as it is: '{key}=\"{value}\"'" if equals else "expected KEY=VALUE"
+        if not equals:
+            return f"{error.override}: can't be read; {key_for(key, schema) or 'expected KEY=VALUE'}"
+        hint = f"in quotes a value is taken as it is: '{key}=\"{value}\"'"
         return f"{error.override}: can't be read; {hint}"
     hides = isinstance(error, HydraException) and error.__cause__ is not None
     text = str(error.__cause__ if hides else error)  # Hydra says that it failed, OmegaConf why
@@ -110,12 +131,14 @@ def explain(error: Exception, schema: type) -> str:
     unknown = re.search(r"Key '[^']+' (?:is )?not in .*\s+full_key: (\S+)", text)
     if unknown:
         wrong = unknown.group(1)
-        return f"{wrong}: no such key; {nearest(wrong, _names(schema))}"
+        return f"{wrong}: no such key; {key_for(wrong, schema) or nearest(wrong, _names(schema))}"
     missing_option = re.search(r"Could not find '([^']+)'\s+Available options in '([^']+)':\n((?:\t.*\n)+)", text)
     if missing_option:
         asked, group, options = missing_option.groups()
         options = options.partition("Config search path")[0]
-        name = asked.split("/")[-1]
+        name = asked.removeprefix(f"{group}/")
+        if group == "data" and Path(name).is_dir():
+            return f"data: {folder_as_data(name)}"
         return f"{group}: no option {name!r}; {nearest(name, options.split())}"
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     found = re.search(r"full_key: (\S+)", text)
@@ -126,6 +149,10 @@ def explain(error: Exception, schema: type) -> str:
     return (f"{found[1]}: " if found else "") + (
         lines[0] if lines else type(error.__cause__ if hides else error).__name__
     )
+
+
+def folder_as_data(folder: str) -> str:
+    return f"{folder} is a folder; say data=imagefolder {shlex.quote(f'data.root={folder}')}"
 
 
 def _names(schema: type) -> list[str]:

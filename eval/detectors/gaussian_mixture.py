@@ -1,14 +1,16 @@
 """A Gaussian mixture for every class, on the features."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
-from sklearn import mixture
 
 from gradmix.eval.detectors.base import Detector
 from gradmix.eval.detectors.class_mean import class_means
 from gradmix.eval.features.arrays import blocks
+
+if TYPE_CHECKING:
+    from sklearn import mixture
 
 
 @dataclass
@@ -51,10 +53,12 @@ class GaussianMixture(Detector):
         self.means_ = np.concatenate([part.means_ for part in fitted])
         self.variances_ = np.concatenate([part.covariances_ for part in fitted])
 
-    def _fit_class(self, features: np.ndarray, added: float) -> mixture.GaussianMixture:
+    def _fit_class(self, features: np.ndarray, added: float) -> "mixture.GaussianMixture":
         components = min(self.components, len(np.unique(features, axis=0)))
         if len(features) == 1:
             features = np.repeat(features, 2, axis=0)  # scikit-learn wants two
+        from sklearn import mixture  # only here: scoring needs no scikit-learn, which takes seconds
+
         model = mixture.GaussianMixture(
             components, covariance_type="diag", reg_covar=added, max_iter=200, random_state=self.seed
         )

@@ -15,6 +15,7 @@ from gradmix.ssl.callbacks import EpochCallback, Progress
 from gradmix.ssl.config import Config
 from gradmix.ssl.data.images import ImageSet
 from gradmix.ssl.data.open_set import OpenSetData
+from gradmix.ssl.loggers import log
 from gradmix.ssl.pretrain import Pretraining
 
 BANK = 5000  # training images compared with; enough to watch a trend
@@ -29,7 +30,7 @@ class OnlineKNN(EpochCallback):
 
     def on_epoch(self, trainer: Trainer, module: Pretraining) -> None:
         accuracy = self.accuracy(module)
-        module.logger.log_metrics({"knn/held_out": accuracy}, module.steps)
+        log(module, {"knn/held_out": accuracy}, module.steps)
         for callback in trainer.callbacks:
             if isinstance(callback, Progress):
                 callback.knn = 100 * accuracy
@@ -56,7 +57,7 @@ class OnlineTest(EpochCallback):
         with frozen(module.backbone):
             numbers, _ = measure_all(self.measures, subject_now(module, self.config, self.data))
         curves = {f"test/{key}": numbers[key] for key in self.KEYS if key in numbers}
-        module.logger.log_metrics(curves, module.steps)
+        log(module, curves, module.steps)
 
 
 class OnlineQuality(EpochCallback):
@@ -69,7 +70,7 @@ class OnlineQuality(EpochCallback):
     def on_epoch(self, trainer: Trainer, module: Pretraining) -> None:
         with frozen(module.backbone):
             numbers, _ = measure_all([Quality()], subject_now(module, self.config, self.data))
-        module.logger.log_metrics(numbers, module.steps)
+        log(module, numbers, module.steps)
 
 
 def watched(data: OpenSetData, test: ImageSet) -> OpenSetData:

@@ -6,15 +6,18 @@ from pathlib import Path
 from gradmix.eval.config import EvalConfig
 from gradmix.ssl.config import Config, EncoderConfig, MethodConfig, MixConfig, OptimizerConfig, flat
 from gradmix.ssl.data.open_set import OpenSetData, load_data
-from gradmix.ssl.networks.backbones import backbone_metadata, build_backbone
+from gradmix.ssl.networks.backbones import Encoder, backbone_metadata, build_backbone
 from gradmix.ssl.runs.files import write_json, write_tensors
 from gradmix.ssl.runs.folder import claim
 
 ELSEWHERE = "elsewhere"  # method.name of what was not trained here
 
 
-def adopt(config: EvalConfig) -> Path:
-    """Make ``out`` the folder of a run whose backbone is ``checkpoint``; prints which weights were matched.
+Foreign = tuple[Config, Encoder]  # a run that its folder does not hold yet
+
+
+def read_foreign(config: EvalConfig) -> Foreign:
+    """The run that ``checkpoint`` would be the backbone of, and that backbone; prints which weights were matched.
 
     Raises:
         ValueError: a key is missing, or the weights are unreadable or not the encoder's.
@@ -29,11 +32,21 @@ def adopt(config: EvalConfig) -> Path:
     backbone = build_backbone(encoder, config.data.image_size)
     encoder.width, encoder.stem = (backbone.description.get(key) for key in ("width", "stem"))
     elsewhere = {"method": MethodConfig(ELSEWHERE), "mix": MixConfig("none"), "optimizer": OptimizerConfig("unknown")}
-    claim(out, Config(run_dir=str(out), data=config.data, encoder=encoder, **elsewhere))
-    metadata = backbone_metadata(backbone, config.data.image_size, config.data.fit)
+    return Config(run_dir=str(out), data=config.data, encoder=encoder, **elsewhere), backbone
+
+
+def adopt(run: Config, backbone: Encoder) -> None:
+    """Make ``run.run_dir`` the folder of what :func:`read_foreign` read.
+
+    Raises:
+        ValueError: it belongs to another run.
+    """
+    out = Path(run.run_dir)
+    claim(out, run, "out")
+    assert run.data.image_size is not None  # chosen by read_foreign
+    metadata = backbone_metadata(backbone, run.data.image_size, run.data.fit)
     write_tensors(out / "backbone.safetensors", backbone.state_dict(), metadata)
-    write_json(out / "training.json", {"checkpoint": str(checkpoint)})
-    return out
+    write_json(out / "training.json", {"checkpoint": run.encoder.init})
 
 
 def transfer(run: Config, config: EvalConfig) -> None:

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from typing import Any, cast
 
-from PIL.Image import Image
-from pytorch_lightning.utilities import rank_zero_only
+import numpy as np
+from PIL.Image import Image, fromarray
 from safetensors import safe_open
 from torch import Tensor, nn
 from torchvision.models import resnet
@@ -15,6 +15,7 @@ from gradmix.ssl.config import EncoderConfig
 from gradmix.ssl.data.images import IMAGENET, Constants, decode, normalize, to_square
 from gradmix.ssl.networks.timm_encoders import PREFIX, check_timm, timm_encoder
 from gradmix.ssl.networks.weights import find_backbone, load_found, load_weights
+from gradmix.ssl.processes import is_first
 
 RESNETS: dict[str, tuple[type[resnet.BasicBlock | resnet.Bottleneck], list[int]]] = {
     "resnet18": (resnet.BasicBlock, [2, 2, 2, 2]),
@@ -137,7 +138,8 @@ def read_backbone(
         found = find_backbone(weights, list(backbone.state_dict()))
         load_found(backbone, found, path, "encoder.name and data.image_size")
         mean, std = backbone.constants
-        rank_zero_only(print)(f"{path}: {found}; images with mean {mean} and deviation {std} removed, as timm has it")
+        if is_first():
+            print(f"{path}: {found}; images with mean {mean} and deviation {std} removed, as timm has it")
         return backbone
     found = find_backbone(weights, list(ResNet(name, 1).state_dict()))
     conv1 = found.tensors.get("conv1.weight")
@@ -146,7 +148,8 @@ def read_backbone(
         stem = stem or ("small" if conv1.shape[2] == 3 else "imagenet")
     backbone = ResNet(name, width or 64, stem or "imagenet")
     load_found(backbone, found, path, "encoder.name and encoder.width")
-    rank_zero_only(print)(f"{path}: {found}")
+    if is_first():
+        print(f"{path}: {found}")
     return backbone
 
 
@@ -164,11 +167,21 @@ class Backbone(nn.Module):
         self.encoder = encoder.eval().requires_grad_(False)
         self.image_size, self.fit = image_size, fit
         self.num_features = encoder.num_features
+        self.eval()
 
-    def transform(self, image: Image | str | Path) -> Tensor:
-        """A PIL image or a path to ``[3, S, S]`` uint8, as in training."""
+    def transform(self, image: Image | str | Path | np.ndarray) -> Tensor:
+        """A PIL image, an array ``[H, W]`` or ``[H, W, 3]`` uint8, or a path, to ``[3, S, S]`` uint8, as in training.
+
+        Raises:
+            ValueError: a file that can't be read, or an array of another shape or type.
+        """
         if isinstance(image, str | Path):
             return decode(image, self.image_size, self.fit)
+        if isinstance(image, np.ndarray):
+            grey_or_colour = image.ndim == 2 or (image.ndim == 3 and image.shape[2] == 3)
+            if image.dtype != np.uint8 or not grey_or_colour or not image.size:
+                raise ValueError(f"image: expected [H, W] or [H, W, 3] uint8, got {[*image.shape]} {image.dtype}")
+            image = fromarray(image)
         return to_square(image, self.image_size, self.fit)
 
     def forward(self, images: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """A run's folder: whose it is, what is in it, and what it was made with."""
 
 import json
+import shutil
 import subprocess
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -17,17 +18,38 @@ from gradmix.ssl.config import Config, flat
 from gradmix.ssl.keys import key_of
 from gradmix.ssl.runs.files import write_text
 
+WORK = ("checkpoints/*.ckpt", "head.safetensors", "metrics*.json")  # some of it lies in every run that got anywhere
 
-def claim(run_dir: Path, config: Config) -> None:
+
+def claim(run_dir: Path, config: Config, key: str = "run_dir") -> None:
     """Make ``run_dir`` this config's folder and write ``config.yaml``, or see that it already is.
+
+    Arguments and errors as :func:`check_free`.
+    """
+    check_free(run_dir, config, key)
+    path = run_dir / "config.yaml"
+    if path.exists() and got_anywhere(run_dir):
+        stored = read_config(run_dir)
+        if stored.data.on_bad_image != config.data.on_bad_image:  # one went bad on the way; evaluation must know
+            stored.data.on_bad_image = config.data.on_bad_image
+            write_text(path, OmegaConf.to_yaml(OmegaConf.structured(stored)))
+        return
+    if path.exists():  # a failed start's
+        shutil.rmtree(run_dir / "tensorboard", ignore_errors=True)
+    write_text(path, OmegaConf.to_yaml(OmegaConf.structured(config)))
+
+
+def check_free(run_dir: Path, config: Config, key: str = "run_dir") -> None:
+    """See that ``run_dir`` is free or this config's folder. One that holds only a failed start is free.
+
+    Args:
+        key: the setting that names the folder, for messages.
 
     Raises:
         ValueError: the folder belongs to a run with another config; the message names the differing keys, but for those
-            that are free.
+            that are free. Or its config.yaml is not one of ours.
     """
-    path = run_dir / "config.yaml"
-    if not path.exists():
-        write_text(path, OmegaConf.to_yaml(OmegaConf.structured(config)))
+    if not (run_dir / "config.yaml").exists():
         return
     stored = read_config(run_dir)
     theirs, ours = flat(asdict(stored)), flat(asdict(config))
@@ -36,14 +58,11 @@ def claim(run_dir: Path, config: Config) -> None:
         for key in sorted({*theirs, *ours})
         if theirs.get(key) != ours.get(key) and not key_of(Config, key).free
     ]
-    if different:
+    if different and got_anywhere(run_dir):
         raise ValueError(
-            f"run_dir: {run_dir} belongs to another config ({'; '.join(different[:4])}); "
-            "choose another run_dir=, or delete that folder"
+            f"{key}: {run_dir} belongs to another config ({'; '.join(different[:4])}); "
+            f"choose another {key}=, or delete that folder"
         )
-    if stored.data.on_bad_image != config.data.on_bad_image:  # a file went bad on the way; evaluation must know, too
-        stored.data.on_bad_image = config.data.on_bad_image
-        write_text(path, OmegaConf.to_yaml(OmegaConf.structured(stored)))
 
 
 def read_config(run_dir: Path) -> Config:
@@ -88,6 +107,10 @@ def check_classes(run_dir: Path, classes: Sequence[str]) -> None:
         f"data: not the classes that {run_dir} was trained with; {told or 'in another order'}; "
         "data=NAME evaluates a run on other data"
     )
+
+
+def got_anywhere(run_dir: Path) -> bool:
+    return any(any(run_dir.glob(pattern)) for pattern in WORK)
 
 
 def provenance() -> dict[str, Any]:

@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from pytorch_lightning.utilities import rank_zero_only
+from gradmix.ssl.processes import is_first
 
 fcntl: Any
 try:
@@ -32,7 +32,7 @@ def alone_in(folder: Path, key: str = "run_dir") -> Iterator[None]:
     Raises:
         ValueError: another process is at work there, or the folder can't be made.
     """
-    if rank_zero_only.rank != 0:  # type: ignore[attr-defined]  # the first process of a distributed run has it for all
+    if not is_first():  # the first process of a distributed run has it for all
         yield
         return
     try:

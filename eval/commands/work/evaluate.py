@@ -1,5 +1,6 @@
 """What gradmix-eval does: evaluate a run again, or all runs of its splits."""
 
+from copy import deepcopy
 from pathlib import Path
 
 from gradmix.eval.config import EvalConfig
@@ -12,58 +13,81 @@ from gradmix.eval.report.summary import over_splits, table
 from gradmix.eval.report.tensorboard import write_tensorboard
 from gradmix.eval.runs.compare import compare, comparison_table
 from gradmix.eval.runs.export import export_backbone
-from gradmix.eval.runs.foreign import adopt, check_transfer_classes, transfer
+from gradmix.eval.runs.foreign import Foreign, adopt, check_transfer_classes, read_foreign, transfer
 from gradmix.eval.runs.groups import find_runs
+from gradmix.ssl.checks import check_root
 from gradmix.ssl.data.open_set import load_data
 from gradmix.ssl.runs.files import remove_strays, replacing, write_json
-from gradmix.ssl.runs.folder import check_classes, read_config
+from gradmix.ssl.runs.folder import check_classes, check_free, read_config
 from gradmix.ssl.runs.lock import alone_in
 
 
 def run_eval(config: EvalConfig) -> None:
+    run_dir, out, parts, foreign = find_run(config)
+    if config.against is not None or config.export:
+        if foreign is not None:
+            adopt(*foreign)
+        for part in parts or [""]:
+            if config.against is not None:
+                other = Path(config.against).expanduser() / part
+                print(comparison_table(run_dir / part, other, compare(run_dir / part, other)))
+            else:
+                for path in export_backbone(run_dir / part, config.export, out / part / "export"):
+                    print(f"{path}: written")
+        return
+    result, path = measure_parts(config, run_dir, out, parts, foreign)
+    print(as_text(result, config))
+    over = f"; mean ± standard deviation over {len(parts)} splits" if len(parts) > 1 else ""
+    print(f"\n{path}: every number{over}")
+
+
+def find_run(config: EvalConfig) -> tuple[Path, Path, list[str], Foreign | None]:
+    """The run's folder, that of the results, those of its splits (if any) in both, and a run that is none yet."""
     if (config.run is None) == (config.checkpoint is None):
         raise ValueError("run: missing; give run=DIR, or checkpoint=FILE with encoder=, data= and out=")
-    run_dir = adopt(config) if config.run is None else Path(config.run).expanduser()
+    foreign = read_foreign(config) if config.run is None else None
+    if foreign is not None:
+        check_free(Path(foreign[0].run_dir), foreign[0], "out")
+    run_dir = Path(config.run if foreign is None else foreign[0].run_dir).expanduser()
     out = run_dir / f"transfer-{config.data.name}" if config.run and config.data.name else run_dir
     out = out if config.out is None else Path(config.out).expanduser()
     parts = [path.name for path in sorted(run_dir.glob("split-*"))] if not (run_dir / "config.yaml").exists() else []
-    if config.against is not None:
-        other = Path(config.against).expanduser()
-        for part in parts or [""]:
-            print(comparison_table(run_dir / part, other / part, compare(run_dir / part, other / part)))
-    elif config.export:
-        for part in parts or [""]:
-            for path in export_backbone(run_dir / part, config.export, out / part / "export"):
-                print(f"{path}: written")
-    else:
-        measure_parts(config, run_dir, out, parts)
+    return run_dir, out, parts, foreign
 
 
-def measure_parts(config: EvalConfig, run_dir: Path, out: Path, parts: list[str]) -> None:
-    """Evaluate a run, or those of its splits, and print the numbers, or their mean."""
-    clean = config.corruptions is None
-    name, as_text = ("metrics.json", table) if clean else ("metrics_corruptions.json", corruption_table)
-    results = [eval_one(config, run_dir / part, out / part) for part in parts or [""]]
+def measure_parts(
+    config: EvalConfig, run_dir: Path, out: Path, parts: list[str], foreign: Foreign | None
+) -> tuple[dict, Path]:
+    """Evaluate a run, or those of its splits: the numbers, or their mean, and the file that they are in."""
+    path = out / ("metrics.json" if config.corruptions is None else "metrics_corruptions.json")
+    results = [eval_one(config, run_dir / part, out / part, foreign) for part in parts or [""]]
     result = over_splits(results) if parts else results[0]
     if parts:
-        write_json(out / name, result)
+        write_json(path, result)
     if parts and out == run_dir:
         write_comparison(find_runs([run_dir]), run_dir / "report.html")
-    print(as_text(result))
-    over = f"; mean ± standard deviation over {len(parts)} splits" if len(parts) > 1 else ""
-    print(f"\n{out / name}: every number{over}")
+    return result, path
 
 
-def eval_one(config: EvalConfig, run_dir: Path, out: Path) -> dict:
-    run = read_config(run_dir)
+def as_text(result: dict, config: EvalConfig) -> str:
+    return table(result) if config.corruptions is None else corruption_table(result)
+
+
+def eval_one(config: EvalConfig, run_dir: Path, out: Path, foreign: Foreign | None = None) -> dict:
+    """
+    Args:
+        foreign: what is to become the run in ``run_dir``, once everything that can be checked was checked.
+    """
+    run = read_config(run_dir) if foreign is None else deepcopy(foreign[0])
     run.detectors = run.detectors if config.detectors is None else config.detectors
     run.detector_options |= config.detector_options
     transfer(run, config)
     for key in ("root", "unknown_root"):
         if getattr(config, key) is not None:
             setattr(run.data, key, getattr(config, key))
+    check_root(run.data, "root" if config.root is not None else "data.root")
     choose_measures(run, config)
-    if not (run_dir / "training.json").exists():
+    if foreign is None and not (run_dir / "training.json").exists():
         raise ValueError(f"run: {run_dir} has not finished training; gradmix-pretrain run_dir={run_dir} goes on")
     with alone_in(out, "run" if config.out is None else "out"):
         remove_strays(out)
@@ -72,6 +96,9 @@ def eval_one(config: EvalConfig, run_dir: Path, out: Path) -> dict:
             check_transfer_classes(run, data)
         else:
             check_classes(run_dir, data.classes)
+        choose_measures(run, config, data)
+        if foreign is not None:
+            adopt(*foreign)
         if config.corruptions is not None:
             return evaluate_corruptions(run_dir, run, data, config.corruptions, device_of(run), out)
         with replacing(out, "metrics.json") as new:

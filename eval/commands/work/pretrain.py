@@ -4,7 +4,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from pytorch_lightning.utilities import rank_zero_only
 
 from gradmix.eval.features.extraction import extract_together
 from gradmix.eval.protocols.evaluate import device_of, evaluate
@@ -17,45 +16,51 @@ from gradmix.eval.report.tensorboard import write_tensorboard
 from gradmix.eval.runs.groups import find_runs
 from gradmix.ssl.config import Config
 from gradmix.ssl.data.open_set import OpenSetData, load_data, splits_of
-from gradmix.ssl.processes import world_size
+from gradmix.ssl.processes import is_first, world_size
 from gradmix.ssl.runs.files import read_json, remove_strays, replacing, write_json
-from gradmix.ssl.runs.folder import claim, read_config
+from gradmix.ssl.runs.folder import check_free, got_anywhere, read_config
 from gradmix.ssl.runs.lock import alone_in
 from gradmix.ssl.train import check, train
 
 
 def run_pretrain(config: Config) -> None:
+    result = pretrain(config)
+    if result is None:
+        return
+    print(table(result))
+    if config.data.split != "all":
+        print(f"\n{config.run_dir}: report.html, metrics.json, weights, detector and TensorBoard events")
+    else:
+        over = f"mean ± standard deviation over {result['splits']} splits"
+        print(f"\n{over}; {config.run_dir}: report.html, and the runs in split-*")
+
+
+def pretrain(config: Config) -> dict | None:
+    """The run's numbers, or the mean of its splits'; None on all but the first process."""
     choose_measures(config)
     config.run_dir = str(Path(config.run_dir).expanduser())
     if config.data.split != "all":
-        result = pretrain_one(config)
-        if result is None:
-            return
-        print(table(result))
-        print(f"\n{config.run_dir}: report.html, metrics.json, weights, detector and TensorBoard events")
-        return
+        return pretrain_one(config)
     results = []
     for split in range(len(splits_of(config.data))):
         one = replace(config, data=replace(config.data, split=split), run_dir=f"{config.run_dir}/split-{split}")
         results.append(pretrain_one(one))
     if None in results:
-        return
+        return None
     summary, folder = over_splits(results), Path(config.run_dir)
     write_json(folder / "metrics.json", summary)
     write_comparison(find_runs([folder]), folder / "report.html")
-    print(table(summary))
-    print(f"\nmean ± standard deviation over {len(results)} splits; {folder}: report.html, and the runs in split-*")
+    return summary
 
 
 def pretrain_one(config: Config) -> dict | None:
     """The run's numbers; None on all but the first process, which go on to the next run while it evaluates."""
-    run_dir, first = Path(config.run_dir), rank_zero_only.rank == 0
+    run_dir, first = Path(config.run_dir), is_first()
     check(config)
     with alone_in(run_dir):
-        if (run_dir / "config.yaml").exists():
-            if config.data.image_size is None:  # chosen when the run began
-                config = replace(config, data=replace(config.data, image_size=read_config(run_dir).data.image_size))
-            claim(run_dir, config)  # before anything is written there
+        if config.data.image_size is None and got_anywhere(run_dir):  # chosen when the run began
+            config = replace(config, data=replace(config.data, image_size=read_config(run_dir).data.image_size))
+        check_free(run_dir, config)  # before anything is written there
         if first:
             remove_strays(run_dir)
         if (run_dir / "report.html").exists():  # the last thing to be written

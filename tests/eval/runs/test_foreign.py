@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -138,4 +139,19 @@ def test_bad_input(command, tmp_path, digit_folders, digits_run):
         result = command("eval", *arguments)
         assert result.code == 2 and message in result.err, result.err
         assert len(result.err.strip().splitlines()) == 1, result.err
-    assert not (tmp_path / "out/metrics.json").exists()
+    assert not (tmp_path / "out/config.yaml").exists()  # nothing was claimed, so that the corrected command can run
+
+
+def test_a_failed_evaluation_leaves_its_folder_free(command, tmp_path, digit_folders, monkeypatch):
+    torch.save(ResNet("resnet18", width=8).state_dict(), tmp_path / "a.pth")
+    typed = ("checkpoint=a.pth", "encoder=resnet18", *FOLDER, f"data.root={digit_folders}", "out=out")
+    with monkeypatch.context() as patch:  # the disk is full halfway
+        patch.setattr("gradmix.eval.commands.work.evaluate.evaluate", Mock(side_effect=OSError("no space")))
+        assert command("eval", *typed, "data.image_size=8").code == 2
+    assert (tmp_path / "out/config.yaml").exists() and not (tmp_path / "out/metrics.json").exists()
+    result = command("eval", *typed)
+    assert result.code == 0, result.err
+    result = command("eval", *typed, "data.image_size=8")
+    assert result.code == 2
+    assert "out: out belongs to another config (data.image_size is 16 there and 8 here)" in result.err
+    assert "choose another out=, or delete that folder" in result.err

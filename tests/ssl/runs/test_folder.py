@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from gradmix.ssl.runs.folder import check_classes, claim
+from gradmix.ssl.runs.folder import check_classes, claim, read_config
 
 
 def saved(folder, classes):
@@ -40,9 +40,13 @@ def test_weights_from_elsewhere_say_nothing_of_classes(tmp_path):
 
 def test_a_folder_belongs_to_one_config(tmp_path, config):
     claim(tmp_path, config(tmp_path))
+    (tmp_path / "head.safetensors").touch()  # it got somewhere
     claim(tmp_path, config(tmp_path, checkpoint_seconds=7, on_nonfinite="skip"))
     with pytest.raises(ValueError, match=r"epochs is 2 there and 3 here; seed is 0 there and 4 here"):
         claim(tmp_path, config(tmp_path, epochs=3, seed=4))
+    (tmp_path / "head.safetensors").unlink()
+    claim(tmp_path, config(tmp_path, epochs=3))  # only a failed start
+    assert read_config(tmp_path).epochs == 3
     (tmp_path / "config.yaml").write_text("!!python/object/apply:os.system ['touch executed']\n")
     with pytest.raises(ValueError, match=r"config\.yaml: not a config"):
         claim(tmp_path, config(tmp_path))

@@ -1,0 +1,234 @@
+"""The commands as functions: ``gradmix.pretrain``, ``gradmix.evaluate``, ``gradmix.score``.
+
+Keys have the names of the command line. One with a dot is an entry of a dict, ``encoder={"width": 16}``, or stands in
+the mapping that may come first, ``gradmix.pretrain({"encoder.width": 16}, epochs=10)``. ``data="digits"`` and
+``data={"name": "digits"}`` choose the same.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra import compose, initialize_config_module
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from gradmix.eval.commands.command_line import checked, explain, folder_as_data
+from gradmix.eval.config import EvalConfig, ScoreConfig
+from gradmix.ssl.config import Config, flat, register_configs
+from gradmix.ssl.keys import key_of
+
+if TYPE_CHECKING:  # torch takes seconds
+    import numpy as np
+    from PIL.Image import Image
+
+    from gradmix.eval.scoring.scorer import Score
+    from gradmix.ssl.networks.backbones import Backbone
+
+SHOWN = 10  # rows of a repr
+
+
+@dataclass(frozen=True, repr=False)
+class Run(Mapping[str, Any]):
+    """A run's folder and its numbers: ``run["knn/top1"]``; printed, the table that the commands print.
+
+    Attributes:
+        path: the folder of the results.
+        numbers: what ``metrics.json`` holds.
+        text: the table.
+    """
+
+    path: Path
+    numbers: dict[str, Any]
+    text: str
+
+    @property
+    def detector(self) -> Path:
+        """Folder of the saved detector, for :func:`score`."""
+        return self.path / "detector"
+
+    @property
+    def report(self) -> Path:
+        """The page to look at."""
+        return self.path / "report.html"
+
+    def backbone(self) -> "Backbone":
+        """As :func:`gradmix.load` gives it."""
+        from gradmix.ssl.networks.backbones import load_backbone
+
+        return load_backbone(self.path if (self.path / "backbone.safetensors").exists() else self.detector)
+
+    def __getitem__(self, name: str) -> Any:
+        return self.numbers[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.numbers)
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __repr__(self) -> str:
+        return f"{self.path}\n{self.text}"
+
+
+@dataclass(frozen=True, repr=False)
+class Scores(Sequence["Score"]):
+    """Scored images, in their order.
+
+    Attributes:
+        rows: one for each image.
+        threshold: a score above it is unknown; None where none was calibrated.
+    """
+
+    rows: "list[Score]" = field(default_factory=list)
+    threshold: float | None = None
+
+    @property
+    def scores(self) -> "np.ndarray":
+        """``[N]`` float64; NaN where the image could not be read."""
+        import numpy as np
+
+        return np.array([np.nan if row.score is None else row.score for row in self.rows])
+
+    @property
+    def predictions(self) -> list[str]:
+        """The class, or ``unknown``."""
+        return [row.prediction for row in self.rows]
+
+    def __getitem__(self, index: Any) -> Any:
+        return replace(self, rows=self.rows[index]) if isinstance(index, slice) else self.rows[index]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __repr__(self) -> str:
+        bound = "no threshold" if self.threshold is None else f"unknown above {self.threshold:.4f}"
+        lines = [f"{len(self)} images, {self.predictions.count('unknown')} unknown ({bound})"]
+        for row in self.rows[:SHOWN]:
+            score = "" if row.score is None else f"{row.score:.4f}"
+            lines.append(f"  {score:>8}  {row.prediction or row.error or '-':<12}  {row.path}")
+        return "\n".join([*lines, f"  ... and {len(self) - SHOWN} more"] if len(self) > SHOWN else lines)
+
+
+def pretrain(settings: Mapping[str, Any] | None = None, /, **keys: Any) -> Run:
+    """Train a backbone, then evaluate it: what ``gradmix-pretrain`` does. A finished run is read.
+
+    Args:
+        settings: keys by their full name.
+        keys: the same, by name.
+
+    Raises:
+        ValueError: bad input, in one line.
+    """
+    config = configured("pretrain", Config, {**(settings or {}), **keys})
+    from gradmix.eval.commands.work import pretrain as work
+    from gradmix.eval.report.summary import table
+
+    numbers = work.pretrain(config)
+    if numbers is None:
+        raise RuntimeError("only the first process of a distributed run has its numbers")
+    return Run(Path(config.run_dir), numbers, table(numbers))
+
+
+def evaluate(run: "str | Path | Run | None" = None, settings: Mapping[str, Any] | None = None, /, **keys: Any) -> Run:
+    """Evaluate a run again, or a ``checkpoint=`` trained anywhere: what ``gradmix-eval`` does.
+
+    Args:
+        run: its folder, or what :func:`pretrain` gave.
+        settings, keys: as in :func:`pretrain`.
+
+    Raises:
+        ValueError: bad input, in one line.
+    """
+    given = {**(settings or {}), **keys} | ({} if run is None else {"run": run.path if isinstance(run, Run) else run})
+    config = configured("eval", EvalConfig, given)
+    for key in ("against", "export"):
+        if getattr(config, key):
+            raise ValueError(f"{key}: measures nothing; gradmix-eval run=... {key}=... does it")
+    from gradmix.eval.commands.work import evaluate as work
+
+    run_dir, out, parts, foreign = work.find_run(config)
+    numbers, path = work.measure_parts(config, run_dir, out, parts, foreign)
+    return Run(path.parent, numbers, work.as_text(numbers, config))
+
+
+def score(
+    detector: str | Path | Run,
+    images: "str | Path | Sequence[str | Path | Image | np.ndarray]",
+    settings: Mapping[str, Any] | None = None,
+    /,
+    **keys: Any,
+) -> Scores:
+    """Score images with a saved detector: what ``gradmix-score`` does. A file is written only where ``out`` says.
+
+    Args:
+        detector: a run's ``detector/`` folder, or what :func:`pretrain` gave.
+        images: a file, a folder or a pattern; or a list of files, PIL images or arrays (``[H, W]`` or ``[H, W, 3]``,
+            uint8).
+        settings, keys: as in :func:`pretrain`.
+
+    Raises:
+        ValueError: bad input, in one line.
+    """
+    named = isinstance(images, str | Path)
+    given = {"images": images if named else "a list", **(settings or {}), **keys}
+    given["detector"] = detector.detector if isinstance(detector, Run) else detector
+    config = configured("score", ScoreConfig, given)
+    from gradmix.eval.scoring.score_file import encode
+    from gradmix.eval.scoring.scorer import Scorer, find_images
+    from gradmix.eval.scoring.sheets import write_sheets
+    from gradmix.ssl.runs.files import write_atomically
+
+    items: list[Any] = find_images(config.images) if named else list(images)
+    scorer = Scorer(config.detector)
+    rows = [
+        replace(row, path=str(item) if isinstance(item, str | Path) else f"image {number}")
+        for number, (item, row) in enumerate(zip(items, scorer.score(items, config.batch_size, True), strict=True))
+    ]
+    if "out" in given:
+        out = Path(config.out).expanduser()
+        write_atomically(
+            out, lambda path: path.write_bytes(encode(list(map(asdict, rows)), out.suffix == ".jsonl", True))
+        )
+    if config.explain is not None:
+        write_sheets(scorer, items, Path(config.explain).expanduser(), config.explain_limit)
+    return Scores(rows, scorer.detector.threshold)
+
+
+def configured(name: str, schema: type, given: Mapping[str, Any]) -> Any:
+    """The config that a command would compose of these keys.
+
+    Raises:
+        ValueError: bad input, in one line.
+    """
+    values = flat({key: _plain(value) for key, value in given.items()})
+    register_configs()
+    ConfigStore.instance().store(f"{name}_schema", schema)
+    try:
+        with initialize_config_module("gradmix.configs", version_base="1.3"):
+            groups = [group for group in GlobalHydra.instance().config_loader().list_groups("") if group != "hydra"]
+            chosen = {group: values.pop(key) for group in groups for key in (f"{group}.name", group) if key in values}
+            data = str(chosen.get("data", ""))
+            if data and not data.isidentifier() and Path(data).expanduser().is_dir():
+                raise ValueError(f"data: {folder_as_data(data)}")
+            composed = compose(name, [f"{group}={option}" for group, option in chosen.items()])
+        for key, value in values.items():
+            try:
+                entry = key_of(schema, key).is_dict
+            except KeyError:
+                entry = False
+            OmegaConf.update(composed, key, value, merge=False, force_add=entry)
+        return checked(composed, schema)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ValueError(explain(error, schema)) from error
+
+
+def _plain(value: Any) -> Any:
+    """What a config can hold: paths as text."""
+    if isinstance(value, Mapping):
+        return {key: _plain(inner) for key, inner in value.items()}
+    return str(value) if isinstance(value, Path) else value

@@ -18,6 +18,7 @@ class EncoderName:
     stem: str | None = key(
         None, "null: read off conv1; padded: solo-learn's for CIFAR, which looks like small in the file"
     )
+    part: str | None = key(None, "of a file with several networks, such as student; null: the teacher, or the first")
 
 
 @dataclass

@@ -114,6 +114,7 @@ class EncoderConfig:
         None, "small: 3x3 stride 1, no max-pool; imagenet; null: by image size (small up to 64), or init"
     )
     init: str | None = key(None, "weights to start from, trained anywhere: safetensors or torch checkpoint", path=True)
+    part: str | None = key(None, "of init with several networks, such as student; null: the teacher, or the first")
     head_dim: int = key(128, "of the projections", at_least=1)
 
     def __str__(self) -> str:

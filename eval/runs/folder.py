@@ -180,8 +180,9 @@ def command(config: Config, changed: list[tuple[str, Any, Any]]) -> str:
     """
     if config.method.name == ELSEWHERE:
         parts = {"checkpoint": config.encoder.init, "encoder": config.encoder.name, "data": config.data.name}
-        roots = {} if config.data.root is None else {"data.root": config.data.root}
-        named = {**parts, "encoder.stem": config.encoder.stem, **roots, "out": config.run_dir}
+        others = {"encoder.part": config.encoder.part, "data.root": config.data.root}
+        others = {key: value for key, value in others.items() if value is not None}
+        named = {**parts, "encoder.stem": config.encoder.stem, **others, "out": config.run_dir}
         return shlex.join(["gradmix-eval", *(f"{key}={value}" for key, value in named.items())])
     groups = [f"{group}={getattr(config, group).name}" for group in GROUPS]
     others = [f"{key}={as_typed(value)}" for key, _, value in changed]

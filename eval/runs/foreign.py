@@ -23,7 +23,8 @@ def adopt(config: EvalConfig) -> Path:
         if not value:
             raise ValueError(f"{key}: missing; checkpoint= needs it, {key}={'DIR' if key == 'out' else 'NAME'}")
     checkpoint, out = Path(config.checkpoint).expanduser(), Path(config.out).expanduser()
-    encoder = EncoderConfig(config.encoder.name, config.encoder.width, config.encoder.stem, init=str(checkpoint))
+    asked = config.encoder
+    encoder = EncoderConfig(asked.name, asked.width, asked.stem, init=str(checkpoint), part=asked.part)
     backbone = build_backbone(encoder, config.data.image_size)
     encoder.width, encoder.stem = (backbone.description.get(key) for key in ("width", "stem"))
     elsewhere = {"method": MethodConfig(ELSEWHERE), "mix": MixConfig("none"), "optimizer": OptimizerConfig("unknown")}
@@ -50,9 +51,10 @@ def transfer(run: Config, config: EvalConfig) -> None:
 
 
 def check_transfer_classes(run: Config, data: OpenSetData) -> None:
-    """
+    """Classes that only the test set has are the unknown ones; one that only the training set has is a mistake.
+
     Raises:
-        ValueError: training and test set have different classes, and nobody said which of them are known.
+        ValueError: a known class has no test images.
     """
     if not data.classes:
         return
@@ -61,8 +63,8 @@ def check_transfer_classes(run: Config, data: OpenSetData) -> None:
     asked = run.data
     chosen = asked.pseudo_unknown or any(x is not None for x in (asked.split, asked.known, asked.unknown_root))
     extra = [] if chosen else data.unknown
-    if absent or extra:
-        differences = [f"only the training set has {', '.join(absent)}"] * bool(absent)
+    if absent:
+        differences = [f"only the training set has {', '.join(absent)}"]
         differences += [f"only the test set has {', '.join(extra)}"] * bool(extra)
         raise ValueError(
             f"data.root: the classes of training and test set differ: {'; '.join(differences)}; "

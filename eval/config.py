@@ -45,6 +45,8 @@ class EvalConfig:
         None, "folder for the results, instead of the run's own (with data=: RUN/transfer-DATA)", path=True
     )
     detectors: list[str] | None = key(None, "instead of the run's own, NAME or NAME@projections")
+    accept: float | None = key(None, "known images that detectors accept; null: the run's own", above=0, at_most=1)
+    per_class: bool | None = key(None, "thresholds by class; null: the run's own")
     detector_options: dict[str, Any] = key({}, "over the run's own: detector_options.deep_knn.k=10")
     root: str | None = key(None, "where the run's data lies now, if it moved", path=True)
     unknown_root: str | None = key(
@@ -71,6 +73,13 @@ class ScoreConfig:
     images: str = key(MISSING, "an image, a folder or a pattern", path=True)
     out: str = key("scores.csv", ".csv, or .jsonl for JSON lines", path=True)
     batch_size: int = key(256, "images per forward pass", at_least=1)
+    accept: float | None = key(
+        None, "share of known images to accept, by the detector's held-out scores; null: its own", above=0, at_most=1
+    )
+    per_class: bool | None = key(None, "thresholds by class, where a class has enough held-out images; null: its own")
+    false_discovery: float | None = key(
+        None, "a column discovery: unknown images, of which on average at most this share is known", above=0, at_most=1
+    )
     explain: str | None = key(
         None, "folder for picture sheets: every image beside its 5 nearest training images", path=True
     )

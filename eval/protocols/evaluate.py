@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from gradmix.eval.config import EvalConfig
+from gradmix.eval.detectors.calibration import needed
 from gradmix.eval.features.cache import image_hashes
 from gradmix.eval.protocols.measures import choose_measures, measure_all
 from gradmix.eval.protocols.subject import subject_of
@@ -53,6 +54,11 @@ def evaluate(
         write_tensors(out / "features" / "scores.safetensors", about | subject.scores)
     if subject.primary.threshold is None:
         skipped["threshold"] = "data.holdout=0 leaves no known images to calibrate on"
+    elif not subject.primary.calibration_.enough:
+        skipped["the promise of the threshold"] = (
+            f"accept={config.accept:g} takes {needed(config.accept)} held-out images, there are {len(data.held_out)}; "
+            "the threshold is their largest score"
+        )
     save_scorer(out / "detector", subject.primary, run_dir / "backbone.safetensors", data.classes, data.train)
     result: dict[str, Any] = {"skipped": skipped, "data/bad_images": len(data.bad)} | numbers
     if config.detector_options:

@@ -9,6 +9,8 @@ import math
 from collections.abc import Iterator
 from typing import Any, ClassVar, NamedTuple
 
+import torch
+
 from gradmix.eval import metrics, quality
 from gradmix.eval.catalogue import Scores, of_predictions, of_scores
 from gradmix.eval.classifiers.few_labels import few_labels, subset
@@ -239,11 +241,15 @@ class OpenSet(Measure):
 
     def measure(self, subject: Subject) -> Iterator[tuple[str, float]]:
         detector, images, known = self.fitted(subject), subject.space(self.space), subject.known
-        score = detector.score(images["test"])
-        correct = (detector.classify(images["test"]) == subject.data.test.labels) & known
+        verdict = subject.calibrated(detector, self.space).judge(images["test"])
+        score = torch.from_numpy(verdict.score)
+        correct = (torch.from_numpy(verdict.closest) == subject.data.test.labels) & known
         subject.scores |= {f"{self.key}/score": score, f"{self.key}/correct": correct}
-        threshold = detector.calibrate(images["held_out"]).threshold if "held_out" in images else None
-        values = of_scores(Scores(score[known], score[~known], correct[known], threshold))
+        flagged = None
+        if verdict.threshold is not None:
+            above = torch.from_numpy(verdict.score > verdict.threshold)
+            flagged = above[known], above[~known]
+        values = of_scores(Scores(score[known], score[~known], correct[known], flagged))
         if self.key == PRIMARY:
             interval = metrics.bootstrap(metrics.auroc, score[known], score[~known])
             values |= {"auroc_low": interval.low, "auroc_high": interval.high}

@@ -87,7 +87,15 @@ class Subject:
         features = self.space("features")
         detector = build_detector(PRIMARY, self.config.detector_options)
         detector.fit(features["train"], self.data.train.labels if self.data.classes else None)
-        return detector.calibrate(features["held_out"]) if "held_out" in features else detector
+        return self.calibrated(detector, "features")
+
+    def calibrated(self, detector: Detector, space: str) -> Detector:
+        """The detector with a threshold, where images were held out."""
+        held_out = self.space(space).get("held_out")
+        if held_out is None:
+            return detector
+        per_class = self.config.per_class and bool(self.data.classes)
+        return detector.calibrate(held_out, self.config.accept, per_class)
 
     def look(self, images: Tensor) -> Tensor:
         """Images ``[n, 3, S, S]`` uint8 to features ``[n, F]``, on the images' device."""

@@ -41,6 +41,7 @@ class Score:
         score: higher is more unknown; None when the file could not be read.
         prediction: ``"unknown"`` above the threshold, else the class's name (``""`` where there are no classes).
         margin: score minus threshold; above 0 is unknown.
+        p_value: the chance that an image like the held-out ones scores as high or higher; None for a detector without.
         nearest: the nearest training image: its path, or its row when it never was a file.
         error: why the file could not be read, else empty.
     """
@@ -49,6 +50,7 @@ class Score:
     score: float | None = None
     prediction: str = ""
     margin: float | None = None
+    p_value: float | None = None
     nearest: str = ""
     error: str = ""
 
@@ -156,16 +158,16 @@ class Scorer:
     def _score(self, images: torch.Tensor) -> Iterator[Callable[[str], Score]]:
         features = self.backbone(images.to(self.device)).cpu()
         detector = self.detector
-        scores, nearest = detector.score(features), detector.neighbours(features, 1)[1][:, 0]
-        threshold = detector.threshold
-        labels = detector.classify(features) if detector.classes_ is not None else [None] * len(features)
-        for score, label, row in zip(scores.tolist(), labels, nearest.tolist(), strict=True):
+        verdict, nearest = detector.judge(features), detector.neighbours(features, 1)[1][:, 0]
+        missing = [None] * len(features)
+        columns = (missing if column is None else column.tolist() for column in verdict)
+        for score, label, threshold, p_value, row in zip(*columns, nearest.tolist(), strict=True):
             prediction = "" if label is None else self.classes[int(label)]
             if threshold is not None and score > threshold:
                 prediction = UNKNOWN_NAME
             margin = None if threshold is None else score - threshold
-            near = self.training_name(row)
-            yield lambda path, s=score, p=prediction, m=margin, n=near: Score(path, s, p, m, n)
+            seen = score, prediction, margin, p_value, self.training_name(row)
+            yield lambda path, seen=seen: Score(path, *seen)
 
 
 def find_images(where: str) -> list[str]:

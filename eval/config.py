@@ -45,6 +45,7 @@ class EvalConfig:
         None, "folder for the results, instead of the run's own (with data=: RUN/transfer-DATA)", path=True
     )
     detectors: list[str] | None = key(None, "instead of the run's own, NAME or NAME@projections")
+    primary: str | None = key(None, "what detector/ holds; null: the run's own")
     accept: float | None = key(None, "known images that detectors accept; null: the run's own", above=0, at_most=1)
     per_class: bool | None = key(None, "thresholds by class; null: the run's own")
     detector_options: dict[str, Any] = key({}, "over the run's own: detector_options.deep_knn.k=10")
@@ -69,7 +70,7 @@ class EvalConfig:
 
 @dataclass
 class ScoreConfig:
-    detector: str = key(MISSING, "a run's detector/ folder", path=True)
+    detector: str = key(MISSING, "a run's detector/ folder, or one in its detectors/", path=True)
     images: str = key(MISSING, "an image, a folder or a pattern", path=True)
     out: str = key("scores.csv", ".csv, or .jsonl for JSON lines", path=True)
     batch_size: int = key(256, "images per forward pass", at_least=1)

@@ -169,6 +169,12 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     speed: SpeedConfig = field(default_factory=SpeedConfig)
     detectors: list[str] = key(["deep_knn", "class_knn", "mahalanobis"], "what is measured", free=True)
+    primary: str = key(
+        "deep_knn",
+        "what detector/ holds, NAME or NAME@projections; others: detectors/",
+        free=True,
+        role="none",
+    )
     accept: float = key(
         0.95,
         "of images like the held-out ones, the share that detectors accept; 0.95 takes 19 of them, 0.99 takes 99",

@@ -44,8 +44,8 @@ def check_limits(config: Config, network: nn.Module, images: int, num_features: 
     weights = sum(tensor.numel() * tensor.element_size() for tensor in network.state_dict().values())
     features = 4 * images * (num_features + config.encoder.head_dim)
     checkpoint = weights * (1 + STATES.get(config.optimizer.name, 1))
-    # two checkpoints and the one being written; the backbone again for the run and for its detector; features twice
-    needed = 3 * checkpoint + 2 * weights + 2 * features
+    # two checkpoints and the one being written; the backbone again for the run and for each detector; features twice
+    needed = 3 * checkpoint + (1 + len({"deep_knn", config.primary, *config.detectors})) * weights + 2 * features
     _check("run_dir: the run's files", needed, shutil.disk_usage(_existing(Path(config.run_dir))).free, "on the disk")
 
     memory = free_memory()

@@ -2,6 +2,7 @@
 
 detector.json, detector.safetensors   the detector (gradmix.eval.detectors.store)
 backbone.safetensors                  the weights, and in its header which encoder and image size
+head.safetensors                      the projection head, for a detector that looks at projections
 thumbnails.safetensors                training images that never were files, at most 32 x 32, for explanations
 scorer.json                           class names, names of the training images, SHA-256 of all of these and of itself
 """
@@ -12,6 +13,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,10 +23,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from gradmix.eval import detectors
-from gradmix.eval.detectors import DeepKNN
-from gradmix.ssl.data.images import ImageSet, decode, list_images
+from gradmix.eval.detectors import DeepKNN, Detector
+from gradmix.eval.features.extraction import Model
+from gradmix.ssl.data.images import decode, list_images
+from gradmix.ssl.data.open_set import OpenSetData
 from gradmix.ssl.machine import usable_cpus
-from gradmix.ssl.networks.backbones import load_backbone
 from gradmix.ssl.runs.files import hash_file, hash_json, write_atomically, write_json, write_tensors
 
 UNKNOWN_NAME = "unknown"  # what an unknown image is called, instead of a class
@@ -42,7 +45,8 @@ class Score:
         prediction: ``"unknown"`` above the threshold, else the class's name (``""`` where there are no classes).
         margin: score minus threshold; above 0 is unknown.
         p_value: the chance that an image like the held-out ones scores as high or higher; None for a detector without.
-        nearest: the nearest training image: its path, or its row when it never was a file.
+        nearest: the nearest training image: its path, or its row when it never was a file; empty for detectors other
+            than deep_knn on features.
         error: why the file could not be read, else empty.
     """
 
@@ -55,26 +59,31 @@ class Score:
     error: str = ""
 
 
-def save_scorer(folder: Path, detector: DeepKNN, backbone: Path, classes: Sequence[str], train: ImageSet) -> None:
+def save_scorer(folder: Path, detector: Detector, run_dir: Path, data: OpenSetData, space: str = "features") -> None:
     """Write the folder that :class:`Scorer` loads.
 
     Args:
-        detector: fitted to the features of ``train``.
-        backbone: the weights file to copy.
+        detector: fitted to the training images of ``data``.
+        run_dir: the folder with the weights.
+        space: what it was fitted to, ``features`` or ``projections``.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / "backbone.safetensors", lambda temporary: shutil.copyfile(backbone, temporary))
-    if train.files is None:
+    names = ["backbone.safetensors", *(["head.safetensors"] if space == "projections" else [])]
+    for name in names:
+        write_atomically(folder / name, partial(shutil.copyfile, run_dir / name))
+    train, shows = data.train, isinstance(detector, DeepKNN) and space == "features"
+    if shows and train.files is None:
         small = train.size <= THUMBNAIL_SIZE
         images = train.images if small else torch.cat([_shrink(part) for part in train.images.split(1024)])
         write_tensors(folder / THUMBNAILS, {"images": images})
     else:
         (folder / THUMBNAILS).unlink(missing_ok=True)
     detector.save(folder)
-    names = ["backbone.safetensors", "detector.json", *([THUMBNAILS] if train.files is None else [])]
+    names += ["detector.json", *([THUMBNAILS] if shows and train.files is None else [])]
     about = {
-        "classes": list(classes),
-        "train_files": None if train.files is None else list(train.files),
+        "classes": list(data.classes),
+        "space": space,
+        "train_files": list(train.files) if shows and train.files is not None else None,
         "files": {name: hash_file(folder / name) for name in names},
     }
     write_json(folder / "scorer.json", about | {"sha256": hash_json(about)})
@@ -93,7 +102,9 @@ class Scorer:
     def __init__(self, folder: str | Path, device: str = "cpu") -> None:
         folder = Path(folder).expanduser()
         if not (folder / "scorer.json").is_file():
-            hint = f"; did you mean {folder / 'detector'}?" if (folder / "detector/scorer.json").is_file() else ""
+            run = folder.parent.parent if folder.parent.name == "detectors" else folder
+            there = [*run.glob("detector/scorer.json"), *sorted(run.glob("detectors/*/scorer.json"))]
+            hint = f"; did you mean {' or '.join(str(path.parent) for path in there)}?" if there else ""
             raise ValueError(f"detector: {folder} is not a detector's folder, scorer.json is missing{hint}")
         about = _read_about(folder / "scorer.json")
         for name, expected in about["files"].items():
@@ -103,8 +114,11 @@ class Scorer:
                 raise ValueError(f"{folder / name}: damaged, it does not match scorer.json's hash")
         self.classes, self.train_files = about["classes"], about["train_files"]
         self.detector = detectors.load(folder)
-        self.backbone = load_backbone(folder).to(device)
-        self.device = device
+        self.model = Model(folder, device)
+        self.backbone, self.device = self.model.backbone, device
+        self.space = about.get("space", "features")
+        if self.space == "projections" and self.model.head is None:
+            raise ValueError(f"{folder / 'head.safetensors'}: missing, the detector looks at projections")
         self.folder = folder
         self.sha256 = hash_json(about)
 
@@ -126,9 +140,37 @@ class Scorer:
 
     @torch.inference_mode()
     def neighbours(self, images: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """Distances ``[N, k]`` to the nearest training images of ``[N, 3, S, S]`` uint8, and their rows ``[N, k]``."""
-        similarity, rows = self.detector.neighbours(self.backbone(images.to(self.device)).cpu(), k)
+        """Distances ``[N, k]`` to the nearest training images of ``[N, 3, S, S]`` uint8, and their rows ``[N, k]``.
+
+        Raises:
+            ValueError: the detector knows no training images.
+        """
+        self.check_neighbours()
+        similarity, rows = self.detector.neighbours(self.look(images), k)
         return (2 - 2 * similarity).clamp(min=0).sqrt(), rows
+
+    @property
+    def knows_images(self) -> bool:
+        """Whether it can say which training image is nearest: deep_knn on features."""
+        return isinstance(self.detector, DeepKNN) and self.space == "features"
+
+    def check_neighbours(self) -> None:
+        """
+        Raises:
+            ValueError: the detector knows no training images.
+        """
+        if not self.knows_images:
+            raise ValueError(
+                f"explain: {self.detector.NAME} knows no training images to show; deep_knn on features does"
+            )
+
+    @torch.inference_mode()
+    def look(self, images: Tensor) -> Tensor:
+        """What the detector looks at, of ``[N, 3, S, S]`` uint8: features or projections, on the CPU."""
+        features = self.backbone(images.to(self.device))
+        if self.space == "projections":
+            features = F.normalize(self.model.head(features), dim=1)
+        return features.cpu()
 
     def training_image(self, row: int) -> Tensor:
         """A training image ``[3, s, s]`` uint8: the file, where it still is one, else the stored thumbnail.
@@ -156,17 +198,17 @@ class Scorer:
 
     @torch.inference_mode()
     def _score(self, images: torch.Tensor) -> Iterator[Callable[[str], Score]]:
-        features = self.backbone(images.to(self.device)).cpu()
-        detector = self.detector
-        verdict, nearest = detector.judge(features), detector.neighbours(features, 1)[1][:, 0]
-        missing = [None] * len(features)
+        features, detector = self.look(images), self.detector
+        verdict, missing, nearest = detector.judge(features), [None] * len(features), [""] * len(features)
+        if self.knows_images:
+            nearest = [self.training_name(row) for row in detector.neighbours(features, 1)[1][:, 0].tolist()]
         columns = (missing if column is None else column.tolist() for column in verdict)
-        for score, label, threshold, p_value, row in zip(*columns, nearest.tolist(), strict=True):
+        for score, label, threshold, p_value, near in zip(*columns, nearest, strict=True):
             prediction = "" if label is None else self.classes[int(label)]
             if threshold is not None and score > threshold:
                 prediction = UNKNOWN_NAME
             margin = None if threshold is None else score - threshold
-            seen = score, prediction, margin, p_value, self.training_name(row)
+            seen = score, prediction, margin, p_value, near
             yield lambda path, seen=seen: Score(path, *seen)
 
 

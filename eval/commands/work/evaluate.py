@@ -58,6 +58,7 @@ def eval_one(config: EvalConfig, run_dir: Path, out: Path) -> dict:
     run = read_config(run_dir)
     run.detectors = run.detectors if config.detectors is None else config.detectors
     run.detector_options |= config.detector_options
+    run.primary = run.primary if config.primary is None else config.primary
     run.accept = run.accept if config.accept is None else config.accept
     run.per_class = run.per_class if config.per_class is None else config.per_class
     transfer(run, config)

@@ -15,6 +15,8 @@ def run_score(config: ScoreConfig) -> None:
     detector = scorer.detector
     if any(asked is not None for asked in (config.accept, config.per_class, config.false_discovery)):
         detector.accept(config.accept, config.per_class)
+    if config.explain is not None:
+        scorer.check_neighbours()
     out = Path(config.out).expanduser()
     rows, unknown, unreadable = write_scores(scorer, paths, out, config.batch_size, progress=True)
     print(f"{out}: {rows} images, {unknown} unknown, {unreadable} unreadable")

@@ -16,7 +16,7 @@ from gradmix.eval.scoring.scorer import Scorer, save_scorer
 from gradmix.eval.scoring.sheets import CAPTION, GAP, MARGIN, SIDE, write_sheets
 from gradmix.ssl.config import DataConfig
 from gradmix.ssl.data.images import ImageSet, decode
-from gradmix.ssl.data.open_set import load_data
+from gradmix.ssl.data.open_set import OpenSetData, load_data
 
 
 @pytest.fixture
@@ -54,6 +54,47 @@ def test_every_file_of_the_folder_is_checked(detector):
             Scorer(detector)
         path.write_bytes(content)
     Scorer(detector)
+
+
+def test_any_detector_ships(digits_run, command, tmp_path):
+    """With a head, and on projections too: from the files, the scores and decisions of the evaluation."""
+    run = shutil.copytree(digits_run, tmp_path / "run")
+    assert sorted(path.name for path in (run / "detectors").iterdir()) == ["class_knn", "mahalanobis"]
+    names = ["deep_knn@projections", "class_knn", "mahalanobis", "vim", "nnguide", "gaussian_mixture", "mean_shift"]
+    asked = (f"run={run}", f"detectors=[{','.join(names)}]", "primary=vim", "accept=0.9")
+    result = command("eval", *asked)
+    assert result.code == 0, result.err
+    test = load_data(DataConfig(name="digits", image_size=16, split=0), 0).test
+    paths = files_of(test.images, tmp_path / "photos")
+    measured, numbers = load_file(run / "features/scores.safetensors"), json.loads((run / "metrics.json").read_text())
+    keys = [name.replace("@", "_") for name in names]
+    folders = {path.name: path for path in (run / "detectors").iterdir()} | {"vim": run / "detector"}
+    assert sorted(folders) == sorted([*keys, "deep_knn"])  # deep_knn: what the report explains with
+    for key in keys:
+        scorer = Scorer(folders[key])
+        assert scorer.detector.calibration_.accept == 0.9 and not scorer.knows_images
+        scores = list(scorer.score(paths))
+        ours, theirs = torch.tensor([s.score for s in scores]), measured[f"{key}/score"]
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+        flagged = torch.tensor([s.prediction == "unknown" for s in scores])
+        alarms = flagged[test.labels >= 0].double().mean().item()
+        assert alarms == pytest.approx(numbers[f"osr/{key}/false_alarms"], abs=0.006)
+        assert {s.nearest for s in scores} == {""}
+    assert "Surest mistakes" in (run / "report.html").read_text()
+    photos = f"images={tmp_path / 'photos'}"
+    explained = command("score", f"detector={run}/detector", photos, "explain=sheets")
+    assert explained.code == 2 and "explain: vim knows no training images to show; deep_knn" in explained.err
+    assert not (tmp_path / "scores.csv").exists()
+    assert command("score", f"detector={run}/detectors/deep_knn", photos, "explain=sheets").code == 0
+    for folder in (run, run / "detectors/vim"):
+        result = command("score", f"detector={folder}", photos)
+        assert result.code == 2 and f"did you mean {run}/detector or {run}/detectors/class_knn or" in result.err
+    (run / "detectors/deep_knn_projections/head.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"head\.safetensors: missing"):
+        Scorer(run / "detectors/deep_knn_projections")
+    for primary, message in (("vimm", "primary: no 'vimm'; did you mean vim"), ("vim@x", "expected @features or")):
+        result = command("eval", asked[0], f"primary={primary}")
+        assert result.code == 2 and message in result.err, result.err
 
 
 def test_class_names_that_were_changed_are_refused(detector):
@@ -108,15 +149,18 @@ def test_sheets_show_each_image_and_its_neighbours(detector, train, tmp_path):
 def test_thumbnails_of_large_images_and_paths_of_files(digits_run, train, tmp_path):
     features = load_file(digits_run / "features" / "train.safetensors")["features"][:6]
     detector = DeepKNN().fit(features, torch.tensor([0, 0, 0, 1, 1, 1]))
-    weights = digits_run / "backbone.safetensors"
     large = torch.randint(0, 256, (6, 3, 64, 64), dtype=torch.uint8)
-    save_scorer(tmp_path / "a", detector, weights, ["x", "y"], ImageSet(torch.arange(6), 64, large))
+
+    def data(*images):
+        return OpenSetData(ImageSet(torch.arange(6), *images), None, None, ["x", "y"], [], [0, 1])
+
+    save_scorer(tmp_path / "a", detector, digits_run, data(64, large))
     small = Scorer(tmp_path / "a").training_image(4)
     expected = large[4].double().view(3, 32, 2, 32, 2).mean((2, 4))
     assert small.shape == (3, 32, 32) and (small.double() - expected).abs().max() <= 0.5 + 1e-6
 
     files = files_of(train.images[:6], tmp_path / "photos")
-    save_scorer(tmp_path / "a", detector, weights, ["x", "y"], ImageSet(torch.arange(6), 16, large, files))
+    save_scorer(tmp_path / "a", detector, digits_run, data(16, large, files))
     assert not (tmp_path / "a" / "thumbnails.safetensors").exists()
     scorer = Scorer(tmp_path / "a")
     assert torch.equal(scorer.training_image(4), decode(files[4], 16)) and scorer.training_name(4) == files[4]

@@ -8,6 +8,8 @@ from omegaconf import MISSING
 from gradmix.ssl.config import DataConfig
 from gradmix.ssl.keys import key
 
+DEVICES = ("auto", "cpu", "cuda", "mps")
+
 
 @dataclass
 class EncoderName:
@@ -57,6 +59,7 @@ class EvalConfig:
     knn_temperature: list[float] = key([], "beside the run's own; every k with every temperature", above=0)
     protocols: list[str] = key([], "beside the cached probe: augmented, finetune")
     probe: TrainedProbe = field(default_factory=TrainedProbe)
+    device: str = key("auto", "where the network and the probes run; auto: where training would", choices=DEVICES)
     measures: list[str] = key([], "beside the usual: those of other packages, by name")
     few_labels: list[Any] = key([], "probes on few labels: 1%, 10%, or images per class")
     export: list[str] = key([], "instead of evaluating: safetensors, onnx, torch_export")
@@ -74,6 +77,7 @@ class ScoreConfig:
     images: str = key(MISSING, "an image, a folder or a pattern", path=True)
     out: str = key("scores.csv", ".csv, or .jsonl for JSON lines", path=True)
     batch_size: int = key(256, "images per forward pass", at_least=1)
+    device: str = key("auto", "where the network runs; auto: the GPU, where there is one", choices=DEVICES)
     accept: float | None = key(
         None, "share of known images to accept, by the detector's held-out scores; null: its own", above=0, at_most=1
     )

@@ -63,6 +63,21 @@ def check_limits(config: Config, network: nn.Module, images: int, num_features: 
     _check(f"batch_size: the activations of {views} views", batch, free, "on the device", hint)
 
 
+def pick_device(asked: str = "auto") -> str:
+    """``cpu``, ``cuda`` or ``mps``; ``auto`` is the GPU that CUDA sees, else the CPU.
+
+    Raises:
+        ValueError: this machine has no such device.
+    """
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if asked == "auto":
+        return "cuda" if there["cuda"] else "cpu"
+    if not there[asked]:
+        found = ", ".join(name for name, available in there.items() if available)
+        raise ValueError(f"device: torch finds no {asked} on this machine (there is {found}); auto takes what there is")
+    return asked
+
+
 def own_gpu(config: Config) -> int:
     """The GPU that Lightning will give this process. Asked of another one, CUDA would keep memory there for good."""
     place = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))

@@ -4,8 +4,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from gradmix.eval.config import EvalConfig
 from gradmix.eval.detectors import PRIMARY
 from gradmix.eval.detectors.calibration import needed
@@ -16,6 +14,7 @@ from gradmix.eval.protocols.subject import Subject, subject_of
 from gradmix.eval.scoring.scorer import save_scorer
 from gradmix.ssl.config import Config
 from gradmix.ssl.data.open_set import OpenSetData
+from gradmix.ssl.machine import pick_device
 from gradmix.ssl.runs.files import read_json, write_json, write_tensors
 from gradmix.ssl.runs.folder import provenance
 
@@ -100,7 +99,11 @@ def save_detectors(out: Path, run_dir: Path, subject: Subject) -> None:
         save_scorer(folder, subject.detector(kind.NAME, space), run_dir, subject.data, space)
 
 
-def device_of(config: Config) -> str:
-    """Where to extract features: the accelerator that training would use."""
+def device_of(config: Config, asked: str = "auto") -> str:
+    """Where the network and the probes run: ``asked``, or where training would.
+
+    Raises:
+        ValueError: this machine has no such device.
+    """
     wants_cpu = config.trainer.get("accelerator", "auto") == "cpu"
-    return "cuda" if torch.cuda.is_available() and not wants_cpu else "cpu"
+    return pick_device("cpu" if asked == "auto" and wants_cpu else asked)

@@ -71,10 +71,10 @@ def write_scores(
 
 
 def scoring_key(scorer: Scorer, paths: Sequence[str], batch_size: int) -> str:
-    """Eight digits that change with detector, batch size and images, that is their names, sizes and times of change."""
+    """Eight digits that change with detector, threshold, batch size, device and images (name, size, time of change)."""
     calibration = scorer.detector.calibration_
     asked = [] if calibration is None else [calibration.accept, calibration.per_class]
-    digest = hashlib.sha256(json.dumps([scorer.sha256, batch_size, *asked, *COLUMNS]).encode())
+    digest = hashlib.sha256(json.dumps([scorer.sha256, batch_size, str(scorer.device), *asked, *COLUMNS]).encode())
     for path in paths:
         try:
             state = os.stat(path)

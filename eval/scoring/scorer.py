@@ -10,11 +10,14 @@ scorer.json                           class names, names of the training images,
 import glob
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +36,7 @@ from gradmix.ssl.runs.files import hash_file, hash_json, write_atomically, write
 UNKNOWN_NAME = "unknown"  # what an unknown image is called, instead of a class
 THUMBNAILS = "thumbnails.safetensors"
 THUMBNAIL_SIZE = 32
+T, R = TypeVar("T"), TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -123,20 +127,26 @@ class Scorer:
         self.sha256 = hash_json(about)
 
     def score(self, paths: Sequence[str], batch_size: int = 256, progress: bool = False) -> Iterator[Score]:
-        """Score image files one batch at a time, in order. Unreadable files get a row with the error."""
+        """Score image files one batch at a time, in order. Unreadable files get a row with the error.
+
+        While the detector looks at a batch, the network is at the next one, and the files of up to three more are
+        decoded. How far they get changes no bit of a score.
+        """
         hidden = None if progress else True  # None: where the output is no terminal
-        with (
-            ThreadPoolExecutor(usable_cpus()) as pool,
-            tqdm(total=len(paths), unit="image", disable=hidden) as bar,
-        ):
-            for first in range(0, len(paths), batch_size):
-                batch = list(paths[first : first + batch_size])
-                decoded = list(pool.map(self._decode, batch))
-                readable = [image for image in decoded if isinstance(image, torch.Tensor)]
-                scored = iter(self._score(torch.stack(readable)) if readable else ())
-                for path, image in zip(batch, decoded, strict=True):
-                    yield next(scored)(path) if isinstance(image, torch.Tensor) else Score(path, error=image)
-                bar.update(len(batch))
+        decoders, network = ThreadPoolExecutor(usable_cpus()), ThreadPoolExecutor(1)
+        try:
+            decoded = ahead(decoders, self._decode, paths, 2 * batch_size)
+            batches = iter(lambda: list(islice(decoded, batch_size)), [])
+            names = iter(paths)
+            with tqdm(total=len(paths), unit="image", disable=hidden) as bar:
+                for batch, features in ahead(network, self._look_at, batches, 1):
+                    scored = iter(() if features is None else self._score(features))
+                    for path, image in zip(islice(names, len(batch)), batch, strict=True):
+                        yield Score(path, error=image) if isinstance(image, str) else next(scored)(path)
+                    bar.update(len(batch))
+        finally:
+            for pool in (network, decoders):
+                pool.shutdown(cancel_futures=True)
 
     @torch.inference_mode()
     def neighbours(self, images: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -196,9 +206,13 @@ class Scorer:
         except ValueError as error:
             return str(error)
 
-    @torch.inference_mode()
-    def _score(self, images: torch.Tensor) -> Iterator[Callable[[str], Score]]:
-        features, detector = self.look(images), self.detector
+    def _look_at(self, batch: list[Tensor | str]) -> tuple[list[Tensor | str], Tensor | None]:
+        """The batch, and the features of those that could be read."""
+        readable = [image for image in batch if isinstance(image, Tensor)]
+        return batch, self.look(torch.stack(readable)) if readable else None
+
+    def _score(self, features: Tensor) -> Iterator[Callable[[str], Score]]:
+        detector = self.detector
         verdict, missing, nearest = detector.judge(features), [None] * len(features), [""] * len(features)
         if self.knows_images:
             nearest = [self.training_name(row) for row in detector.neighbours(features, 1)[1][:, 0].tolist()]
@@ -210,6 +224,17 @@ class Scorer:
             margin = None if threshold is None else score - threshold
             seen = score, prediction, margin, p_value, near
             yield lambda path, seen=seen: Score(path, *seen)
+
+
+def ahead(pool: Executor, function: Callable[[T], R], items: Iterable[T], count: int) -> Iterator[R]:
+    """``map(function, items)`` in a pool, up to ``count`` results ahead of whoever asks for them."""
+    waiting: deque[Future[R]] = deque()
+    for item in items:
+        waiting.append(pool.submit(function, item))
+        if len(waiting) > count:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
 
 
 def find_images(where: str) -> list[str]:

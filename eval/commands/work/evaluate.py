@@ -66,6 +66,7 @@ def eval_one(config: EvalConfig, run_dir: Path, out: Path) -> dict:
         if getattr(config, key) is not None:
             setattr(run.data, key, getattr(config, key))
     choose_measures(run, config)
+    device = device_of(run, config.device)
     if not (run_dir / "training.json").exists():
         raise ValueError(f"run: {run_dir} has not finished training; gradmix-pretrain run_dir={run_dir} goes on")
     with alone_in(out, "run" if config.out is None else "out"):
@@ -76,9 +77,9 @@ def eval_one(config: EvalConfig, run_dir: Path, out: Path) -> dict:
         else:
             check_classes(run_dir, data.classes)
         if config.corruptions is not None:
-            return evaluate_corruptions(run_dir, run, data, config.corruptions, device_of(run), out)
+            return evaluate_corruptions(run_dir, run, data, config.corruptions, device, out)
         with replacing(out, "metrics.json") as new:
-            result = evaluate(run_dir, run, data, device_of(run), new, config)
+            result = evaluate(run_dir, run, data, device, new, config)
         if out == run_dir:  # elsewhere lies no config.yaml to report on
             write_tensorboard(run_dir, run, result, data)
             write_report(run_dir, data)

@@ -7,11 +7,12 @@ from gradmix.eval.detectors.calibration import DRIFT, discoveries, drift
 from gradmix.eval.scoring.score_file import add_discoveries, read_scores, write_scores
 from gradmix.eval.scoring.scorer import Scorer, find_images
 from gradmix.eval.scoring.sheets import write_sheets
+from gradmix.ssl.machine import pick_device
 
 
 def run_score(config: ScoreConfig) -> None:
     paths = find_images(config.images)
-    scorer = Scorer(config.detector)
+    scorer = Scorer(config.detector, pick_device(config.device))
     detector = scorer.detector
     if any(asked is not None for asked in (config.accept, config.per_class, config.false_discovery)):
         detector.accept(config.accept, config.per_class)

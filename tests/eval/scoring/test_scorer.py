@@ -1,5 +1,6 @@
 """A detector's folder: every file checked, and pictures of the nearest training images."""
 
+import csv
 import json
 import os
 import shutil
@@ -116,6 +117,53 @@ def test_a_training_image_is_its_own_nearest(detector, train, tmp_path):
         assert scorer.training_class(near) == ["2", "4", "5", "9", "8", "3"][train.labels[row]]
         assert score.nearest.startswith("training image ")
     assert [s.score for s in scorer.score(paths)] == pytest.approx(distances[:, 4].tolist(), abs=1e-3)
+
+
+def test_stages_overlap_and_change_no_bit(detector, train, tmp_path):
+    """Against one batch after another by hand; unreadable files anywhere, and only a few batches in memory."""
+    paths = files_of(train.images[:50], tmp_path / "photos")
+    for row in (0, 7, 8, 9, 10, 11, 49):  # one batch of four is unreadable as a whole
+        (tmp_path / "photos" / f"{row:03d}.png").write_text("no image")
+    scorer, expected = Scorer(detector), []
+    for first in range(0, 50, 4):
+        images = [train.images[i] for i in range(first, min(first + 4, 50)) if i not in (0, 7, 8, 9, 10, 11, 49)]
+        if images:
+            with torch.inference_mode():
+                expected += scorer.detector.score(scorer.backbone(torch.stack(images))).tolist()
+    begun, decode_one = [], scorer._decode
+    scorer._decode = lambda path: (begun.append(path), decode_one(path))[1]
+    scores = []
+    for number, score in enumerate(scorer.score(paths, batch_size=4)):
+        scores.append(score)
+        assert len(begun) <= number + 1 + 6 * 4
+    assert [s.path for s in scores] == paths == sorted(begun)
+    assert [s.path[-7:-4] for s in scores if s.error] == ["000", "007", "008", "009", "010", "011", "049"]
+    assert [s.score for s in scores if not s.error] == expected
+    early = scorer.score(paths, batch_size=4)
+    next(early)
+    begun.clear()
+    early.close()
+    assert len(begun) <= 6 * 4  # what is not begun is left undone
+
+
+def test_where_the_network_runs(detector, command, train, tmp_path, digits_run):
+    paths = files_of(train.images[:8], tmp_path / "photos")
+    arguments = (f"detector={detector}", f"images={tmp_path / 'photos'}")
+    assert command("score", *arguments, "device=cpu", "out=cpu.csv").code == 0
+    assert command("score", *arguments, "out=auto.csv").code == 0
+    with open(tmp_path / "cpu.csv") as first, open(tmp_path / "auto.csv") as second:
+        ours, theirs = ([float(row["score"]) for row in csv.DictReader(file)] for file in (first, second))
+    assert ours == pytest.approx(theirs, abs=1e-3)
+    if torch.cuda.is_available():
+        scorer = Scorer(detector, "cuda")
+        assert next(scorer.backbone.parameters()).is_cuda
+        assert [s.score for s in scorer.score(paths)] == pytest.approx(ours, abs=1e-3)
+    else:
+        for name, others in (("score", arguments), ("eval", (f"run={digits_run}", "out=elsewhere"))):
+            result = command(name, *others, "device=cuda")
+            assert result.code == 2 and "device: torch finds no cuda on this machine (there is cpu" in result.err
+    result = command("score", *arguments, "device=gpu")
+    assert result.code == 2 and "device" in result.err and "auto" in result.err
 
 
 def test_names_that_are_no_utf_8_come_out_as_they_are(detector, train, tmp_path):

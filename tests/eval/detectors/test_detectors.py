@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.linalg import pinvh
+from scipy.special import logsumexp, softmax
 from scipy.stats import multivariate_normal
 from sklearn import mixture
 from sklearn.covariance import EmpiricalCovariance
@@ -89,6 +90,21 @@ def slow_relative_mahalanobis(train, labels, test):
     return scores - background, classes
 
 
+def slow_confidence(unsure):
+    def slow(train, labels, test):
+        probe = LinearProbe().fit(train, labels)
+        values = test.astype(np.float64) @ np.asarray(probe.weight_, np.float64).T + np.asarray(probe.bias_, np.float64)
+        return unsure(values), np.unique(labels)[values.argmax(axis=1)]
+
+    return slow
+
+
+def slow_gen(values, gamma=0.1):
+    shares = softmax(values, axis=1)
+    rests = np.array([[np.delete(row, i).sum() for i in range(len(row))] for row in shares])
+    return ((shares * rests) ** gamma).sum(axis=1)
+
+
 def slow_class_mean(train, labels, test):
     means = {label: unit(train[labels == label]).mean(axis=0) for label in sorted(set(labels))}
     cosine = np.array([[x @ m / np.linalg.norm(m) for m in means.values()] for x in unit(test)])
@@ -159,6 +175,10 @@ SLOW = {
     "class_knn": slow_class_knn,
     "class_mean": slow_class_mean,
     "mahalanobis": slow_mahalanobis,
+    "msp": slow_confidence(lambda values: np.sort(softmax(values, axis=1), axis=1)[:, :-1].sum(axis=1)),
+    "max_logit": slow_confidence(lambda values: -values.max(axis=1)),
+    "energy": slow_confidence(lambda values: -logsumexp(values, axis=1)),
+    "gen": slow_confidence(slow_gen),
     "relative_mahalanobis": slow_relative_mahalanobis,
     "vim": slow_vim,
     "nnguide": slow_nnguide,

@@ -22,13 +22,13 @@ class Scores(NamedTuple):
         known: scores of the known images, ``[N]``.
         unknown: scores of the unknown images, ``[M]``.
         correct: whether the closest class of each known image is the right one, ``[N]``.
-        threshold: calibrated on held-out known images; None without any.
+        flagged: which known and which unknown images are called unknown, ``[N]`` and ``[M]``; None without a threshold.
     """
 
     known: Any
     unknown: Any
     correct: Any
-    threshold: float | None = None
+    flagged: tuple[Any, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -144,9 +144,17 @@ OPEN_SET = (
     Metric(
         "osr/{detector}/balanced_accuracy",
         "Balanced decisions",
-        "Mean of the shares of known images accepted and of unknown ones rejected, at the threshold that accepts 95 % "
-        "of held-out known images.",
-        compute=lambda s: None if s.threshold is None else metrics.balanced_accuracy(s.known, s.unknown, s.threshold),
+        "Mean of the shares of known images accepted and of unknown ones rejected, at the calibrated threshold.",
+        compute=lambda s: None if s.flagged is None else metrics.balanced_accuracy(*s.flagged, 0.5),
+    ),
+    Metric(
+        "osr/{detector}/false_alarms",
+        "False alarms",
+        "Share of known test images called unknown at the calibrated threshold, which promises 1 - accept (5 % unless "
+        "set).",
+        better="lower",
+        terminal=True,
+        compute=lambda s: None if s.flagged is None else float(np.asarray(s.flagged[0]).mean()),
     ),
 )
 

@@ -8,6 +8,8 @@ from omegaconf import MISSING
 from gradmix.ssl.config import DataConfig
 from gradmix.ssl.keys import key
 
+DEVICES = ("auto", "cpu", "cuda", "mps")
+
 
 @dataclass
 class EncoderName:
@@ -18,6 +20,7 @@ class EncoderName:
     stem: str | None = key(
         None, "null: read off conv1; padded: solo-learn's for CIFAR, which looks like small in the file"
     )
+    part: str | None = key(None, "of a file with several networks, such as student; null: the teacher, or the first")
 
 
 @dataclass
@@ -44,6 +47,9 @@ class EvalConfig:
         None, "folder for the results, instead of the run's own (with data=: RUN/transfer-DATA)", path=True
     )
     detectors: list[str] | None = key(None, "instead of the run's own, NAME or NAME@projections")
+    primary: str | None = key(None, "what detector/ holds; null: the run's own")
+    accept: float | None = key(None, "known images that detectors accept; null: the run's own", above=0, at_most=1)
+    per_class: bool | None = key(None, "thresholds by class; null: the run's own")
     detector_options: dict[str, Any] = key({}, "over the run's own: detector_options.deep_knn.k=10")
     root: str | None = key(None, "where the run's data lies now, if it moved", path=True)
     unknown_root: str | None = key(
@@ -53,6 +59,7 @@ class EvalConfig:
     knn_temperature: list[float] = key([], "beside the run's own; every k with every temperature", above=0)
     protocols: list[str] = key([], "beside the cached probe: augmented, finetune")
     probe: TrainedProbe = field(default_factory=TrainedProbe)
+    device: str = key("auto", "where the network and the probes run; auto: where training would", choices=DEVICES)
     measures: list[str] = key([], "beside the usual: those of other packages, by name")
     few_labels: list[Any] = key([], "probes on few labels: 1%, 10%, or images per class")
     export: list[str] = key([], "instead of evaluating: safetensors, onnx, torch_export")
@@ -66,10 +73,18 @@ class EvalConfig:
 
 @dataclass
 class ScoreConfig:
-    detector: str = key(MISSING, "a run's detector/ folder", path=True)
+    detector: str = key(MISSING, "a run's detector/ folder, or one in its detectors/", path=True)
     images: str = key(MISSING, "an image, a folder or a pattern", path=True)
     out: str = key("scores.csv", ".csv, or .jsonl for JSON lines", path=True)
     batch_size: int = key(256, "images per forward pass", at_least=1)
+    device: str = key("auto", "where the network runs; auto: the GPU, where there is one", choices=DEVICES)
+    accept: float | None = key(
+        None, "share of known images to accept, by the detector's held-out scores; null: its own", above=0, at_most=1
+    )
+    per_class: bool | None = key(None, "thresholds by class, where a class has enough held-out images; null: its own")
+    false_discovery: float | None = key(
+        None, "a column discovery: unknown images, of which on average at most this share is known", above=0, at_most=1
+    )
     explain: str | None = key(
         None, "folder for picture sheets: every image beside its 5 nearest training images", path=True
     )

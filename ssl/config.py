@@ -132,6 +132,7 @@ class EncoderConfig:
         None, "small: 3x3 stride 1, no max-pool; imagenet; null: by image size (small up to 64), or init"
     )
     init: str | None = key(None, "weights to start from, trained anywhere: safetensors or torch checkpoint", path=True)
+    part: str | None = key(None, "of init with several networks, such as student; null: the teacher, or the first")
     head_dim: int = key(128, "of the projections", at_least=1)
 
     def __str__(self) -> str:
@@ -187,6 +188,23 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     speed: SpeedConfig = field(default_factory=SpeedConfig)
     detectors: list[str] = key(["deep_knn", "class_knn", "mahalanobis"], "what is measured", free=True)
+    primary: str = key(
+        "deep_knn",
+        "what detector/ holds, NAME or NAME@projections; others: detectors/",
+        free=True,
+        role="none",
+    )
+    accept: float = key(
+        0.95,
+        "of images like the held-out ones, the share that detectors accept; 0.95 takes 19 of them, 0.99 takes 99",
+        above=0,
+        at_most=1,
+        free=True,
+        role="none",
+    )
+    per_class: bool = key(
+        False, "thresholds of their own for classes with so many held-out images", free=True, role="none"
+    )
     detector_options: dict[str, Any] = key({}, "parameters: detector_options.deep_knn.k=10", free=True, role="setting")
     knn_k: int = key(20, "neighbours that vote", at_least=1)
     knn_temperature: float = key(0.07, "of their weights, exp(similarity / temperature)", above=0)

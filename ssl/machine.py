@@ -57,8 +57,8 @@ def check_limits(config: Config, network: nn.Module, images: int, num_features: 
     weights = sum(tensor.numel() * tensor.element_size() for tensor in network.state_dict().values())
     features = 4 * images * (num_features + config.encoder.head_dim)
     checkpoint = weights * (1 + STATES.get(config.optimizer.name, 1))
-    # two checkpoints and the one being written; the backbone again for the run and for its detector; features twice
-    needed = 3 * checkpoint + 2 * weights + 2 * features
+    # two checkpoints and the one being written; the backbone again for the run and for each detector; features twice
+    needed = 3 * checkpoint + (1 + len({"deep_knn", config.primary, *config.detectors})) * weights + 2 * features
     _check("run_dir: the run's files", needed, shutil.disk_usage(_existing(Path(config.run_dir))).free, "on the disk")
 
     memory = free_memory()
@@ -93,6 +93,21 @@ def check_queue(batch_bytes: int, workers: int) -> None:
         hint = "try data.workers=0, a smaller batch_size, or more of it (docker run --shm-size=8g)"
         what, free = f"data.workers: what {workers} workers hold ready", shutil.disk_usage(shared).free
         _check(what, 2 * workers * batch_bytes, free, "in /dev/shm", hint)
+
+
+def pick_device(asked: str = "auto") -> str:
+    """``cpu``, ``cuda`` or ``mps``; ``auto`` is the GPU that CUDA sees, else the CPU.
+
+    Raises:
+        ValueError: this machine has no such device.
+    """
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if asked == "auto":
+        return "cuda" if there["cuda"] else "cpu"
+    if not there[asked]:
+        found = ", ".join(name for name, available in there.items() if available)
+        raise ValueError(f"device: torch finds no {asked} on this machine (there is {found}); auto takes what there is")
+    return asked
 
 
 def own_gpu(config: Config) -> int:

@@ -5,6 +5,7 @@ from pathlib import Path
 from gradmix.eval.detectors.base import Detector
 from gradmix.eval.detectors.class_knn import ClassKNN
 from gradmix.eval.detectors.class_mean import ClassMean
+from gradmix.eval.detectors.confidence import GEN, MSP, Energy, MaxLogit
 from gradmix.eval.detectors.deep_knn import DeepKNN
 from gradmix.eval.detectors.gaussian_mixture import GaussianMixture
 from gradmix.eval.detectors.mahalanobis import Mahalanobis, RelativeMahalanobis
@@ -24,6 +25,10 @@ KINDS = (
     NNGuide,
     GaussianMixture,
     MeanShift,
+    MSP,
+    MaxLogit,
+    Energy,
+    GEN,
 )
 DETECTORS: Registry[type[Detector]] = Registry("gradmix.detectors", {kind.NAME: kind for kind in KINDS})
 

@@ -1,18 +1,36 @@
 """The contract of every open-set detector."""
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 
 from gradmix.eval.detectors import store
+from gradmix.eval.detectors.calibration import Calibration, needed
 from gradmix.eval.features.arrays import Array, blocks, check_features, check_labels, like
 from gradmix.eval.features.search import Neighbours
-from gradmix.eval.metrics import threshold_for
 
 UNKNOWN = -1
+HELD_OUT = ("held_out_scores", "held_out_positions")  # of a saved detector's arrays, beside its own
+
+
+class Verdict(NamedTuple):
+    """What a detector makes of each image, numpy `[N]`.
+
+    Attributes:
+        score: higher is more unknown, float32.
+        closest: the closest known class; None where the detector was fitted without labels.
+        threshold: above it, the score says unknown; None before `calibrate`.
+        p_value: see `gradmix.eval.detectors.calibration`; None without held-out scores.
+    """
+
+    score: np.ndarray
+    closest: np.ndarray | None
+    threshold: np.ndarray | None
+    p_value: np.ndarray | None
 
 
 @dataclass
@@ -25,8 +43,8 @@ class Detector:
     wrong shape or width, an empty array or a non-finite value is a ValueError that names the argument and
     the value.
 
-    After `fit`: `classes_`, the training labels that occur, sorted (None without labels); `threshold`, None
-    until `calibrate` sets it.
+    After `fit`: `classes_`, the training labels that occur, sorted (None without labels); `threshold` and
+    `calibration_`, None until `calibrate` sets them.
     """
 
     NAME: ClassVar[str]  # in metrics.json: osr/<NAME>/auroc
@@ -49,7 +67,7 @@ class Detector:
             self.classes_, positions = np.unique(labels, return_inverse=True)
         elif self.NEEDS_LABELS:
             raise ValueError(f"labels: {type(self).__name__} needs them, got None")
-        self.threshold, self.width_ = None, features.shape[1]
+        self.threshold, self.calibration_, self.width_ = None, None, features.shape[1]
         self._fit(features, positions)
         return self
 
@@ -73,19 +91,59 @@ class Detector:
             raise ValueError("no threshold yet: call calibrate(held_out_known_features) first")
         if self.classes_ is None:
             raise ValueError(f"{type(self).__name__} was fitted without labels and cannot name a class")
+        score, closest, threshold, _ = self.judge(features)
+        return like(score, features), like(np.where(score > threshold, UNKNOWN, closest), features)
+
+    def judge(self, features: Array) -> Verdict:
+        """All that can be said of each image, from one pass."""
         score, positions = self._assess_all(features)
-        label = np.where(score > self.threshold, UNKNOWN, self.classes_[positions])
-        return like(score, features), like(label, features)
+        closest = None if self.classes_ is None else self.classes_[positions]
+        threshold = None if self.threshold is None else np.full(len(score), self.threshold)
+        if self.calibration_ is None:
+            return Verdict(score, closest, threshold, None)
+        if self.calibration_.per_class:
+            threshold = self.calibration_.thresholds(positions, len(score))
+        return Verdict(score, closest, threshold, self.calibration_.p_values(score, positions))
 
-    def calibrate(self, features: Array, accept: float = 0.95) -> "Detector":
-        """Set `threshold` to the lowest score that accepts at least the share `accept` of these images.
+    def calibrate(self, features: Array, accept: float = 0.95, per_class: bool = False) -> "Detector":
+        """Set `threshold` so that a known image is accepted with a chance of at least `accept`.
 
-        They should be known and not trained on: training images score too low. An image that scores exactly
-        the threshold is accepted, so that with ties more than the share asked for may be.
+        That is the ceil((n + 1) * accept)-th lowest score of these n images; the largest, where they are fewer than
+        `gradmix.eval.detectors.calibration.needed(accept)`, which is too few to promise so much. They should be known
+        and not trained on: training images score too low. An image that scores exactly the threshold is accepted, so
+        that with ties more than the share asked for may be.
+
+        Args:
+            per_class: thresholds of their own for the classes with enough images, see `Calibration`.
         """
-        if not 0 < accept <= 1:
-            raise ValueError(f"accept: expected a share in (0, 1], got {accept}")
-        self.threshold = float(threshold_for(self._assess_all(features)[0], accept))
+        scores, positions = self._assess_all(features)
+        classes = 1 if self.classes_ is None else len(self.classes_)
+        self.calibration_ = Calibration(scores, positions, classes, accept, per_class)
+        self.threshold = self.calibration_.threshold
+        return self
+
+    def accept(self, share: float | None = None, per_class: bool | None = None) -> "Detector":
+        """Calibrate again, on the held-out scores that it was calibrated with; what is None stays.
+
+        Raises:
+            ValueError: it keeps no held-out scores, or too few to promise this share.
+        """
+        if self.calibration_ is None:
+            raise ValueError(
+                "accept: the detector keeps no scores of held-out images (none were held out, or it was saved by an "
+                "earlier version); gradmix-eval run=... calibrates and saves it anew"
+            )
+        given = {"accept": share, "per_class": per_class}
+        given = {name: value for name, value in given.items() if value is not None}
+        calibration = dataclasses.replace(self.calibration_, **given)
+        if not calibration.enough:
+            count, least = len(calibration.scores), needed(calibration.accept)
+            enough = "no number is enough" if least == math.inf else f"it takes {least}"
+            raise ValueError(
+                f"accept: {calibration.accept:g} can't be promised with {count} held-out images, {enough}; "
+                f"at most {math.floor(1e4 * count / (count + 1)) / 1e4:g} can"
+            )
+        self.calibration_, self.threshold = calibration, calibration.threshold
         return self
 
     def save(self, folder: str | Path) -> None:
@@ -97,9 +155,14 @@ class Detector:
             "width": self.width_,
             "threshold": self.threshold,
         }
+        held_out: dict[str, np.ndarray] = {}
+        if self.calibration_ is not None:
+            manifest |= {"accept": self.calibration_.accept, "per_class": self.calibration_.per_class}
+            kept = zip(HELD_OUT, (self.calibration_.scores, self.calibration_.positions), strict=True)
+            held_out = {name: array for name, array in kept if array is not None}
         names = [name for name in ("classes_", *self.ARRAYS) if getattr(self, name) is not None]
         index = self.bank_.index if "bank_" in names else None
-        store.write(folder, manifest, {name: getattr(self, name) for name in names}, index)
+        store.write(folder, manifest, {name: getattr(self, name) for name in names} | held_out, index)
 
     @classmethod
     def load(cls, folder: str | Path, mmap: bool = False) -> "Detector":
@@ -121,6 +184,11 @@ class Detector:
             setattr(detector, name, arrays.get(name))
         if "bank_" in cls.ARRAYS:
             detector.bank_ = Neighbours.restore(detector.bank_, index)
+        detector.calibration_ = None
+        if HELD_OUT[0] in arrays:  # since accept= is a key
+            classes = 1 if detector.classes_ is None else len(detector.classes_)
+            held_out = [arrays.get(name) for name in HELD_OUT]
+            detector.calibration_ = Calibration(*held_out, classes, manifest["accept"], manifest["per_class"])
         return detector
 
     def _fit(self, features: np.ndarray, positions: np.ndarray | None) -> None:

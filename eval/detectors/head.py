@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 
+from gradmix.eval.classifiers.linear import LinearProbe
 from gradmix.eval.features.arrays import Array
 
 Head = tuple[Array, Array]  # weight [K, F] and bias [K] of a linear classifier
@@ -30,3 +31,11 @@ def logsumexp(values: np.ndarray) -> np.ndarray:
     """log of the sum of exponentials along the last axis: the (negative) energy of logits."""
     largest = values.max(axis=-1, keepdims=True)
     return np.log(np.exp(values - largest).sum(axis=-1)) + largest[..., 0]
+
+
+def fit_head(features: np.ndarray, positions: np.ndarray, classes: int) -> Head:
+    """Weight and bias of a linear probe; of one class alone, zeros: the logit that a softmax ignores."""
+    if classes == 1:
+        return np.zeros((1, features.shape[1])), np.zeros(1)
+    probe = LinearProbe().fit(features, positions)
+    return probe.weight_, probe.bias_

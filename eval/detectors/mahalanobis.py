@@ -10,8 +10,6 @@ from gradmix.eval.detectors.class_mean import class_means
 from gradmix.eval.features.arrays import blocks
 from gradmix.eval.features.search import nearest_rows
 
-SMALLEST_VARIANCE = 1e-10  # relative to the largest
-
 
 @dataclass
 class Mahalanobis(Detector):
@@ -19,9 +17,9 @@ class Mahalanobis(Detector):
 
     One covariance for all classes, of the deviations from the class means, divided by N. Fewer images than
     dimensions, or dead features, make it singular; its pseudo-inverse then leaves out the directions whose
-    variance is below 1e-10 of the largest: there the training features say nothing, and a deviation costs
-    nothing. When no direction is left (all features of a class equal), every score is 0. The class is the
-    nearest one.
+    variance is below F * 2.2e-16 of the largest, which is rounding (as scikit-learn has it, and with it
+    OpenOOD): there the training features say nothing, and a deviation costs nothing. When no direction is left
+    (all features of a class equal), every score is 0. The class is the nearest one.
 
     Args:
         shrinkage: share, 0 to 1, of the mean variance times identity that is mixed into the covariance.
@@ -89,7 +87,7 @@ def whitening(covariance: np.ndarray, shrinkage: float = 0.0) -> np.ndarray:
     width = len(covariance)
     shrunk = (1 - shrinkage) * covariance + shrinkage * np.trace(covariance) / width * np.eye(width)
     variance, directions = np.linalg.eigh(shrunk)
-    kept = variance > SMALLEST_VARIANCE * max(variance[-1], 0)
+    kept = variance > width * np.finfo(np.float64).eps * max(variance[-1], 0)
     if not kept.any():
         return np.zeros((width, 1))
     return directions[:, kept] / np.sqrt(variance[kept])

@@ -5,9 +5,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from gradmix.eval.classifiers.linear import LinearProbe
 from gradmix.eval.detectors.base import Detector
-from gradmix.eval.detectors.head import Head, check_head, logits, logsumexp
+from gradmix.eval.detectors.head import Head, check_head, fit_head, logits, logsumexp
 from gradmix.eval.features.arrays import Array, blocks, check_k
 from gradmix.eval.features.search import Neighbours
 
@@ -55,11 +54,3 @@ class NNGuide(Detector):
         values = logits(self.head_, features)
         guidance, _ = self.bank_.search(features, self.k)
         return -logsumexp(values) * guidance.mean(axis=1, dtype=np.float64), values.argmax(axis=1)
-
-
-def fit_head(features: np.ndarray, positions: np.ndarray, classes: int) -> Head:
-    """Weight and bias of a linear probe; of one class alone, zeros: the logit that a softmax ignores."""
-    if classes == 1:
-        return np.zeros((1, features.shape[1])), np.zeros(1)
-    probe = LinearProbe().fit(features, positions)
-    return probe.weight_, probe.bias_

@@ -30,14 +30,14 @@ def build_detector(name: str, options: dict[str, dict[str, Any]]) -> Detector:
     return kind(**given)
 
 
-def parse_detector(entry: str) -> tuple[str, type[Detector], str]:
+def parse_detector(entry: str, setting: str = "detectors") -> tuple[str, type[Detector], str]:
     """``NAME`` or ``NAME@features`` or ``NAME@projections`` to (metric key, class, space).
 
     Raises:
         ValueError: unknown detector or space.
     """
     name, _, space = entry.partition("@")
-    kind = DETECTORS.pick("detectors", name)
+    kind = DETECTORS.pick(setting, name)
     if space not in ("", "features", "projections"):
-        raise ValueError(f"detectors: {entry!r}: expected @features or @projections")
+        raise ValueError(f"{setting}: {entry!r}: expected @features or @projections")
     return entry.replace("@", "_"), kind, space or SPACES.get(name, "features")

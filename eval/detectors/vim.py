@@ -9,9 +9,11 @@ import numpy as np
 from gradmix.eval.detectors.base import Detector
 from gradmix.eval.detectors.class_mean import class_means
 from gradmix.eval.detectors.head import Head, check_head, logits, logsumexp
-from gradmix.eval.detectors.mahalanobis import SMALLEST_VARIANCE, covariance
+from gradmix.eval.detectors.mahalanobis import covariance
 from gradmix.eval.features.arrays import Array, blocks, unit_rows
 from gradmix.eval.features.search import inner_product
+
+SMALLEST_VARIANCE = 1e-10  # of a direction that the features span, relative to the largest
 
 
 @dataclass

@@ -161,18 +161,23 @@ def elastic_transform(x: Tensor, shift: float, generator: Generator) -> Tensor:
 
 
 def pixelate(x: Tensor, scale: float, generator: Generator) -> Tensor:
+    """Pillow's BOX down and up again, as in the paper: every pixel is in one block (area interpolation's overlap)."""
     size = x.shape[-1]
-    small = F.interpolate(x, (max(1, round(scale * size)),) * 2, mode="area")
-    return F.interpolate(small, (size, size), mode="nearest-exact")
+    few = max(1, round(scale * size))
+
+    def in_blocks(image: Image.Image) -> Image.Image:
+        return image.resize((few, few), Image.Resampling.BOX).resize((size, size), Image.Resampling.BOX)
+
+    return through_pillow(x, in_blocks)
 
 
 def jpeg_compression(x: Tensor, quality: int, generator: Generator) -> Tensor:
-    def through_jpeg(image: Tensor) -> Tensor:
+    def through_jpeg(image: Image.Image) -> Image.Image:
         file = io.BytesIO()
-        to_pil_image(image).save(file, "JPEG", quality=quality)
-        return pil_to_tensor(Image.open(file))
+        image.save(file, "JPEG", quality=quality)
+        return Image.open(file)
 
-    return torch.stack([through_jpeg(image) for image in (x * 255).round().byte()]).float() / 255
+    return through_pillow(x, through_jpeg)
 
 
 CORRUPTIONS: dict[str, tuple[Callable[[Tensor, float, Generator], Tensor], tuple]] = {
@@ -192,6 +197,11 @@ CORRUPTIONS: dict[str, tuple[Callable[[Tensor, float, Generator], Tensor], tuple
     "pixelate": (pixelate, (0.6, 0.5, 0.4, 0.3, 0.25)),
     "jpeg_compression": (jpeg_compression, (60, 45, 30, 20, 12)),
 }
+
+
+def through_pillow(x: Tensor, change: Callable[[Image.Image], Image.Image]) -> Tensor:
+    images = [pil_to_tensor(change(to_pil_image(image))) for image in (x * 255).round().byte()]
+    return torch.stack(images).float() / 255
 
 
 def convolve(x: Tensor, kernels: Tensor) -> Tensor:

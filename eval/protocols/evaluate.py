@@ -1,17 +1,20 @@
 """From a trained run to its numbers: the loop over measures, the saved detector, and the files of both."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from gradmix.eval.config import EvalConfig
+from gradmix.eval.detectors import PRIMARY
+from gradmix.eval.detectors.calibration import needed
+from gradmix.eval.detectors.options import parse_detector
 from gradmix.eval.features.cache import image_hashes
 from gradmix.eval.protocols.measures import choose_measures, measure_all
-from gradmix.eval.protocols.subject import subject_of
+from gradmix.eval.protocols.subject import Subject, subject_of
 from gradmix.eval.scoring.scorer import save_scorer
 from gradmix.ssl.config import Config
 from gradmix.ssl.data.open_set import OpenSetData
+from gradmix.ssl.machine import pick_device
 from gradmix.ssl.runs.files import read_json, write_json, write_tensors
 from gradmix.ssl.runs.folder import provenance
 
@@ -24,7 +27,7 @@ def evaluate(
     out: Path | None = None,
     asked: EvalConfig | None = None,
 ) -> dict[str, Any]:
-    """Evaluate a trained run; writes ``features/``, ``detector/`` and ``metrics.json``, and returns the metrics.
+    """Evaluate a trained run; writes ``features/``, ``detector/``, ``detectors/`` and ``metrics.json``.
 
     Args:
         run_dir: where the weights are.
@@ -36,6 +39,9 @@ def evaluate(
     ``features/scores.safetensors`` holds what every detector says of every test image, for
     :func:`gradmix.eval.runs.compare.compare`. What the data can't answer is left out and listed under ``skipped``: no
     classes, no known or no unknown test images; so is a class spread that is infinite.
+
+    Returns:
+        The metrics.
 
     Raises:
         ValueError: bad settings, such as k larger than the training set.
@@ -51,9 +57,14 @@ def evaluate(
     if not subject.lacks("classes") and not subject.lacks("unknown images"):
         about = {"labels": data.test.labels, "images": image_hashes(data.test)}
         write_tensors(out / "features" / "scores.safetensors", about | subject.scores)
-    if subject.primary.threshold is None:
+    if not len(data.held_out):
         skipped["threshold"] = "data.holdout=0 leaves no known images to calibrate on"
-    save_scorer(out / "detector", subject.primary, run_dir / "backbone.safetensors", data.classes, data.train)
+    elif len(data.held_out) < needed(config.accept):
+        skipped["the promise of the threshold"] = (
+            f"accept={config.accept:g} takes {needed(config.accept)} held-out images, there are {len(data.held_out)}; "
+            "the threshold is their largest score"
+        )
+    save_detectors(out, run_dir, subject)
     result: dict[str, Any] = {"skipped": skipped, "data/bad_images": len(data.bad)} | numbers
     if config.detector_options:
         result["detector_options"] = dict(config.detector_options)
@@ -65,7 +76,34 @@ def evaluate(
     return result
 
 
-def device_of(config: Config) -> str:
-    """Where to extract features: the accelerator that training would use."""
+def save_detectors(out: Path, run_dir: Path, subject: Subject) -> None:
+    """Write the detector that ``primary`` names to ``detector/``, and those that were measured to ``detectors/KEY/``.
+
+    The one that the report explains with, deep_knn on features, is always among them. One that lacks classes or
+    projections is left out.
+
+    Raises:
+        ValueError: it is the primary one.
+    """
+    shutil.rmtree(out / "detectors", ignore_errors=True)  # an earlier evaluation's
+    (out / "detectors").mkdir(parents=True)
+    chosen = parse_detector(subject.config.primary)[0]
+    for entry in dict.fromkeys([subject.config.primary, *subject.config.detectors, PRIMARY]):
+        key, kind, space = parse_detector(entry)
+        no_classes = "the images have no classes" if kind.NEEDS_LABELS and not subject.data.classes else None
+        if why := no_classes or subject.lacks(space):
+            if key == chosen:
+                raise ValueError(f"primary: {entry} can't be had, {why}")
+            continue
+        folder = out / "detector" if key == chosen else out / "detectors" / key
+        save_scorer(folder, subject.detector(kind.NAME, space), run_dir, subject.data, space)
+
+
+def device_of(config: Config, asked: str = "auto") -> str:
+    """Where the network and the probes run: ``asked``, or where training would.
+
+    Raises:
+        ValueError: this machine has no such device.
+    """
     wants_cpu = config.trainer.get("accelerator", "auto") == "cpu"
-    return "cuda" if torch.cuda.is_available() and not wants_cpu else "cpu"
+    return pick_device("cpu" if asked == "auto" and wants_cpu else asked)

@@ -4,10 +4,11 @@ To add one, write a class here and put it into ``MEASURES``; another package dec
 group ``gradmix.measures``, and ``gradmix-eval measures=[NAME]`` asks for it.
 """
 
-import inspect
 import math
 from collections.abc import Iterator
 from typing import Any, ClassVar, NamedTuple
+
+import torch
 
 from gradmix.eval import metrics, quality
 from gradmix.eval.catalogue import Scores, of_predictions, of_scores
@@ -110,7 +111,7 @@ class KNNOnPixels(KNN):
 class Majority(Measure):
     """``majority/...``: what always saying the largest training class gets; and which classes have no test image."""
 
-    KIND = "majority"
+    KIND = "knn"  # skipped together with it
     needs = ("classes",)
 
     def measure(self, subject: Subject) -> Iterator[tuple[str, Any]]:
@@ -221,6 +222,7 @@ class OpenSet(Measure):
         for name in options:
             build_detector(name, options)  # also those that are not measured must make sense
         entries = [parse_detector(entry) for entry in config.detectors]
+        parse_detector(config.primary, "primary")
         baseline = cls("pixels", build_detector(PRIMARY, options), "pixels")
         return [*(cls(key, build_detector(kind.NAME, options), space) for key, kind, space in entries), baseline]
 
@@ -228,22 +230,21 @@ class OpenSet(Measure):
         name = self.detector.NAME
         if data.classes or name == PRIMARY:  # which is saved, whatever is measured
             check_neighbours(f"detector_options.{name}.k", getattr(self.detector, "k", 1), data)
-
-    def fitted(self, subject: Subject) -> Detector:
-        if (self.detector.NAME, self.space) == (PRIMARY, "features"):
-            return subject.primary
-        head = {}
-        if self.space == "features" and "head" in inspect.signature(self.detector.fit).parameters:
-            head = {"head": (subject.linear_probe.weight_, subject.linear_probe.bias_)}
-        return self.detector.fit(subject.space(self.space)["train"], subject.data.train.labels, **head)
+        kind = parse_detector(config.primary, "primary")[1]
+        if kind.NEEDS_LABELS and not data.classes:
+            raise ValueError(f"primary: {kind.NAME} needs classes, and the images have none")
 
     def measure(self, subject: Subject) -> Iterator[tuple[str, float]]:
-        detector, images, known = self.fitted(subject), subject.space(self.space), subject.known
-        score = detector.score(images["test"])
-        correct = (detector.classify(images["test"]) == subject.data.test.labels) & known
+        images, known = subject.space(self.space), subject.known
+        verdict = subject.detector(self.detector.NAME, self.space).judge(images["test"])
+        score = torch.from_numpy(verdict.score)
+        correct = (torch.from_numpy(verdict.closest) == subject.data.test.labels) & known
         subject.scores |= {f"{self.key}/score": score, f"{self.key}/correct": correct}
-        threshold = detector.calibrate(images["held_out"]).threshold if "held_out" in images else None
-        values = of_scores(Scores(score[known], score[~known], correct[known], threshold))
+        flagged = None
+        if verdict.threshold is not None:
+            above = torch.from_numpy(verdict.score > verdict.threshold)
+            flagged = above[known], above[~known]
+        values = of_scores(Scores(score[known], score[~known], correct[known], flagged))
         if self.key == PRIMARY:
             interval = metrics.bootstrap(metrics.auroc, score[known], score[~known])
             values |= {"auroc_low": interval.low, "auroc_high": interval.high}

@@ -1,5 +1,6 @@
 """What is measured: a frozen network, the images, and what the network makes of them."""
 
+import inspect
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from gradmix.eval.classifiers.linear import LinearProbe
 from gradmix.eval.config import EvalConfig
-from gradmix.eval.detectors import PRIMARY, Detector
+from gradmix.eval.detectors import Detector
 from gradmix.eval.detectors.options import build_detector
 from gradmix.eval.features.extraction import Model, extract, raw_pixels, raw_pixels_bytes
 from gradmix.ssl.augment import TwoViews
@@ -35,6 +36,7 @@ class Subject:
             set of features beyond ``data.memory_gib`` is memory-mapped.
         asked: what gradmix-eval was asked for beside the usual.
         scores: what measures say of each test image, by name: ``[N]`` each, kept in ``features/scores.safetensors``.
+        detectors: fitted ones, by name and space.
     """
 
     config: Config
@@ -44,6 +46,7 @@ class Subject:
     spaces: dict[str, Space]
     asked: EvalConfig = field(default_factory=EvalConfig)
     scores: dict[str, Tensor] = field(default_factory=dict)
+    detectors: dict[tuple[str, str], Detector] = field(default_factory=dict)
 
     def lacks(self, need: str) -> str | None:
         """Why a need (one of :data:`gradmix.eval.protocols.measures.NEEDS`) can't be met; None: it can be."""
@@ -81,13 +84,22 @@ class Subject:
         probe = LinearProbe(seed=self.config.seed, device=self.device)
         return probe.fit(self.space("features")["train"], self.data.train.labels)
 
-    @cached_property
-    def primary(self) -> Detector:
-        """The primary detector, fitted to the training features; calibrated where images were held out."""
-        features = self.space("features")
-        detector = build_detector(PRIMARY, self.config.detector_options)
-        detector.fit(features["train"], self.data.train.labels if self.data.classes else None)
-        return detector.calibrate(features["held_out"]) if "held_out" in features else detector
+    def detector(self, name: str, space: str) -> Detector:
+        """A detector with the run's options, fitted to the training images in a space, once; calibrated where images
+        were held out. Where it takes a head, it gets the linear probe's.
+        """
+        if (name, space) in self.detectors:
+            return self.detectors[name, space]
+        detector, images = build_detector(name, self.config.detector_options), self.space(space)
+        labels = self.data.train.labels if self.data.classes else None
+        head = {}
+        if labels is not None and space == "features" and "head" in inspect.signature(detector.fit).parameters:
+            head = {"head": (self.linear_probe.weight_, self.linear_probe.bias_)}
+        detector.fit(images["train"], labels, **head)
+        if "held_out" in images:
+            detector.calibrate(images["held_out"], self.config.accept, self.config.per_class and labels is not None)
+        self.detectors[name, space] = detector
+        return detector
 
     def look(self, images: Tensor) -> Tensor:
         """Images ``[n, 3, S, S]`` uint8 to features ``[n, F]``, on the images' device."""

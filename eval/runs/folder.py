@@ -38,7 +38,7 @@ class Run:
         pictures: steps and encoded images of TensorBoard's ``mixing``, in order.
         features: ``train``, ``held_out``, ``test``, each ``features`` ``[N, F]`` and ``labels`` ``[N]``, mapped.
         scores: by detector, for every test image: score ``[N]``, and whether its closest class is right ``[N]``.
-        detector: the primary detector, as it was saved.
+        detector: deep_knn on features, as it was saved; the report explains with it.
         classes: names of the known classes.
         images: the image sets behind ``features``; empty when they are not where they were.
         why_no_images: a sentence, when they are not.
@@ -88,7 +88,7 @@ def read_run(path: Path, data: OpenSetData | None = None, images: bool = True) -
     scalars, pictures = read_events(path / "tensorboard", images)
     names = [name for name in ("train", "held_out", "test") if (path / f"features/{name}.safetensors").is_file()]
     features = {name: _features(path / f"features/{name}.safetensors") for name in names}
-    detector = _detector(path / "detector")
+    detector = _detector(path / "detector") or _detector(path / "detectors" / PRIMARY)
     run = Run(
         path=path,
         config=config,
@@ -179,8 +179,9 @@ def command(config: Config, changed: list[tuple[str, Any, Any]]) -> str:
     """
     if config.method.name == ELSEWHERE:
         parts = {"checkpoint": config.encoder.init, "encoder": config.encoder.name, "data": config.data.name}
-        roots = {} if config.data.root is None else {"data.root": config.data.root}
-        named = {**parts, "encoder.stem": config.encoder.stem, **roots, "out": config.run_dir}
+        others = {"encoder.part": config.encoder.part, "data.root": config.data.root}
+        others = {key: value for key, value in others.items() if value is not None}
+        named = {**parts, "encoder.stem": config.encoder.stem, **others, "out": config.run_dir}
         return shlex.join(["gradmix-eval", *(f"{key}={value}" for key, value in named.items())])
     groups = [f"{group}={getattr(config, group).name}" for group in GROUPS]
     others = [f"{key}={as_typed(value)}" for key, _, value in changed]
@@ -202,10 +203,13 @@ def _features(path: Path) -> Arrays:
 
 
 def _detector(folder: Path) -> Detector | None:
+    """The detector there, if it is the one that the report explains with: deep_knn on features."""
     try:
-        return detectors.load(folder, mmap=True)
+        about = json.loads((folder / "scorer.json").read_text())
+        detector = detectors.load(folder, mmap=True)
     except (ValueError, OSError):
         return None
+    return detector if detector.NAME == PRIMARY and about.get("space", "features") == "features" else None
 
 
 def _classes(path: Path) -> list[str]:

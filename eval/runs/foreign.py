@@ -26,7 +26,8 @@ def read_foreign(config: EvalConfig) -> Foreign:
         if not value:
             raise ValueError(f"{key}: missing; checkpoint= needs it, {key}={'DIR' if key == 'out' else 'NAME'}")
     checkpoint, out = Path(config.checkpoint).expanduser(), Path(config.out).expanduser()
-    encoder = EncoderConfig(config.encoder.name, config.encoder.width, config.encoder.stem, init=str(checkpoint))
+    asked = config.encoder
+    encoder = EncoderConfig(asked.name, asked.width, asked.stem, init=str(checkpoint), part=asked.part)
     if config.data.image_size is None:
         config.data = replace(config.data, image_size=load_data(config.data, 0).train.size)
     backbone = build_backbone(encoder, config.data.image_size)
@@ -65,9 +66,10 @@ def transfer(run: Config, config: EvalConfig) -> None:
 
 
 def check_transfer_classes(run: Config, data: OpenSetData) -> None:
-    """
+    """Classes that only the test set has are the unknown ones; one that only the training set has is a mistake.
+
     Raises:
-        ValueError: training and test set have different classes, and nobody said which of them are known.
+        ValueError: a known class has no test images.
     """
     if not data.classes:
         return
@@ -76,8 +78,8 @@ def check_transfer_classes(run: Config, data: OpenSetData) -> None:
     asked = run.data
     chosen = asked.pseudo_unknown or any(x is not None for x in (asked.split, asked.known, asked.unknown_root))
     extra = [] if chosen else data.unknown
-    if absent or extra:
-        differences = [f"only the training set has {', '.join(absent)}"] * bool(absent)
+    if absent:
+        differences = [f"only the training set has {', '.join(absent)}"]
         differences += [f"only the test set has {', '.join(extra)}"] * bool(extra)
         raise ValueError(
             f"data.root: the classes of training and test set differ: {'; '.join(differences)}; "

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from gradmix.eval.scoring.scorer import UNKNOWN_NAME, Score, Scorer
-from gradmix.ssl.runs.files import put_in_place
+from gradmix.ssl.runs.files import put_in_place, write_atomically
 from gradmix.ssl.runs.lock import lock
 
 COLUMNS = [field.name for field in fields(Score)]
@@ -71,8 +71,10 @@ def write_scores(
 
 
 def scoring_key(scorer: Scorer, paths: Sequence[str], batch_size: int) -> str:
-    """Eight digits that change with detector, batch size and images, that is their names, sizes and times of change."""
-    digest = hashlib.sha256(json.dumps([scorer.sha256, batch_size]).encode())
+    """Eight digits that change with detector, threshold, batch size, device and images (name, size, time of change)."""
+    calibration = scorer.detector.calibration_
+    asked = [] if calibration is None else [calibration.accept, calibration.per_class]
+    digest = hashlib.sha256(json.dumps([scorer.sha256, batch_size, str(scorer.device), *asked, *COLUMNS]).encode())
     for path in paths:
         try:
             state = os.stat(path)
@@ -124,18 +126,51 @@ def whole_batches(file: BinaryIO, as_json: bool, images: int, batch_size: int) -
     return whole
 
 
+def read_scores(out: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Scores and p-values ``[N]`` of the images that could be read, from a finished file of a calibrated detector."""
+    with rows_of(out) as rows:
+        found = [(float(row["score"]), float(row["p_value"])) for row in rows if not row["error"]]
+    scores, p_values = np.array(found).reshape(-1, 2).T
+    return scores, p_values
+
+
+def add_discoveries(out: Path, limit: float) -> None:
+    """Give a finished file the column ``discovery``: whether the p-value is at most ``limit``; empty for unread images.
+
+    The file is replaced as a whole.
+    """
+    as_json = out.suffix == ".jsonl"
+
+    def write(temporary: Path) -> None:
+        with rows_of(out) as rows, open(temporary, "wb") as file:
+            for number, row in enumerate(rows):
+                p_value = row["p_value"]
+                found = None if p_value in ("", None) else float(p_value) <= limit
+                row["discovery"] = found if as_json else "" if found is None else str(found).lower()
+                file.write(encode([row], as_json, header=not number, columns=(*COLUMNS, "discovery")))
+
+    write_atomically(out, write)
+
+
+@contextmanager
+def rows_of(out: Path) -> Iterator[Iterator[dict[str, Any]]]:
+    """The rows of a finished file."""
+    with open(out, encoding="utf-8", errors="surrogateescape", newline="") as file:
+        yield map(json.loads, file) if out.suffix == ".jsonl" else csv.DictReader(file)
+
+
 def count(row: Mapping[str, Any]) -> np.ndarray:
     """One row; whether the image is called unknown; whether the file could not be read."""
     return np.array([1, row["prediction"] == UNKNOWN_NAME, bool(row["error"])])
 
 
-def encode(rows: Sequence[Mapping[str, Any]], as_json: bool, header: bool) -> bytes:
+def encode(rows: Sequence[Mapping[str, Any]], as_json: bool, header: bool, columns: Sequence[str] = COLUMNS) -> bytes:
     """Rows as they stand in the file."""
     text = io.StringIO(newline="")
     if as_json:
         text.writelines(json.dumps(row) + "\n" for row in rows)
     else:
-        table = csv.DictWriter(text, COLUMNS)
+        table = csv.DictWriter(text, columns)
         if header:
             table.writeheader()
         table.writerows(rows)

@@ -2,6 +2,7 @@
 
 detector.json, detector.safetensors   the detector (gradmix.eval.detectors.store)
 backbone.safetensors                  the weights, and in its header which encoder and image size
+head.safetensors                      the projection head, for a detector that looks at projections
 thumbnails.safetensors                training images that never were files, at most 32 x 32, for explanations
 scorer.json                           class names, names of the training images, SHA-256 of all of these and of itself
 """
@@ -9,10 +10,14 @@ scorer.json                           class names, names of the training images,
 import glob
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -21,16 +26,18 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from gradmix.eval import detectors
-from gradmix.eval.detectors import DeepKNN
-from gradmix.ssl.data.images import ImageSet, decode
+from gradmix.eval.detectors import DeepKNN, Detector
+from gradmix.eval.features.extraction import Model
+from gradmix.ssl.data.images import decode
 from gradmix.ssl.data.listing import list_images
+from gradmix.ssl.data.open_set import OpenSetData
 from gradmix.ssl.machine import usable_cpus
-from gradmix.ssl.networks.backbones import load_backbone
 from gradmix.ssl.runs.files import hash_file, hash_json, write_atomically, write_json, write_tensors
 
 UNKNOWN_NAME = "unknown"  # what an unknown image is called, instead of a class
 THUMBNAILS = "thumbnails.safetensors"
 THUMBNAIL_SIZE = 32
+T, R = TypeVar("T"), TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -42,7 +49,9 @@ class Score:
         score: higher is more unknown; None when the file could not be read.
         prediction: ``"unknown"`` above the threshold, else the class's name (``""`` where there are no classes).
         margin: score minus threshold; above 0 is unknown.
-        nearest: the nearest training image: its path, or its row when it never was a file.
+        p_value: the chance that an image like the held-out ones scores as high or higher; None for a detector without.
+        nearest: the nearest training image: its path, or its row when it never was a file; empty for detectors other
+            than deep_knn on features.
         error: why the file could not be read, else empty.
     """
 
@@ -50,30 +59,36 @@ class Score:
     score: float | None = None
     prediction: str = ""
     margin: float | None = None
+    p_value: float | None = None
     nearest: str = ""
     error: str = ""
 
 
-def save_scorer(folder: Path, detector: DeepKNN, backbone: Path, classes: Sequence[str], train: ImageSet) -> None:
+def save_scorer(folder: Path, detector: Detector, run_dir: Path, data: OpenSetData, space: str = "features") -> None:
     """Write the folder that :class:`Scorer` loads.
 
     Args:
-        detector: fitted to the features of ``train``.
-        backbone: the weights file to copy.
+        detector: fitted to the training images of ``data``.
+        run_dir: the folder with the weights.
+        space: what it was fitted to, ``features`` or ``projections``.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / "backbone.safetensors", lambda temporary: shutil.copyfile(backbone, temporary))
-    if train.files is None:
+    names = ["backbone.safetensors", *(["head.safetensors"] if space == "projections" else [])]
+    for name in names:
+        write_atomically(folder / name, partial(shutil.copyfile, run_dir / name))
+    train, shows = data.train, isinstance(detector, DeepKNN) and space == "features"
+    if shows and train.files is None:
         small = train.size <= THUMBNAIL_SIZE
         images = train.images if small else torch.cat([_shrink(part) for part in train.images.split(1024)])
         write_tensors(folder / THUMBNAILS, {"images": images})
     else:
         (folder / THUMBNAILS).unlink(missing_ok=True)
     detector.save(folder)
-    names = ["backbone.safetensors", "detector.json", *([THUMBNAILS] if train.files is None else [])]
+    names += ["detector.json", *([THUMBNAILS] if shows and train.files is None else [])]
     about = {
-        "classes": list(classes),
-        "train_files": None if train.files is None else list(train.files),
+        "classes": list(data.classes),
+        "space": space,
+        "train_files": list(train.files) if shows and train.files is not None else None,
         "files": {name: hash_file(folder / name) for name in names},
     }
     write_json(folder / "scorer.json", about | {"sha256": hash_json(about)})
@@ -92,7 +107,9 @@ class Scorer:
     def __init__(self, folder: str | Path, device: str = "cpu") -> None:
         folder = Path(folder).expanduser()
         if not (folder / "scorer.json").is_file():
-            hint = f"; did you mean {folder / 'detector'}?" if (folder / "detector/scorer.json").is_file() else ""
+            run = folder.parent.parent if folder.parent.name == "detectors" else folder
+            there = [*run.glob("detector/scorer.json"), *sorted(run.glob("detectors/*/scorer.json"))]
+            hint = f"; did you mean {' or '.join(str(path.parent) for path in there)}?" if there else ""
             raise ValueError(f"detector: {folder} is not a detector's folder, scorer.json is missing{hint}")
         about = _read_about(folder / "scorer.json")
         for name, expected in about["files"].items():
@@ -102,32 +119,69 @@ class Scorer:
                 raise ValueError(f"{folder / name}: damaged, it does not match scorer.json's hash")
         self.classes, self.train_files = about["classes"], about["train_files"]
         self.detector = detectors.load(folder)
-        self.backbone = load_backbone(folder).to(device)
-        self.device = device
+        self.model = Model(folder, device)
+        self.backbone, self.device = self.model.backbone, device
+        self.space = about.get("space", "features")
+        if self.space == "projections" and self.model.head is None:
+            raise ValueError(f"{folder / 'head.safetensors'}: missing, the detector looks at projections")
         self.folder = folder
         self.sha256 = hash_json(about)
 
     def score(self, paths: Sequence[str], batch_size: int = 256, progress: bool = False) -> Iterator[Score]:
-        """Score image files one batch at a time, in order. Unreadable files get a row with the error."""
+        """Score image files one batch at a time, in order. Unreadable files get a row with the error.
+
+        While the detector looks at a batch, the network is at the next one, and the files of up to three more are
+        decoded. How far they get changes no bit of a score.
+        """
         hidden = None if progress else True  # None: where the output is no terminal
-        with (
-            ThreadPoolExecutor(usable_cpus()) as pool,
-            tqdm(total=len(paths), unit="image", disable=hidden) as bar,
-        ):
-            for first in range(0, len(paths), batch_size):
-                batch = list(paths[first : first + batch_size])
-                decoded = list(pool.map(self._decode, batch))
-                readable = [image for image in decoded if isinstance(image, torch.Tensor)]
-                scored = iter(self._score(torch.stack(readable)) if readable else ())
-                for path, image in zip(batch, decoded, strict=True):
-                    yield next(scored)(path) if isinstance(image, torch.Tensor) else Score(path, error=image)
-                bar.update(len(batch))
+        decoders, network = ThreadPoolExecutor(usable_cpus()), ThreadPoolExecutor(1)
+        try:
+            decoded = ahead(decoders, self._decode, paths, 2 * batch_size)
+            batches = iter(lambda: list(islice(decoded, batch_size)), [])
+            names = iter(paths)
+            with tqdm(total=len(paths), unit="image", disable=hidden) as bar:
+                for batch, features in ahead(network, self._look_at, batches, 1):
+                    scored = iter(() if features is None else self._score(features))
+                    for path, image in zip(islice(names, len(batch)), batch, strict=True):
+                        yield Score(path, error=image) if isinstance(image, str) else next(scored)(path)
+                    bar.update(len(batch))
+        finally:
+            for pool in (network, decoders):
+                pool.shutdown(cancel_futures=True)
 
     @torch.inference_mode()
     def neighbours(self, images: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """Distances ``[N, k]`` to the nearest training images of ``[N, 3, S, S]`` uint8, and their rows ``[N, k]``."""
-        similarity, rows = self.detector.neighbours(self.backbone(images.to(self.device)).cpu(), k)
+        """Distances ``[N, k]`` to the nearest training images of ``[N, 3, S, S]`` uint8, and their rows ``[N, k]``.
+
+        Raises:
+            ValueError: the detector knows no training images.
+        """
+        self.check_neighbours()
+        similarity, rows = self.detector.neighbours(self.look(images), k)
         return (2 - 2 * similarity).clamp(min=0).sqrt(), rows
+
+    @property
+    def knows_images(self) -> bool:
+        """Whether it can say which training image is nearest: deep_knn on features."""
+        return isinstance(self.detector, DeepKNN) and self.space == "features"
+
+    def check_neighbours(self) -> None:
+        """
+        Raises:
+            ValueError: the detector knows no training images.
+        """
+        if not self.knows_images:
+            raise ValueError(
+                f"explain: {self.detector.NAME} knows no training images to show; deep_knn on features does"
+            )
+
+    @torch.inference_mode()
+    def look(self, images: Tensor) -> Tensor:
+        """What the detector looks at, of ``[N, 3, S, S]`` uint8: features or projections, on the CPU."""
+        features = self.backbone(images.to(self.device))
+        if self.space == "projections":
+            features = F.normalize(self.model.head(features), dim=1)
+        return features.cpu()
 
     def training_image(self, row: int) -> Tensor:
         """A training image ``[3, s, s]`` uint8: the file, where it still is one, else the stored thumbnail.
@@ -153,20 +207,35 @@ class Scorer:
         except ValueError as error:
             return str(error)
 
-    @torch.inference_mode()
-    def _score(self, images: torch.Tensor) -> Iterator[Callable[[str], Score]]:
-        features = self.backbone(images.to(self.device)).cpu()
+    def _look_at(self, batch: list[Tensor | str]) -> tuple[list[Tensor | str], Tensor | None]:
+        """The batch, and the features of those that could be read."""
+        readable = [image for image in batch if isinstance(image, Tensor)]
+        return batch, self.look(torch.stack(readable)) if readable else None
+
+    def _score(self, features: Tensor) -> Iterator[Callable[[str], Score]]:
         detector = self.detector
-        scores, nearest = detector.score(features), detector.neighbours(features, 1)[1][:, 0]
-        threshold = detector.threshold
-        labels = detector.classify(features) if detector.classes_ is not None else [None] * len(features)
-        for score, label, row in zip(scores.tolist(), labels, nearest.tolist(), strict=True):
+        verdict, missing, nearest = detector.judge(features), [None] * len(features), [""] * len(features)
+        if self.knows_images:
+            nearest = [self.training_name(row) for row in detector.neighbours(features, 1)[1][:, 0].tolist()]
+        columns = (missing if column is None else column.tolist() for column in verdict)
+        for score, label, threshold, p_value, near in zip(*columns, nearest, strict=True):
             prediction = "" if label is None else self.classes[int(label)]
             if threshold is not None and score > threshold:
                 prediction = UNKNOWN_NAME
             margin = None if threshold is None else score - threshold
-            near = self.training_name(row)
-            yield lambda path, s=score, p=prediction, m=margin, n=near: Score(path, s, p, m, n)
+            seen = score, prediction, margin, p_value, near
+            yield lambda path, seen=seen: Score(path, *seen)
+
+
+def ahead(pool: Executor, function: Callable[[T], R], items: Iterable[T], count: int) -> Iterator[R]:
+    """``map(function, items)`` in a pool, up to ``count`` results ahead of whoever asks for them."""
+    waiting: deque[Future[R]] = deque()
+    for item in items:
+        waiting.append(pool.submit(function, item))
+        if len(waiting) > count:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
 
 
 def find_images(where: str) -> list[str]:

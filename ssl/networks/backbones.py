@@ -95,7 +95,10 @@ def build_backbone(config: EncoderConfig, image_size: int) -> Encoder:
     """
     check_encoder(config)
     if config.init is not None:
-        return read_backbone(Path(config.init).expanduser(), config.name, config.width, config.stem, image_size)
+        path = Path(config.init).expanduser()
+        return read_backbone(path, config.name, config.width, config.stem, image_size, config.part)
+    if config.part is not None:
+        raise ValueError("encoder.part: chooses among the networks of encoder.init=FILE, which is missing")
     if config.name.startswith(PREFIX):
         return build_encoder({"name": config.name}, image_size)
     stem = config.stem or ("small" if image_size <= SMALL_IMAGE else "imagenet")
@@ -121,13 +124,19 @@ def check_encoder(config: EncoderConfig) -> None:
 
 
 def read_backbone(
-    path: Path, name: str, width: int | None = None, stem: str | None = None, image_size: int = 224
+    path: Path,
+    name: str,
+    width: int | None = None,
+    stem: str | None = None,
+    image_size: int = 224,
+    part: str | None = None,
 ) -> Encoder:
     """An encoder with weights trained anywhere; prints what was matched.
 
     Args:
         width, stem: of a ResNet; None: read off the first convolution.
         image_size: S, for a network of timm's.
+        part: of a file with several networks, a word that stands before the names of the one to take.
 
     Raises:
         ValueError: unreadable weights, or too few of them match the encoder.
@@ -135,13 +144,13 @@ def read_backbone(
     weights = load_weights(path)
     if name.startswith(PREFIX):
         backbone = build_encoder({"name": name}, image_size)
-        found = find_backbone(weights, list(backbone.state_dict()))
+        found = find_backbone(weights, list(backbone.state_dict()), part)
         load_found(backbone, found, path, "encoder.name and data.image_size")
         mean, std = backbone.constants
         if is_first():
             print(f"{path}: {found}; images with mean {mean} and deviation {std} removed, as timm has it")
         return backbone
-    found = find_backbone(weights, list(ResNet(name, 1).state_dict()))
+    found = find_backbone(weights, list(ResNet(name, 1).state_dict()), part)
     conv1 = found.tensors.get("conv1.weight")
     if conv1 is not None and conv1.ndim == 4:
         width = width or conv1.shape[0]

@@ -20,6 +20,9 @@ STYLES: tuple[tuple[dict[str, str], dict[str, str]], ...] = (
     # lightly's examples: nn.Sequential of torchvision's children
     ({"conv1": "0", "bn1": "1", "layer1": "4", "layer2": "5", "layer3": "6", "layer4": "7"}, {}),
 )
+# The same with a child before the stages left out. Names alone don't tell whether it was the ReLU, which makes another
+# network, or the max-pool; so none is loaded, and the message says what was found.
+EARLY = {"conv1": "0", "bn1": "1", "layer1": "3", "layer2": "4", "layer3": "5", "layer4": "6"}
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,7 @@ class Found:
         unused: the file's names that were dropped.
         prefix: what stands before the names in the file.
         others: prefixes under which as many of the names exist, such as a momentum encoder's.
+        early: its stages stand in an nn.Sequential where the part before the first stage, ReLU or max-pool, is missing.
     """
 
     tensors: dict[str, Tensor]
@@ -39,10 +43,12 @@ class Found:
     unused: list[str]
     prefix: str
     others: list[str]
+    early: bool = False
 
     def __str__(self) -> str:
         counts = f"{len(self.tensors)} tensors matched under {self.prefix!r}"
-        others = f" (also there: {', '.join(map(repr, self.others))})" if self.others else ""
+        there = f"also there: {', '.join(map(repr, self.others))}; encoder.part=WORD takes one by a word of it"
+        others = f" ({there})" if self.others else ""
         return f"{counts}{others}; missing: {_some(self.missing)}; unused: {_some(self.unused)}"
 
 
@@ -80,14 +86,20 @@ def load_weights(path: Path) -> dict[str, Tensor]:
     return weights
 
 
-def find_backbone(weights: dict[str, Tensor], names: Sequence[str]) -> Found:
-    """The prefix and naming style under which most of ``names`` exist; the first in the file among equals."""
+def find_backbone(weights: dict[str, Tensor], names: Sequence[str], part: str | None = None) -> Found:
+    """The prefix and naming style under which most of ``names`` exist.
+
+    Among equals, the first in the file with ``part`` in its name. Without ``part`` a teacher's, which DINO's own
+    evaluation takes where a file holds student and teacher; else the first in the file.
+
+    Raises:
+        ValueError: none of the prefixes has ``part`` in its name.
+    """
     weights = {_unwrapped(name): tensor for name, tensor in weights.items()}
-    best: tuple[str, dict[str, str]] = ("", {})
-    others: list[str] = []
-    for outer, inner in STYLES:
+    best: list[tuple[str, dict[str, str], bool]] = []  # equals: prefix, {name in the file: ours}, whether early
+    for outer, inner, early in [*((*style, False) for style in STYLES), (EARLY, {}, True)]:
         theirs = {_renamed(name, outer, inner): name for name in names}
-        found: dict[str, dict[str, str]] = {}  # prefix: {name in the file: ours}
+        found: dict[str, dict[str, str]] = {}
         for full in weights:
             parts = full.split(".")
             for start in range(len(parts)):
@@ -95,14 +107,19 @@ def find_backbone(weights: dict[str, Tensor], names: Sequence[str]) -> Found:
                 if ours is not None:
                     found.setdefault("".join(part + "." for part in parts[:start]), {})[full] = ours
         for prefix, matched in found.items():
-            if len(matched) > len(best[1]):
-                best, others = (prefix, matched), []
-            elif len(matched) == len(best[1]) and prefix != best[0]:
-                others.append(prefix)
-    prefix, matched = best
+            if len(matched) > len(best[0][1] if best else {}):
+                best = [(prefix, matched, early)]
+            elif len(matched) == len(best[0][1]) and prefix not in [equal[0] for equal in best]:
+                best.append((prefix, matched, early))
+    chosen = [equal for equal in best if (part or "teacher") in equal[0]]
+    if part and not chosen:
+        there = ", ".join(repr(equal[0]) for equal in best) or "none of the encoder's names"
+        raise ValueError(f"encoder.part: no weights with {part!r} before their names; there are {there}")
+    prefix, matched, early = (chosen or best or [("", {}, False)])[0]
     tensors = {ours: weights[full] for full, ours in matched.items()}
     missing = [name for name in names if name not in tensors]
-    return Found(tensors, missing, [name for name in weights if name not in matched], prefix, others)
+    unused = [name for name in weights if name not in matched]
+    return Found(tensors, missing, unused, prefix, [equal[0] for equal in best if equal[0] != prefix], early)
 
 
 def load_found(module: nn.Module, found: Found, path: Path, settings: str) -> None:
@@ -114,6 +131,12 @@ def load_found(module: nn.Module, found: Found, path: Path, settings: str) -> No
     Raises:
         ValueError: too few tensors match in name and shape; says how many do, and which do not.
     """
+    if found.early:
+        raise ValueError(
+            f"{path}: the stages stand at {found.prefix}3 to 6 of an nn.Sequential, not at 4 to 7: the first ReLU or "
+            "the max-pool is missing. Without the ReLU it is another network; if only the max-pool is missing, save "
+            "the weights under torchvision's names"
+        )
     expected = module.state_dict()
     wrong = [name for name, tensor in found.tensors.items() if tensor.shape != expected[name].shape]
     missing = [name for name in found.missing if not name.endswith("num_batches_tracked")]

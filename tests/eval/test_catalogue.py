@@ -68,7 +68,10 @@ def test_predictions_and_scores_get_every_number_of_their_table():
     assert numbers["knn/lowest_recall"] == pytest.approx(recalls.min())
     assert "knn/recall" not in of_predictions("knn", predicted, labels)
     known, unknown, correct = rng.normal(size=30), rng.normal(size=20) + 1, rng.random(30) < 0.7
-    assert set(of_scores(Scores(known, unknown, correct, 0.5))) == {metric.name for metric in OPEN_SET}
+    found = of_scores(Scores(known, unknown, correct, (known > 0.5, unknown > 0.5)))
+    assert set(found) == {metric.name for metric in OPEN_SET}
+    assert found["balanced_accuracy"] == metrics.balanced_accuracy(known, unknown, 0.5)
+    assert found["false_alarms"] == (known > 0.5).mean()
     found = of_scores(Scores(known, unknown, correct))
     assert "balanced_accuracy" not in found and found["auroc"] == metrics.auroc(known, unknown)
 

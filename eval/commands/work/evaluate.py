@@ -81,12 +81,16 @@ def eval_one(config: EvalConfig, run_dir: Path, out: Path, foreign: Foreign | No
     run = read_config(run_dir) if foreign is None else deepcopy(foreign[0])
     run.detectors = run.detectors if config.detectors is None else config.detectors
     run.detector_options |= config.detector_options
+    run.primary = run.primary if config.primary is None else config.primary
+    run.accept = run.accept if config.accept is None else config.accept
+    run.per_class = run.per_class if config.per_class is None else config.per_class
     transfer(run, config)
     for key in ("root", "unknown_root"):
         if getattr(config, key) is not None:
             setattr(run.data, key, getattr(config, key))
     check_root(run.data, "root" if config.root is not None else "data.root")
     choose_measures(run, config)
+    device = device_of(run, config.device)
     if foreign is None and not (run_dir / "training.json").exists():
         raise ValueError(f"run: {run_dir} has not finished training; gradmix-pretrain run_dir={run_dir} goes on")
     with alone_in(out, "run" if config.out is None else "out"):
@@ -100,9 +104,9 @@ def eval_one(config: EvalConfig, run_dir: Path, out: Path, foreign: Foreign | No
         if foreign is not None:
             adopt(*foreign)
         if config.corruptions is not None:
-            return evaluate_corruptions(run_dir, run, data, config.corruptions, device_of(run), out)
+            return evaluate_corruptions(run_dir, run, data, config.corruptions, device, out)
         with replacing(out, "metrics.json") as new:
-            result = evaluate(run_dir, run, data, device_of(run), new, config)
+            result = evaluate(run_dir, run, data, device, new, config)
         if out == run_dir:  # elsewhere lies no config.yaml to report on
             write_tensorboard(run_dir, run, result, data)
             write_report(run_dir, data)

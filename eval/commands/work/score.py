@@ -3,21 +3,49 @@
 from pathlib import Path
 
 from gradmix.eval.config import ScoreConfig
-from gradmix.eval.scoring.score_file import write_scores
+from gradmix.eval.detectors.calibration import DRIFT, discoveries, drift
+from gradmix.eval.scoring.score_file import add_discoveries, read_scores, write_scores
 from gradmix.eval.scoring.scorer import Scorer, find_images
 from gradmix.eval.scoring.sheets import write_sheets
+from gradmix.ssl.machine import pick_device
 
 
 def run_score(config: ScoreConfig) -> None:
     paths = find_images(config.images)
-    scorer = Scorer(config.detector)
+    scorer = Scorer(config.detector, pick_device(config.device))
+    detector = scorer.detector
+    if any(asked is not None for asked in (config.accept, config.per_class, config.false_discovery)):
+        detector.accept(config.accept, config.per_class)
+    if config.explain is not None:
+        scorer.check_neighbours()
     out = Path(config.out).expanduser()
     rows, unknown, unreadable = write_scores(scorer, paths, out, config.batch_size, progress=True)
     print(f"{out}: {rows} images, {unknown} unknown, {unreadable} unreadable")
-    if scorer.detector.threshold is None:
+    if detector.threshold is None:
         print("no threshold was calibrated (data.holdout=0), so nothing is called unknown")
+    elif detector.calibration_ is not None and rows > unreadable:
+        summarise(scorer, out, config.false_discovery)
     if config.explain is not None:
         shown, sheets = write_sheets(scorer, paths, Path(config.explain).expanduser(), config.explain_limit)
         print(f"{config.explain}: {sheets} sheets with {shown} images and their nearest training images")
     if unreadable:
         raise ValueError(f"images: {unreadable} of {rows} files can't be read; the error column of {out} says why")
+
+
+def summarise(scorer: Scorer, out: Path, false_discovery: float | None) -> None:
+    """Print what the scores say of these images as a whole."""
+    calibration, (scores, p_values) = scorer.detector.calibration_, read_scores(out)
+    if calibration.per_class:
+        print(f"thresholds: {calibration.own_thresholds} of {calibration.classes} classes have one of their own")
+    if not calibration.enough:
+        held_out = len(calibration.scores)
+        print(f"{held_out} held-out images are too few to promise that {calibration.accept:g} are accepted")
+    distance, chance = drift(calibration.scores, scores)
+    alike = "not like" if chance < DRIFT else "like"
+    measured = f"Kolmogorov-Smirnov distance {distance:.2f}, p = {chance:.2g}"
+    print(f"drift: as a whole these images score {alike} the held-out known ones ({measured})")
+    if false_discovery is not None:
+        limit = discoveries(p_values, false_discovery)
+        add_discoveries(out, limit)
+        share = f"on average at most {100 * false_discovery:g} % of them are known"
+        print(f"discoveries: {(p_values <= limit).sum()} images with a p_value of at most {limit:.2g}; {share}")

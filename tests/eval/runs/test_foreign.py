@@ -109,6 +109,17 @@ def test_transfer(command, tmp_path, digits_run, digit_folders):
     assert stored["features"].shape == (60, backbone.num_features)
 
 
+def test_a_class_that_only_the_test_set_has_is_unknown(command, tmp_path, digit_folders):
+    torch.save(ResNet("resnet18", width=8).state_dict(), tmp_path / "a.pth")
+    shutil.copytree(digit_folders, tmp_path / "other")
+    shutil.rmtree(tmp_path / "other/train/digit 4")
+    arguments = ("checkpoint=a.pth", "encoder=resnet18", *FOLDER, "data.root=other", "out=out")
+    result = command("eval", *arguments)
+    assert result.code == 0, result.err
+    labels = load_file(tmp_path / "out/features/test.safetensors")["labels"]
+    assert (labels == -1).sum() == 20 and 0 < read(tmp_path / "out")["osr/deep_knn/auroc"] < 1
+
+
 def test_bad_input(command, tmp_path, digit_folders, digits_run):
     torch.save(ResNet("resnet18", width=8).state_dict(), tmp_path / "a.pth")
     shutil.copytree(digit_folders, tmp_path / "other")

@@ -1,5 +1,6 @@
 """Scoring that is stopped, by whatever: rows stay, it goes on, and the file is that of a scoring never stopped."""
 
+import csv
 import fcntl
 import json
 import os
@@ -14,12 +15,15 @@ import time
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import load_file
+from scipy.stats import false_discovery_control
 from sklearn.datasets import load_digits
 
 import gradmix.ssl.runs.lock
+from gradmix.eval import detectors
 from gradmix.eval.scoring.score_file import scoring_key, write_scores
 from gradmix.eval.scoring.scorer import Scorer, find_images
-from gradmix.ssl.runs.files import hash_json
+from gradmix.ssl.runs.files import hash_file, hash_json
 
 
 @pytest.fixture
@@ -169,3 +173,72 @@ def test_two_processes_do_not_write_one_part(detector, photos, tmp_path, monkeyp
     assert out.read_bytes() == b"all of its rows"
     write_scores(scorer, paths, out)
     assert out.read_bytes().count(b".png") >= 40
+
+
+def rows_of(path):
+    with open(path, newline="", errors="surrogateescape") as file:
+        return list(csv.DictReader(file))
+
+
+def test_another_share_to_accept_needs_no_fitting(command, detector, photos, tmp_path):
+    """By the held-out scores in the folder; p-values, predictions and margins say the same."""
+    arguments = (f"detector={detector}", f"images={photos}")
+    held_out = np.sort(load_file(detector / "detector.safetensors")["held_out_scores"])
+    for accept in (0.95, 0.9, 0.5):
+        result = command("score", *arguments, *([] if accept == 0.95 else [f"accept={accept}"]), f"out={accept}.csv")
+        assert result.code == 2 and "drift: as a whole these images score" in result.out  # one can't be read
+        rows = [row for row in rows_of(tmp_path / f"{accept}.csv") if not row["error"]]
+        assert len(rows) == 39
+        for row in rows:
+            score, p_value = np.float32(row["score"]), float(row["p_value"])
+            assert p_value == pytest.approx((1 + sum(held_out >= score)) / (len(held_out) + 1), abs=1e-12)
+            assert (row["prediction"] == "unknown") == (p_value <= 1 - accept + 1e-9) == (float(row["margin"]) > 0)
+    unknown = [sum(r["prediction"] == "unknown" for r in rows_of(tmp_path / f"{a}.csv")) for a in (0.95, 0.9, 0.5)]
+    assert unknown[0] <= unknown[1] < unknown[2]
+    result = command("score", *arguments, "per_class=true", "accept=0.8", "out=by_class.csv")
+    assert "of 6 classes have one of their own" in result.out
+    for bad, message in (("accept=0.999", "it takes 999"), ("accept=1.5", "accept"), ("accept=1", "no number is")):
+        result = command("score", *arguments, bad)
+        assert result.code == 2 and message in result.err and len(result.err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", ["scores.csv", "scores.jsonl"])
+def test_discoveries_are_a_column(name, command, detector, tmp_path):
+    """Of digits among pictures of nothing: Benjamini and Hochberg's, as scipy has it."""
+    (tmp_path / "all").mkdir()
+    noise = np.random.default_rng(0).integers(0, 256, (20, 16, 16, 3), dtype=np.uint8)
+    for i, image in enumerate([*noise, *(load_digits().images[:20] * 15).astype(np.uint8)]):
+        Image.fromarray(image).save(tmp_path / "all" / f"{i:02d}.png")
+    plain, asked = (f"detector={detector}", "images=all", f"out={name}"), "false_discovery=0.2"
+    assert command("score", *plain).code == 0
+    before = (tmp_path / name).read_bytes()
+    result = command("score", *plain, asked)
+    assert result.code == 0 and "not like the held-out known ones" in result.out, result.err
+    if name.endswith("l"):
+        rows = [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
+        found = [row.pop("discovery") for row in rows]
+        assert "".join(json.dumps(row) + "\n" for row in rows).encode() == before
+    else:
+        rows = rows_of(tmp_path / name)
+        found = [row["discovery"] == "true" for row in rows]
+        lines = (tmp_path / name).read_bytes().splitlines()
+        assert [line.rpartition(b",")[0] for line in lines] == before.splitlines()
+    expected = false_discovery_control([float(row["p_value"]) for row in rows]) <= 0.2 + 1e-12
+    assert found == expected.tolist() and f"discoveries: {sum(found)} images" in result.out and sum(found) > 5
+
+
+def test_a_folder_from_before_p_values_still_scores(command, detector, photos, tmp_path):
+    fitted = detectors.load(detector)
+    threshold, fitted.calibration_ = fitted.threshold, None
+    fitted.save(detector)
+    about = json.loads((detector / "scorer.json").read_text())
+    del about["sha256"]
+    about["files"]["detector.json"] = hash_file(detector / "detector.json")
+    (detector / "scorer.json").write_text(json.dumps(about | {"sha256": hash_json(about)}))
+    arguments = (f"detector={detector}", f"images={photos}")
+    assert command("score", *arguments).code == 2  # for the one that can't be read
+    rows = [row for row in rows_of(tmp_path / "scores.csv") if not row["error"]]
+    assert {row["p_value"] for row in rows} == {""}
+    assert [row["prediction"] == "unknown" for row in rows] == [float(row["score"]) > threshold for row in rows]
+    result = command("score", *arguments, "accept=0.9")
+    assert result.code == 2 and "keeps no scores of held-out images" in result.err

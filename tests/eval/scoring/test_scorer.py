@@ -1,5 +1,6 @@
 """A detector's folder: every file checked, and pictures of the nearest training images."""
 
+import csv
 import json
 import os
 import shutil
@@ -16,7 +17,7 @@ from gradmix.eval.scoring.scorer import Scorer, save_scorer
 from gradmix.eval.scoring.sheets import CAPTION, GAP, MARGIN, SIDE, write_sheets
 from gradmix.ssl.config import DataConfig
 from gradmix.ssl.data.images import ImageSet, decode
-from gradmix.ssl.data.open_set import load_data
+from gradmix.ssl.data.open_set import OpenSetData, load_data
 
 
 @pytest.fixture
@@ -56,6 +57,47 @@ def test_every_file_of_the_folder_is_checked(detector):
     Scorer(detector)
 
 
+def test_any_detector_ships(digits_run, command, tmp_path):
+    """With a head, and on projections too: from the files, the scores and decisions of the evaluation."""
+    run = shutil.copytree(digits_run, tmp_path / "run")
+    assert sorted(path.name for path in (run / "detectors").iterdir()) == ["class_knn", "mahalanobis"]
+    names = ["deep_knn@projections", "class_knn", "mahalanobis", "vim", "nnguide", "gaussian_mixture", "mean_shift"]
+    asked = (f"run={run}", f"detectors=[{','.join(names)}]", "primary=vim", "accept=0.9")
+    result = command("eval", *asked)
+    assert result.code == 0, result.err
+    test = load_data(DataConfig(name="digits", image_size=16, split=0), 0).test
+    paths = files_of(test.images, tmp_path / "photos")
+    measured, numbers = load_file(run / "features/scores.safetensors"), json.loads((run / "metrics.json").read_text())
+    keys = [name.replace("@", "_") for name in names]
+    folders = {path.name: path for path in (run / "detectors").iterdir()} | {"vim": run / "detector"}
+    assert sorted(folders) == sorted([*keys, "deep_knn"])  # deep_knn: what the report explains with
+    for key in keys:
+        scorer = Scorer(folders[key])
+        assert scorer.detector.calibration_.accept == 0.9 and not scorer.knows_images
+        scores = list(scorer.score(paths))
+        ours, theirs = torch.tensor([s.score for s in scores]), measured[f"{key}/score"]
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+        flagged = torch.tensor([s.prediction == "unknown" for s in scores])
+        alarms = flagged[test.labels >= 0].double().mean().item()
+        assert alarms == pytest.approx(numbers[f"osr/{key}/false_alarms"], abs=0.006)
+        assert {s.nearest for s in scores} == {""}
+    assert "Surest mistakes" in (run / "report.html").read_text()
+    photos = f"images={tmp_path / 'photos'}"
+    explained = command("score", f"detector={run}/detector", photos, "explain=sheets")
+    assert explained.code == 2 and "explain: vim knows no training images to show; deep_knn" in explained.err
+    assert not (tmp_path / "scores.csv").exists()
+    assert command("score", f"detector={run}/detectors/deep_knn", photos, "explain=sheets").code == 0
+    for folder in (run, run / "detectors/vim"):
+        result = command("score", f"detector={folder}", photos)
+        assert result.code == 2 and f"did you mean {run}/detector or {run}/detectors/class_knn or" in result.err
+    (run / "detectors/deep_knn_projections/head.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"head\.safetensors: missing"):
+        Scorer(run / "detectors/deep_knn_projections")
+    for primary, message in (("vimm", "primary: no 'vimm'; did you mean vim"), ("vim@x", "expected @features or")):
+        result = command("eval", asked[0], f"primary={primary}")
+        assert result.code == 2 and message in result.err, result.err
+
+
 def test_class_names_that_were_changed_are_refused(detector):
     about = json.loads((detector / "scorer.json").read_text())
     about["classes"][0] = "seven"
@@ -75,6 +117,53 @@ def test_a_training_image_is_its_own_nearest(detector, train, tmp_path):
         assert scorer.training_class(near) == ["2", "4", "5", "9", "8", "3"][train.labels[row]]
         assert score.nearest.startswith("training image ")
     assert [s.score for s in scorer.score(paths)] == pytest.approx(distances[:, 4].tolist(), abs=1e-3)
+
+
+def test_stages_overlap_and_change_no_bit(detector, train, tmp_path):
+    """Against one batch after another by hand; unreadable files anywhere, and only a few batches in memory."""
+    paths = files_of(train.images[:50], tmp_path / "photos")
+    for row in (0, 7, 8, 9, 10, 11, 49):  # one batch of four is unreadable as a whole
+        (tmp_path / "photos" / f"{row:03d}.png").write_text("no image")
+    scorer, expected = Scorer(detector), []
+    for first in range(0, 50, 4):
+        images = [train.images[i] for i in range(first, min(first + 4, 50)) if i not in (0, 7, 8, 9, 10, 11, 49)]
+        if images:
+            with torch.inference_mode():
+                expected += scorer.detector.score(scorer.backbone(torch.stack(images))).tolist()
+    begun, decode_one = [], scorer._decode
+    scorer._decode = lambda path: (begun.append(path), decode_one(path))[1]
+    scores = []
+    for number, score in enumerate(scorer.score(paths, batch_size=4)):
+        scores.append(score)
+        assert len(begun) <= number + 1 + 6 * 4
+    assert [s.path for s in scores] == paths == sorted(begun)
+    assert [s.path[-7:-4] for s in scores if s.error] == ["000", "007", "008", "009", "010", "011", "049"]
+    assert [s.score for s in scores if not s.error] == expected
+    early = scorer.score(paths, batch_size=4)
+    next(early)
+    begun.clear()
+    early.close()
+    assert len(begun) <= 6 * 4  # what is not begun is left undone
+
+
+def test_where_the_network_runs(detector, command, train, tmp_path, digits_run):
+    paths = files_of(train.images[:8], tmp_path / "photos")
+    arguments = (f"detector={detector}", f"images={tmp_path / 'photos'}")
+    assert command("score", *arguments, "device=cpu", "out=cpu.csv").code == 0
+    assert command("score", *arguments, "out=auto.csv").code == 0
+    with open(tmp_path / "cpu.csv") as first, open(tmp_path / "auto.csv") as second:
+        ours, theirs = ([float(row["score"]) for row in csv.DictReader(file)] for file in (first, second))
+    assert ours == pytest.approx(theirs, abs=1e-3)
+    if torch.cuda.is_available():
+        scorer = Scorer(detector, "cuda")
+        assert next(scorer.backbone.parameters()).is_cuda
+        assert [s.score for s in scorer.score(paths)] == pytest.approx(ours, abs=1e-3)
+    else:
+        for name, others in (("score", arguments), ("eval", (f"run={digits_run}", "out=elsewhere"))):
+            result = command(name, *others, "device=cuda")
+            assert result.code == 2 and "device: torch finds no cuda on this machine (there is cpu" in result.err
+    result = command("score", *arguments, "device=gpu")
+    assert result.code == 2 and "device" in result.err and "auto" in result.err
 
 
 def test_names_that_are_no_utf_8_come_out_as_they_are(detector, train, tmp_path):
@@ -108,15 +197,18 @@ def test_sheets_show_each_image_and_its_neighbours(detector, train, tmp_path):
 def test_thumbnails_of_large_images_and_paths_of_files(digits_run, train, tmp_path):
     features = load_file(digits_run / "features" / "train.safetensors")["features"][:6]
     detector = DeepKNN().fit(features, torch.tensor([0, 0, 0, 1, 1, 1]))
-    weights = digits_run / "backbone.safetensors"
     large = torch.randint(0, 256, (6, 3, 64, 64), dtype=torch.uint8)
-    save_scorer(tmp_path / "a", detector, weights, ["x", "y"], ImageSet(torch.arange(6), 64, large))
+
+    def data(*images):
+        return OpenSetData(ImageSet(torch.arange(6), *images), None, None, ["x", "y"], [], [0, 1])
+
+    save_scorer(tmp_path / "a", detector, digits_run, data(64, large))
     small = Scorer(tmp_path / "a").training_image(4)
     expected = large[4].double().view(3, 32, 2, 32, 2).mean((2, 4))
     assert small.shape == (3, 32, 32) and (small.double() - expected).abs().max() <= 0.5 + 1e-6
 
     files = files_of(train.images[:6], tmp_path / "photos")
-    save_scorer(tmp_path / "a", detector, weights, ["x", "y"], ImageSet(torch.arange(6), 16, large, files))
+    save_scorer(tmp_path / "a", detector, digits_run, data(16, large, files))
     assert not (tmp_path / "a" / "thumbnails.safetensors").exists()
     scorer = Scorer(tmp_path / "a")
     assert torch.equal(scorer.training_image(4), decode(files[4], 16)) and scorer.training_name(4) == files[4]

@@ -125,8 +125,38 @@ def test_features_are_the_same_whoever_saved_them(network, tmp_path, kind, capsy
         assert torch.equal(backbone(images), expected)
     printed = capsys.readouterr().out
     assert "120 tensors matched" in printed and "missing: none" in printed
-    dropped = {"moco": "(also there: 'state_dict.module.encoder_k.')", "supcontrast": "head.0.weight"}
+    dropped = {"moco": "(also there: 'state_dict.module.encoder_k.'; encoder.part=WORD", "supcontrast": "head.0.weight"}
     assert dropped.get(kind, "unused: ") in printed
+
+
+def test_of_student_and_teacher_the_teacher_is_taken_unless_asked(network, tmp_path, capsys):
+    """DINO's own checkpoints: the student first, under a DistributedDataParallel's name."""
+    network, images, expected = network
+    state, path = network.state_dict(), tmp_path / "dino.pth"
+    student = {name: 2 * tensor for name, tensor in state.items()}
+    both = {"student": prefixed(student, "module.backbone."), "teacher": prefixed(state, "backbone."), "epoch": 3}
+    torch.save(both, path)
+    with torch.inference_mode():
+        assert torch.equal(read_backbone(path, "resnet18").eval()(images), expected)
+        printed = capsys.readouterr().out
+        assert "under 'teacher.backbone.' (also there: 'student.module.backbone.'; encoder.part=WORD takes" in printed
+        for part in ("teacher", "backbone.", "student"):
+            config = EncoderConfig("resnet18", None, init=str(path), part=part)
+            same = torch.equal(build_backbone(config, 32).eval()(images), expected)
+            assert same == (part == "teacher")  # "backbone." is in both: the first in the file
+    with pytest.raises(ValueError, match=r"encoder\.part: no weights with 'king' before .*'student\.module\.backbone"):
+        read_backbone(path, "resnet18", part="king")
+    with pytest.raises(ValueError, match=r"encoder\.part: chooses among the networks of encoder\.init=FILE"):
+        build_backbone(EncoderConfig("resnet18", part="teacher"), 32)
+
+
+def test_a_sequential_without_the_first_relu_is_called_what_it_is(network, tmp_path):
+    children = list(network[0].children())
+    for left_out in (2, 3):  # the ReLU or the max-pool: the names are the same
+        body = nn.Sequential(*children[:left_out], *children[left_out + 1 : -1])
+        torch.save({"backbone." + name: tensor for name, tensor in body.state_dict().items()}, tmp_path / "a.pt")
+        with pytest.raises(ValueError, match=r"stand at backbone\.3 to 6 .*: the first ReLU or the max-pool is miss"):
+            read_backbone(tmp_path / "a.pt", "resnet18")
 
 
 def test_pretraining_starts_from_them(network, tmp_path):

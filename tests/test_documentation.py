@@ -57,6 +57,7 @@ def small(words: list[str]) -> list[str]:
     other = ["data=digits"] if any(word.startswith("experiment=") for word in words) else []
     timm = any(word.startswith("encoder=timm/") for word in words)  # which have no width, and halve images five times
     folder = [f"data.image_size={32 if timm else 16}"] if "data=imagefolder" in words else []
+    words = [word for word in words if not (folder and word.startswith("data.image_size="))]
     usual = [word for word in SMALL if not (timm and word.startswith("encoder.width="))]
     return sorted([*words, *other, *folder, *usual], key=lambda word: word.startswith("--"))  # flags come last
 
@@ -91,6 +92,10 @@ def run_step(kind: str, text: str, command, monkeypatch) -> str:
     name = Path(words[0]).name
     if name == "make":
         assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.M), f"no target: {text}"
+    elif name == "python" and words[1].startswith("benchmarks/"):  # hours: whether it has these arguments
+        told = subprocess.run([sys.executable, ROOT / words[1], "--help"], check=True, capture_output=True, text=True)
+        for word in words[2:]:
+            assert not word.startswith("--") or word in told.stdout, f"{text}: no argument {word}"
     elif name == "cp":
         subprocess.run(words, check=True)
     elif name == "gradmix-compare":

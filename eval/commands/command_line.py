@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from gradmix.eval.commands.help import help_text
+from gradmix.eval.commands.trust import configs_are_checked
 from gradmix.registry import nearest
 from gradmix.ssl.checks import check_values
 from gradmix.ssl.config import register_configs
@@ -55,7 +56,8 @@ def run_command(name: str, summary: str, schema: type, run: Callable) -> None:
     # While training, Guard listens instead.
     before = {number: signal.signal(number, lambda number, frame: sys.exit(128 + number)) for number in SIGNALS}
     try:
-        compose()
+        with configs_are_checked():
+            compose()
         sys.argv = typed  # the report shows it
         for one in composed:  # several with --multirun, none with --help
             # Once more into the schema, as plain values: Hydra's + adds any key.

@@ -70,6 +70,22 @@ def write_scores(
     return tuple(counts.tolist())
 
 
+def check_replaceable(out: Path) -> None:
+    """
+    Raises:
+        ValueError: there is something at ``out`` that is no file of scores.
+    """
+    if not out.exists() or out.is_dir():  # a folder is spoken of where it is written to
+        return
+    beginnings = ",".join(COLUMNS).encode(), f'{{"{COLUMNS[0]}": '.encode()
+    if out.is_file():
+        with open(out, "rb") as file:
+            start = file.read(max(map(len, beginnings)))
+        if not start or any(start.startswith(beginning) for beginning in beginnings):
+            return
+    raise ValueError(f"out: {out} is there already and is no file of scores; give another name, or remove it")
+
+
 def scoring_key(scorer: Scorer, paths: Sequence[str], batch_size: int) -> str:
     """Eight digits that change with detector, batch size and images, that is their names, sizes and times of change."""
     digest = hashlib.sha256(json.dumps([scorer.sha256, batch_size]).encode())

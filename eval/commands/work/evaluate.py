@@ -18,11 +18,14 @@ from gradmix.ssl.data.open_set import load_data
 from gradmix.ssl.runs.files import remove_strays, replacing, write_json
 from gradmix.ssl.runs.folder import check_classes, read_config
 from gradmix.ssl.runs.lock import alone_in
+from gradmix.ssl.runs.outputs import check_output, folders_read
 
 
 def run_eval(config: EvalConfig) -> None:
     if (config.run is None) == (config.checkpoint is None):
         raise ValueError("run: missing; give run=DIR, or checkpoint=FILE with encoder=, data= and out=")
+    if config.out is not None:
+        check_out(config, Path(config.out).expanduser())
     run_dir = adopt(config) if config.run is None else Path(config.run).expanduser()
     out = run_dir / f"transfer-{config.data.name}" if config.run and config.data.name else run_dir
     out = out if config.out is None else Path(config.out).expanduser()
@@ -37,6 +40,17 @@ def run_eval(config: EvalConfig) -> None:
                 print(f"{path}: written")
     else:
         measure_parts(config, run_dir, out, parts)
+
+
+def check_out(config: EvalConfig, out: Path) -> None:
+    """
+    Raises:
+        ValueError: what would be written there is something that is read.
+    """
+    read = [name for name in (config.against, config.unknown_root, config.corruptions, config.root) if name is not None]
+    check_output("out", out, folders=[*(Path(name).expanduser() for name in read), *folders_read(config.data)])
+    if config.checkpoint is not None:
+        check_output("out", out / "backbone.safetensors", files=[Path(config.checkpoint).expanduser()])
 
 
 def measure_parts(config: EvalConfig, run_dir: Path, out: Path, parts: list[str]) -> None:

@@ -20,12 +20,17 @@ from gradmix.ssl.processes import world_size
 from gradmix.ssl.runs.files import read_json, remove_strays, replacing, write_json
 from gradmix.ssl.runs.folder import claim
 from gradmix.ssl.runs.lock import alone_in
+from gradmix.ssl.runs.outputs import check_output, folders_read
 from gradmix.ssl.train import check, train
 
 
 def run_pretrain(config: Config) -> None:
     choose_measures(config)
     config.run_dir = str(Path(config.run_dir).expanduser())
+    check_output("run_dir", Path(config.run_dir), folders=folders_read(config.data))
+    if config.encoder.init is not None:
+        weights = Path(config.run_dir) / "backbone.safetensors"
+        check_output("run_dir", weights, files=[Path(config.encoder.init).expanduser()])
     if config.data.split != "all":
         result = pretrain_one(config)
         if result is None:

@@ -1,6 +1,7 @@
 """The contract of every open-set detector."""
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -8,9 +9,11 @@ from typing import ClassVar
 import numpy as np
 
 from gradmix.eval.detectors import store
+from gradmix.eval.detectors.saved import check_saved
 from gradmix.eval.features.arrays import Array, blocks, check_features, check_labels, like
 from gradmix.eval.features.search import Neighbours
 from gradmix.eval.metrics import threshold_for
+from gradmix.ssl.runs.documents import as_schema
 
 UNKNOWN = -1
 
@@ -30,7 +33,7 @@ class Detector:
     """
 
     NAME: ClassVar[str]  # in metrics.json: osr/<NAME>/auroc
-    ARRAYS: ClassVar[tuple[str, ...]]
+    ARRAYS: ClassVar[Mapping[str, str]]  # name: kind and shape, see `gradmix.eval.detectors.saved`
     NEEDS_LABELS: ClassVar[bool] = True
 
     def fit(self, features: Array, labels: Array | None = None) -> "Detector":
@@ -98,8 +101,12 @@ class Detector:
             "threshold": self.threshold,
         }
         names = [name for name in ("classes_", *self.ARRAYS) if getattr(self, name) is not None]
-        index = self.bank_.index if "bank_" in names else None
-        store.write(folder, manifest, {name: getattr(self, name) for name in names}, index)
+        arrays = {name: getattr(self, name) for name in names}
+        if isinstance(arrays.get("bank_"), Neighbours):
+            index, more = self.bank_.saved()
+            manifest |= {} if index is None else {"index": dataclasses.asdict(index)}
+            arrays |= more
+        store.write(folder, manifest, arrays)
 
     @classmethod
     def load(cls, folder: str | Path, mmap: bool = False) -> "Detector":
@@ -110,18 +117,27 @@ class Detector:
 
         Raises:
             FileNotFoundError: no detector there.
-            ValueError: damaged (a hash doesn't match), or another kind of detector.
+            ValueError: damaged (a hash doesn't match, or a value makes no sense), or another kind of detector.
         """
-        manifest, arrays, index = store.read(Path(folder), mmap)
-        if manifest["detector"] != cls.NAME:
-            raise ValueError(f"{folder}: holds a {manifest['detector']} detector, not {cls.NAME}")
-        detector = cls(**manifest["parameters"])
-        detector.width_, detector.threshold = manifest["width"], manifest["threshold"]
+        manifest, arrays = store.read(Path(folder), mmap)
+        if manifest.detector != cls.NAME:
+            raise ValueError(f"{folder}: holds a {manifest.detector} detector, not {cls.NAME}")
+        detector: Detector = as_schema(manifest.parameters, cls, f"{Path(folder) / store.MANIFEST}: parameters")
+        detector.width_, detector.threshold = manifest.width, manifest.threshold
         for name in ("classes_", *cls.ARRAYS):
             setattr(detector, name, arrays.get(name))
-        if "bank_" in cls.ARRAYS:
-            detector.bank_ = Neighbours.restore(detector.bank_, index)
+        try:
+            check_saved(detector, arrays, manifest.index)
+            if "bank_" in cls.ARRAYS:
+                detector.bank_ = Neighbours.restore(detector.bank_, manifest.index, arrays)
+        except ValueError as error:
+            raise ValueError(f"{Path(folder) / store.TENSORS}: {error}") from error
         return detector
+
+    def absent(self) -> set[str]:
+        """Which of `ARRAYS` are None after fitting: here those that hold a class for every row, without labels."""
+        labelled = {name for name, about in self.ARRAYS.items() if about.startswith("class ")}
+        return labelled if self.classes_ is None else set()
 
     def _fit(self, features: np.ndarray, positions: np.ndarray | None) -> None:
         """Fit to checked numpy features `[N, F]` and positions in `classes_` `[N]`, None without labels."""

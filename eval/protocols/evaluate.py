@@ -9,10 +9,11 @@ from gradmix.eval.config import EvalConfig
 from gradmix.eval.features.cache import image_hashes
 from gradmix.eval.protocols.measures import choose_measures, measure_all
 from gradmix.eval.protocols.subject import subject_of
+from gradmix.eval.runs.numbers import read_training
 from gradmix.eval.scoring.scorer import save_scorer
 from gradmix.ssl.config import Config
 from gradmix.ssl.data.open_set import OpenSetData
-from gradmix.ssl.runs.files import read_json, write_json, write_tensors
+from gradmix.ssl.runs.files import write_json, write_tensors
 from gradmix.ssl.runs.folder import provenance
 
 
@@ -60,7 +61,8 @@ def evaluate(
     if config.data.unknown_root is not None:
         result["data/unknown_root"] = config.data.unknown_root
     training = run_dir / "training.json"
-    result |= (read_json(training) if training.is_file() else {}) | provenance()
+    said = read_training(training) if training.is_file() else {}
+    result |= {key: value for key, value in said.items() if key not in result} | provenance()  # what is measured counts
     write_json(out / "metrics.json", result)
     return result
 

@@ -14,10 +14,12 @@ from gradmix.eval.report.comparison import write_comparison
 from gradmix.eval.report.summary import describe, over_splits, table
 from gradmix.eval.report.tensorboard import write_tensorboard
 from gradmix.eval.runs.groups import find_runs
+from gradmix.eval.runs.numbers import read_metrics
 from gradmix.ssl.config import Config
+from gradmix.ssl.data.names import check_names
 from gradmix.ssl.data.open_set import load_data, splits_of
 from gradmix.ssl.processes import world_size
-from gradmix.ssl.runs.files import read_json, remove_strays, replacing, write_json
+from gradmix.ssl.runs.files import remove_strays, replacing, write_json
 from gradmix.ssl.runs.folder import claim
 from gradmix.ssl.runs.lock import alone_in
 from gradmix.ssl.runs.outputs import check_output, folders_read
@@ -64,10 +66,11 @@ def pretrain_one(config: Config) -> dict | None:
             if not first:
                 return None
             print(f"{run_dir}: finished already; gradmix-eval run={run_dir} evaluates again")
-            return read_json(run_dir / "metrics.json")
+            return read_metrics(run_dir / "metrics.json")
         data = load_data(config.data, config.seed, run_dir / "scan.json")
         if first:
             print(describe(config, data))
+        check_names(data.classes, data.train, data.held_out, data.test)
         choose_measures(config, data=data)
         if not (run_dir / "training.json").exists():
             train(config, data, watchers(data, config))

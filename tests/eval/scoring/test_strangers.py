@@ -1,6 +1,5 @@
 """A detector's folder and images of someone else: nothing is overwritten, nothing silently wrong."""
 
-import json
 import shutil
 
 import numpy as np

@@ -2,7 +2,6 @@
 
 import os
 import re
-import signal
 import sys
 from collections.abc import Callable
 
@@ -10,8 +9,8 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
+from gradmix.eval.commands.errors import in_one_line
 from gradmix.eval.commands.help import help_text
 from gradmix.eval.commands.trust import configs_are_checked
 from gradmix.registry import nearest
@@ -23,8 +22,6 @@ HYDRA_FLAGS = (
     *("--multirun", "-m", "--cfg", "-c", "--resolve", "--package", "-p", "--info", "-i", "--shell-completion", "-sc"),
     *("--config-dir", "-cd", "--debug", "--version"),
 )
-# What systems send, and what schedulers send before they preempt (Windows has no SIGUSR1).
-SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 
 
 def run_command(name: str, summary: str, schema: type, run: Callable) -> None:
@@ -53,9 +50,7 @@ def run_command(name: str, summary: str, schema: type, run: Callable) -> None:
     def compose(config: DictConfig) -> None:
         composed.append(config)
 
-    # While training, Guard listens instead.
-    before = {number: signal.signal(number, lambda number, frame: sys.exit(128 + number)) for number in SIGNALS}
-    try:
+    with in_one_line(f"gradmix-{name}", debug, lambda error: explain(error, schema)):
         with configs_are_checked():
             compose()
         sys.argv = typed  # the report shows it
@@ -67,19 +62,6 @@ def run_command(name: str, summary: str, schema: type, run: Callable) -> None:
             config = OmegaConf.to_object(merged)
             check_values(config)
             run(config)
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on", file=sys.stderr)
-        sys.exit(130)
-    except Exception as error:
-        if debug or not isinstance(
-            error, ValueError | OSError | FloatingPointError | HydraException | OmegaConfBaseException
-        ):
-            raise
-        print(f"gradmix-{name}: {explain(error, schema)}", file=sys.stderr)
-        sys.exit(2)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def refuse(name: str, schema: type, arguments: list[str]) -> None:

@@ -145,6 +145,11 @@ def count(row: Mapping[str, Any]) -> np.ndarray:
     return np.array([1, row["prediction"] == UNKNOWN_NAME, bool(row["error"])])
 
 
+def _cell(value: Any) -> Any:
+    """Text that a spreadsheet would take for a formula gets an apostrophe before it, as spreadsheets mark text."""
+    return "'" + value if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
+
+
 def encode(rows: Sequence[Mapping[str, Any]], as_json: bool, header: bool) -> bytes:
     """Rows as they stand in the file."""
     text = io.StringIO(newline="")
@@ -154,5 +159,5 @@ def encode(rows: Sequence[Mapping[str, Any]], as_json: bool, header: bool) -> by
         table = csv.DictWriter(text, COLUMNS)
         if header:
             table.writeheader()
-        table.writerows(rows)
+        table.writerows({name: _cell(value) for name, value in row.items()} for row in rows)
     return text.getvalue().encode("utf-8", "surrogateescape")  # a name that is no UTF-8: the bytes that it is

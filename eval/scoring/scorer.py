@@ -46,7 +46,7 @@ class About:
 
 @dataclass(frozen=True)
 class Score:
-    """One scored image; the columns of ``scores.csv``.
+    """One scored image; the columns of ``scores.csv``, where text that a spreadsheet would run has a ' before it.
 
     Attributes:
         path: the file.

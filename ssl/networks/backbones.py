@@ -1,7 +1,7 @@
 """Encoders: torchvision's ResNets at any width, with SimCLR's stem for small images, and timm's networks."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -196,14 +196,14 @@ def load_backbone(run: str | Path) -> Backbone:
         raise ValueError(f"{path}: does not say which encoder it belongs to; it was not written by gradmix-pretrain")
     about = parse_json(header.gradmix, Header, f"{path}: header")
     try:
-        config = EncoderConfig(**{"width": None, "stem": None} | about.encoder)  # type: ignore[arg-type]
-        check_encoder(config)
-        if not config.name.startswith(PREFIX):
+        described = {key: value for key, value in asdict(about.encoder).items() if value is not None}
+        check_encoder(EncoderConfig(**asdict(about.encoder)))
+        if not about.encoder.name.startswith(PREFIX):
             with torch.device("meta"):  # nothing is allocated before the file is known to fill it
-                check_same_shapes(build_encoder(about.encoder, about.image_size), header.shapes)
-    except (ValueError, TypeError) as error:
+                check_same_shapes(build_encoder(described, about.image_size), header.shapes)
+    except ValueError as error:
         raise ValueError(f"{path}: header: {error}") from error
-    encoder = build_encoder(about.encoder, about.image_size)
+    encoder = build_encoder(described, about.image_size)
     weights = load_weights(path)
     try:
         check_same_shapes(encoder, header.shapes)
@@ -217,10 +217,19 @@ def load_backbone(run: str | Path) -> Backbone:
 
 
 @dataclass
+class Description:
+    """An encoder's ``description``."""
+
+    name: str
+    width: Annotated[int, Key(at_least=1, at_most=2**14)] | None = None
+    stem: str | None = None
+
+
+@dataclass
 class Header:
     """What :func:`backbone_metadata` writes."""
 
-    encoder: dict[str, int | str]
+    encoder: Description
     image_size: Annotated[int, Key(at_least=1, at_most=4096)]
 
 

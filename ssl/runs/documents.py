@@ -127,7 +127,8 @@ def _fit_dataclass(value: dict, schema: Any, where: str, name: str) -> Any:
     needed = [one.name for one in known if one.default is MISSING and one.default_factory is MISSING]
     for wrong, what in (({*value} - {one.name for one in known}, "no such field"), ({*needed} - {*value}, "missing")):
         if wrong:
-            raise ValueError(f"{where}{_short(_join(name, min(wrong)))}: {what}")
+            field = _join(name, min(wrong))
+            raise ValueError(f"{where}{field if field.isprintable() and len(field) < 80 else _short(field)}: {what}")
     return schema(**{key: _fit(one, types_of[key], where, _join(name, key), Key()) for key, one in value.items()})
 
 

@@ -118,7 +118,7 @@ def seal(detector: Path) -> None:
             said = json.loads(path.read_text())
             said.pop("sha256", None)
             for name in names or list(said["files"]):
-                if not (detector / name).is_file():
+                if name not in said["files"] or not (detector / name).is_file():
                     continue
                 if names:
                     size = (detector / name).stat().st_size

@@ -1,10 +1,11 @@
 """Broken folders of strangers before every command that reads them: one line or the work done, soon, and nothing else.
 
-``--stress-share`` sets how many of the cases run; every one runs in a process of its own, forked from one that has
-imported everything.
+``--stress-share`` sets how many of the cases run. They run in a process that is watched: where it hangs or dies, the
+case has failed and the next one gets another process.
 """
 
 import csv
+import io
 import json
 import math
 import multiprocessing
@@ -12,6 +13,7 @@ import os
 import shutil
 import sys
 import time
+import traceback
 from collections import Counter
 from pathlib import Path
 
@@ -38,34 +40,62 @@ QUICK = (
 COMMANDS = {"pretrain": pretrain, "eval": evaluate, "score": score, "compare": compare}
 
 
-def call(folder, name, arguments):
-    """In the child: the command, its words in files."""
-    os.chdir(folder)
-    os.environ["GRADMIX_SECRET"] = SECRET
-    sys.stdout, sys.stderr = open("out", "w"), open("err", "w")
-    sys.argv = [f"gradmix-{name}", *arguments]
+def work(pipe):
+    """In the child: one command after the other, each in its folder; answers exit code, output and errors."""
     import torch
 
     torch.set_num_threads(1)
-    COMMANDS[name].main()
+    os.environ["GRADMIX_SECRET"] = SECRET
+    while True:
+        folder, name, arguments = pipe.recv()
+        os.chdir(folder)
+        os.environ.pop("HYDRA_FULL_ERROR", None)
+        sys.argv, sys.stdout, sys.stderr = [f"gradmix-{name}", *arguments], io.StringIO(), io.StringIO()
+        code = 0
+        try:
+            COMMANDS[name].main()
+        except SystemExit as stop:
+            code = stop.code or 0
+        except BaseException:
+            code = 1
+            traceback.print_exc()
+        pipe.send((code, sys.stdout.getvalue(), sys.stderr.getvalue()))
 
 
-def run(folder, name, *arguments, seconds=SECONDS):
-    """Exit code (None: it hung), and what it said."""
-    process = CONTEXT.Process(target=call, args=(folder, name, arguments))
-    process.start()
-    process.join(seconds)
-    if process.exitcode is None:
-        process.kill()
-        process.join()
-        return None, "", ""
-    return process.exitcode, (folder / "out").read_text(), (folder / "err").read_text()
+class Worker:
+    """A process that runs commands; another one takes over when it dies or hangs."""
+
+    def __init__(self):
+        self.process = None
+
+    def __call__(self, folder, name, *arguments, seconds=SECONDS):
+        """Exit code (None: it hung; negative: it was killed), what it said, and the seconds that it took."""
+        if self.process is None:
+            self.pipe, theirs = CONTEXT.Pipe()
+            self.process = CONTEXT.Process(target=work, args=(theirs,), daemon=True)
+            self.process.start()
+            theirs.close()
+        start = time.monotonic()
+        self.pipe.send((folder, name, arguments))
+        try:
+            answer = self.pipe.recv() if self.pipe.poll(seconds) else (None, "", "")
+        except EOFError:
+            self.process.join()
+            answer = (self.process.exitcode, "", "")
+        if answer[0] is None or answer[0] < 0:
+            self.process.kill()
+            self.process.join()
+            self.process = None
+        return (*answer, time.monotonic() - start)
+
+
+run = Worker()
 
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory):
     folder = tmp_path_factory.mktemp("good")
-    code, _, err = run(folder, "pretrain", *QUICK, "run_dir=run", seconds=300)
+    code, _, err, _ = run(folder, "pretrain", *QUICK, "run_dir=run", seconds=300)
     assert code == 0, err
     (folder / "photos").mkdir()
     for row, image in enumerate(load_digits().images[:4]):
@@ -128,7 +158,7 @@ def judge(folder, before, code, out, err, measured):
         return "tells a secret of the environment"
     if "\x1b" in out + err:
         return "an escape code reaches the terminal"
-    allowed = ("out", "err", "scores.csv", "compare.html", "run/", "exported/")
+    allowed = ("scores.csv", "compare.html", "run/", "exported/")
     if extra := [
         name for name, was in digest(folder).items() if not name.startswith(allowed) and before.get(name) != was
     ]:
@@ -156,9 +186,9 @@ def test_broken_folders(good, cases, tell, tmp_path):
             continue
         if what.startswith("detector/"):
             seal(folder / "run/detector")
-        before, start = digest(folder), time.monotonic()
-        code, out, err = run(folder, *ARGUMENTS[reader], seconds=60 if reader == "eval" else SECONDS)
-        slowest = max(slowest, time.monotonic() - start)
+        before = digest(folder)
+        code, out, err, seconds = run(folder, *ARGUMENTS[reader], seconds=60 if reader == "eval" else SECONDS)
+        slowest = max(slowest, seconds if reader != "eval" else 0)
         trouble = judge(folder, before, code, out, err, measured if reader == "eval" else None)
         codes[reader, code] += 1
         if trouble:
@@ -186,5 +216,5 @@ def test_the_judge_sees_trouble(good, tmp_path):
 def test_the_folders_are_good_before_they_are_broken(good, tmp_path):
     for reader in ARGUMENTS:
         folder = copied(good, Path(tmp_path / reader))
-        code, _, err = run(folder, *ARGUMENTS[reader], seconds=120)
+        code, _, err, _ = run(folder, *ARGUMENTS[reader], seconds=120)
         assert code == 0, (reader, err)

@@ -18,6 +18,7 @@ from gradmix.eval.runs.numbers import read_metrics
 from gradmix.ssl.config import Config
 from gradmix.ssl.data.names import check_names
 from gradmix.ssl.data.open_set import load_data, splits_of
+from gradmix.ssl.machine import check_precision
 from gradmix.ssl.processes import world_size
 from gradmix.ssl.runs.files import remove_strays, replacing, write_json
 from gradmix.ssl.runs.folder import claim
@@ -57,6 +58,7 @@ def pretrain_one(config: Config) -> dict | None:
     """The run's numbers; None on all but the first process, which go on to the next run while it evaluates."""
     run_dir, first = Path(config.run_dir), rank_zero_only.rank == 0
     check(config)
+    check_precision(config)
     with alone_in(run_dir):
         if (run_dir / "config.yaml").exists():
             claim(run_dir, config)  # before anything is written there

@@ -31,15 +31,15 @@ def check_saved(detector: "Detector", arrays: Mapping[str, np.ndarray], index: S
         ValueError: arrays are missing, unknown, of the wrong type or shape, or hold impossible values.
     """
     classes = detector.classes_
-    shapes: dict[str, str] = dict(detector.ARRAYS) if isinstance(detector.ARRAYS, Mapping) else {}
+    shapes = dict(detector.ARRAYS)
     if classes is not None:
         shapes = {"classes_": "label classes", **shapes}
     elif detector.NEEDS_LABELS:
         raise ValueError("classes_: missing")
     if index is not None and index.factory.startswith("IVF") and index.factory.endswith(",Flat"):
         shapes |= {"centres_": "float lists width", "lists_": "list rows"}
-    expected = (set(shapes) or {"classes_", *detector.ARRAYS}) - (detector.absent() if shapes else set())
-    for name in sorted(expected ^ set(arrays)) if shapes else ():
+    expected = set(shapes) - detector.absent()
+    for name in sorted(expected ^ set(arrays)):
         raise ValueError(f"{name!a:.40}: {'missing' if name in expected else 'nothing that this detector has'}")
     sizes = {"width": detector.width_, "classes": 0 if classes is None else classes.size}
     for name, about in shapes.items():

@@ -43,6 +43,8 @@ def evaluate(
     """
     out = run_dir if out is None else out
     asked = EvalConfig() if asked is None else asked
+    training = run_dir / "training.json"
+    said = read_training(training) if training.exists() else {}
     measures = choose_measures(config, asked, data)
     subject = subject_of(run_dir, out, config, data, device, asked, data.sets())
     if data.bad:
@@ -60,8 +62,6 @@ def evaluate(
         result["detector_options"] = dict(config.detector_options)
     if config.data.unknown_root is not None:
         result["data/unknown_root"] = config.data.unknown_root
-    training = run_dir / "training.json"
-    said = read_training(training) if training.is_file() else {}
     result |= {key: value for key, value in said.items() if key not in result} | provenance()  # what is measured counts
     write_json(out / "metrics.json", result)
     return result

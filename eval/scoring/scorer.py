@@ -25,9 +25,9 @@ from gradmix.ssl.data.images import ImageSet, decode, list_images
 from gradmix.ssl.data.names import UNKNOWN_NAME, check_class_names
 from gradmix.ssl.machine import usable_cpus
 from gradmix.ssl.networks.backbones import load_backbone
-from gradmix.ssl.networks.weights import opened_tensors
 from gradmix.ssl.runs.documents import as_schema, read_document
 from gradmix.ssl.runs.files import hash_file, hash_json, write_atomically, write_json, write_tensors
+from gradmix.ssl.runs.tensors import opened_tensors
 
 LARGEST_LIST = 2**30  # bytes of scorer.json, which names every training image
 THUMBNAILS = "thumbnails.safetensors"

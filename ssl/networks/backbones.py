@@ -16,8 +16,9 @@ from gradmix.ssl.config import EncoderConfig
 from gradmix.ssl.data.images import IMAGENET, Constants, decode, normalize, to_square
 from gradmix.ssl.keys import Key
 from gradmix.ssl.networks.timm_encoders import PREFIX, check_timm, timm_encoder
-from gradmix.ssl.networks.weights import find_backbone, load_found, load_weights, opened_tensors
+from gradmix.ssl.networks.weights import find_backbone, load_found, load_weights
 from gradmix.ssl.runs.documents import parse_json
+from gradmix.ssl.runs.tensors import read_header
 
 RESNETS: dict[str, tuple[type[resnet.BasicBlock | resnet.Bottleneck], list[int]]] = {
     "resnet18": (resnet.BasicBlock, [2, 2, 2, 2]),
@@ -231,33 +232,6 @@ class Header:
 
     encoder: Description
     image_size: Annotated[int, Key(at_least=1, at_most=4096)]
-
-
-@dataclass
-class WeightsHeader:
-    """A weights file without its weights.
-
-    Attributes:
-        gradmix: JSON, a :class:`Header`; None in a file of someone else's.
-        classes: of the training images, None where it doesn't say.
-        shapes: of the tensors by name.
-    """
-
-    gradmix: str | None
-    classes: list[str] | None
-    shapes: dict[str, list[int]]
-
-
-def read_header(path: Path) -> WeightsHeader:
-    """
-    Raises:
-        ValueError: missing, damaged, or the header makes no sense.
-    """
-    with opened_tensors(path) as file:
-        metadata = file.metadata() or {}
-        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}
-    classes = parse_json(metadata.get("classes", "null"), list[str] | None, f"{path}: classes")
-    return WeightsHeader(metadata.get("gradmix"), classes, shapes)
 
 
 def check_same_shapes(encoder: Encoder, shapes: dict[str, list[int]]) -> None:

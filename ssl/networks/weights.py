@@ -3,7 +3,6 @@
 import zipfile
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,22 +44,6 @@ class Found:
         counts = f"{len(self.tensors)} tensors matched under {self.prefix!r}"
         others = f" (also there: {', '.join(map(repr, self.others))})" if self.others else ""
         return f"{counts}{others}; missing: {_some(self.missing)}; unused: {_some(self.unused)}"
-
-
-@contextmanager
-def opened_tensors(path: Path) -> Iterator[safe_open]:
-    """A safetensors file, to read from.
-
-    Raises:
-        ValueError: missing, no regular file, or damaged, also when what is read turns out to be.
-    """
-    if not path.is_file():
-        raise ValueError(f"{path}: missing, or no regular file")
-    try:
-        with safe_open(path, "pt") as file:
-            yield file
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: damaged ({error})") from error
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:

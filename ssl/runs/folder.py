@@ -15,9 +15,9 @@ from omegaconf import OmegaConf
 from gradmix.ssl.checks import check_values
 from gradmix.ssl.config import Config, OptimizerConfig, flat
 from gradmix.ssl.keys import key_of
-from gradmix.ssl.networks.backbones import read_header
 from gradmix.ssl.runs.documents import read_yaml
 from gradmix.ssl.runs.files import write_text
+from gradmix.ssl.runs.tensors import read_header
 
 
 def claim(run_dir: Path, config: Config) -> None:

@@ -37,8 +37,9 @@ def configs_are_checked() -> Iterator[None]:
         if len(ours) < len(elements):
             path = ConfigSearchPathImpl()
             path.config_search_path = ours
-            mode = cast(RunMode, kwargs["run_mode"] if "run_mode" in kwargs else args[1])
-            alone = load(ConfigLoaderImpl(path), config_name, [], mode)
+            asked, mode = kwargs.get("overrides", args[0] if args else []), kwargs.get("run_mode", *args[1:2])
+            own = [override for override in asked if override.startswith("hydra.")]  # Hydra's: a user may give none
+            alone = load(ConfigLoaderImpl(path), config_name, own, cast(RunMode, mode))
             check_same_hydra(composed, alone)
         return composed
 

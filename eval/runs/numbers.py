@@ -21,7 +21,7 @@ def read_metrics(path: Path) -> dict[str, Any]:
     for key, value in numbers.items():
         schema: Any = TREES.get(key, Plain | dict[str, float | None])
         if key not in WORDS and (match(key) is not None or key.startswith("train/")):
-            schema = float | None | dict[str, float | None]
+            schema = dict[str, float | None] | None if key.endswith("/recall") else float
         if key == "data/unknown_root":
             schema = str | None
         as_schema(value, schema, f"{path}: {key}")

@@ -172,7 +172,7 @@ class Scorer:
         """
         if self.train_files is not None:
             if not Path(self.train_files[row]).is_file():
-                raise ValueError(f"{self.train_files[row]}: no such file")
+                raise ValueError(f"{self.train_files[row]}: not a readable image (no such file)")
             return decode(self.train_files[row], self.backbone.image_size)
         with opened_tensors(self.folder / THUMBNAILS) as file:
             return file.get_slice("images")[row]

@@ -14,6 +14,7 @@ from gradmix.eval.runs.compare import compare, comparison_table
 from gradmix.eval.runs.export import export_backbone
 from gradmix.eval.runs.foreign import adopt, check_transfer_classes, transfer
 from gradmix.eval.runs.groups import find_runs
+from gradmix.ssl.data.names import check_names
 from gradmix.ssl.data.open_set import load_data
 from gradmix.ssl.runs.files import remove_strays, replacing, write_json
 from gradmix.ssl.runs.folder import check_classes, read_config
@@ -82,6 +83,7 @@ def eval_one(config: EvalConfig, run_dir: Path, out: Path) -> dict:
     with alone_in(out, "run" if config.out is None else "out"):
         remove_strays(out)
         data = load_data(run.data, run.seed, out / "scan.json")
+        check_names(data.classes, data.train, data.held_out, data.test)
         if config.data.name:
             check_transfer_classes(run, data)
         else:

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -160,21 +161,18 @@ EVIL_FILES = {
         "hydra: {job: {chdir: true}, run: {dir: MARK}}",
         "hydra: {launcher: {_target_: os.mkdir}}",
         "hydra: {job: {env_set: {LD_PRELOAD: MARK}}}",
-        "data: {root: '${oc.env:HOME}'}",
+        "data: {name: digits, root: '${oc.env:HOME}'}",
         "mix: {options: {_target_: os.mkdir, path: MARK}}",
-        "data: {root: '${data.unknown_root}', unknown_root: '${method.name}'}",
+        "data: {name: digits, root: '${data.unknown_root}', unknown_root: '${method.name}'}",
     ],
     "hydra/callbacks/evil.yaml": ["evil: {_target_: os.mkdir, path: MARK}"],
 }
-NAMED = "# @package _global_\ndata: {name: digits}\n"
+NAMED = "# @package _global_\nseed: 3\n"
 
 
 def write_config_dir(folder, place, text, mark):
-    for path, content in (("data/mine.yaml", NAMED), (place, "# @package _global_\n")):
-        (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        (folder / path).write_text(content)
-    with open(folder / place, "a") as file:
-        file.write(text.replace("MARK", str(mark)) + "\n")
+    (folder / place).parent.mkdir(parents=True)
+    (folder / place).write_text(NAMED + text.replace("MARK", str(mark)) + "\n")
 
 
 @pytest.mark.parametrize(("place", "text"), [(place, text) for place, texts in EVIL_FILES.items() for text in texts])
@@ -190,14 +188,16 @@ def test_config_dir_of_a_stranger(place, text, flags, command, tmp_path):
     result = command("pretrain", f"--config-dir={conf}", *flags, *TINY, "data=mine", "run_dir=run")
     assert result.code == 2, result
     assert len(result.err.strip().splitlines()) == 1 and "Traceback" not in result.err
-    assert "hydra.mode" not in result.err  # that is Hydra's own
+    if not place.startswith("hydra"):
+        assert re.search(r"set by a file of --config-dir|names no code|is filled in", result.err), result.err
+        assert "hydra.mode" not in result.err  # that is Hydra's own
     assert [path.name for path in tmp_path.iterdir()] == ["conf"]
 
 
 @pytest.mark.parametrize("flags", [(), ("--multirun",)], ids=["run", "multirun"])
 def test_a_harmless_config_dir(flags, command, tmp_path):
     """The control: so far the command gets with a file that only has values."""
-    write_config_dir(tmp_path / "conf", "data/mine.yaml", "data: {root: '${method.name}'}", "")
+    write_config_dir(tmp_path / "conf", "data/mine.yaml", "data: {name: digits, root: '${method.name}'}", "")
     result = command("pretrain", f"--config-dir={tmp_path / 'conf'}", *flags, *TINY, "data=mine", "data.split=77")
     assert result.code == 2 and result.err.startswith("gradmix-pretrain: data.split: 77 does not exist"), result.err
 

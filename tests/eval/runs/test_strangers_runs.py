@@ -36,6 +36,7 @@ def test_a_training_record_is_looked_at(change, run):
     "change",
     [
         {"knn/top1": "1"},
+        {"osr/deep_knn/fpr95_known": None},
         {"knn/top1": [1]},
         {"osr/deep_knn/auroc": True},
         {"train/steps": {}},

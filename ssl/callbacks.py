@@ -99,6 +99,7 @@ class Checkpoints(Callback):
         self.folder, self.every_seconds, self.guard = folder, every_seconds, guard
         self.images, self.resume = images, resume
         self.last_saved = time.monotonic()
+        guard.saved = None if resume is None else resume["step"]
 
     def on_train_start(self, trainer: Trainer, module: Pretraining) -> None:
         if self.resume is None:
@@ -158,9 +159,13 @@ class Checkpoints(Callback):
 
         def write(temporary: Path) -> None:
             with open(temporary, "wb") as file:  # given a path, torch hides why it can't write
-                torch.save(state, file)
+                try:
+                    torch.save(state, file)
+                except RuntimeError as error:  # what torch's writer makes of a full disk or a limit
+                    raise OSError(str(error).splitlines()[0]) from error
 
         write_atomically(self.folder / checkpoint_name(module.steps), write)
+        self.guard.saved = module.steps
         for old in sorted(self.folder.glob("step-*.ckpt"))[:-2]:
             old.unlink()
 

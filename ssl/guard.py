@@ -1,6 +1,7 @@
 """Before every optimizer step: is it finite, and has anyone been asked to stop?"""
 
 import signal
+import sys
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -13,8 +14,10 @@ from torch.nn.utils import get_total_norm
 from gradmix.ssl.data.loader import Batch, refusal
 from gradmix.ssl.pretrain import Pretraining
 
-# What people send, what systems send, and what schedulers send before they preempt (Windows has no SIGUSR1).
-SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name))
+# What people send, what systems send, a terminal that is closed, and what schedulers send before they preempt (Windows
+# has few of them).
+NAMES = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
+SIGNALS = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))
 
 
 @dataclass
@@ -61,6 +64,7 @@ class Guard(Callback):
     Attributes:
         skipped: steps left out so far.
         received: number of the signal that this process received, 0 for none.
+        saved: step of the newest checkpoint, None before the first.
 
     Raises:
         FloatingPointError: out of ``trainer.fit``, with the step, learning rate and rows of the batch.
@@ -70,6 +74,7 @@ class Guard(Callback):
     def __init__(self, on_nonfinite: str, limit: int, skipped: int = 0) -> None:
         self.skips, self.limit, self.skipped = on_nonfinite == "skip", limit, skipped
         self.received = self.agreed = 0
+        self.saved: int | None = None
         self.pending: Verdict | None = None
         self.start_step()
 
@@ -79,7 +84,8 @@ class Guard(Callback):
         self.bad_losses: list[Tensor] = []
 
     def on_train_start(self, trainer: Trainer, module: Pretraining) -> None:
-        self.handlers = {number: signal.signal(number, self.hear) for number in SIGNALS}
+        ignored = {number for number in SIGNALS if signal.getsignal(number) == signal.SIG_IGN} - {signal.SIGINT}
+        self.handlers = {number: signal.signal(number, self.hear) for number in SIGNALS if number not in ignored}
 
     def teardown(self, trainer: Trainer, module: Pretraining, stage: str) -> None:
         for number, handler in getattr(self, "handlers", {}).items():
@@ -87,7 +93,9 @@ class Guard(Callback):
 
     def hear(self, number: int, frame: FrameType | None) -> None:
         if self.received and number == signal.SIGINT:  # a person who does not want to wait for the step
-            raise KeyboardInterrupt
+            kept = "nothing is saved yet" if self.saved is None else f"what is saved is step {self.saved}"
+            print(f"stopped at once; {kept}; the same command goes on", file=sys.stderr)
+            sys.exit(128 + number)  # on a KeyboardInterrupt, Lightning would end the process with another code
         self.received = number
 
     @property

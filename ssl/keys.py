@@ -40,7 +40,7 @@ class Key:
     at_most: float | None = None
     because: str = ""
     choices: tuple[str, ...] = ()
-    entries: Mapping[str, "Key"] = field(default_factory=dict)
+    entries: Mapping[str, "Key"] = field(default_factory=dict, hash=False)
     path: bool = False
     free: bool = False
     role: Role = "setting"

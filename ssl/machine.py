@@ -126,6 +126,19 @@ def precision(config: Config) -> str:
     return "bf16-mixed" if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
 
 
+def check_precision(config: Config) -> None:
+    """
+    Raises:
+        ValueError: float16 on a CPU, where Lightning would take bfloat16 without saying so in the results.
+    """
+    where, asked = config.trainer.get("accelerator", "auto"), str(precision(config))
+    on_cpu = where == "cpu" or (
+        where == "auto" and not torch.cuda.is_available() and not torch.backends.mps.is_available()
+    )
+    if on_cpu and asked in ("16-mixed", "16"):
+        raise ValueError(f"trainer.precision: {asked} needs a GPU; bf16-mixed is the half precision of CPUs")
+
+
 def activation_bytes(network: nn.Module, image_size: int) -> int:
     """Bytes of float32 that one image leaves for the backward pass; computed without computing (meta tensors)."""
     network = copy.deepcopy(network).to("meta").train()

@@ -1,7 +1,9 @@
 """Configs and checkpoints of someone who means harm: nothing is executed, nothing written outside the run's folder."""
 
+import contextlib
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -148,3 +150,62 @@ def test_hostile_checkpoints(kind, stopped, command, tmp_path, monkeypatch):
         assert result.code == 2 and "run" in result.err
         assert not (tmp_path / "run/backbone.safetensors").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+EVIL_FILES = {
+    "data/mine.yaml": [
+        "hydra: {callbacks: {evil: {_target_: os.mkdir, path: MARK}}}",
+        "hydra: {job_logging: {version: 1, handlers: {evil: {(): os.mkdir, path: MARK}}, root: {handlers: [evil]}}}",
+        "hydra: {hydra_logging: {version: 1, handlers: {evil: {(): os.mkdir, path: MARK}}, root: {handlers: [evil]}}}",
+        "hydra: {run: {dir: MARK}}",
+        "hydra: {job: {chdir: true}, run: {dir: MARK}}",
+        "hydra: {launcher: {_target_: os.mkdir}}",
+        "hydra: {job: {env_set: {LD_PRELOAD: MARK}}}",
+        "data: {name: digits, root: '${oc.env:HOME}'}",
+        "mix: {options: {_target_: os.mkdir, path: MARK}}",
+        "data: {name: digits, root: '${data.unknown_root}', unknown_root: '${method.name}'}",
+    ],
+    "hydra/callbacks/evil.yaml": ["evil: {_target_: os.mkdir, path: MARK}"],
+}
+NAMED = "# @package _global_\nseed: 3\n"
+
+
+def write_config_dir(folder, place, text, mark):
+    (folder / place).parent.mkdir(parents=True)
+    (folder / place).write_text(NAMED + text.replace("MARK", str(mark)) + "\n")
+
+
+@pytest.mark.parametrize(("place", "text"), [(place, text) for place, texts in EVIL_FILES.items() for text in texts])
+@pytest.mark.parametrize("flags", [(), ("--multirun",), ("--cfg=job",)], ids=["run", "multirun", "cfg"])
+def test_config_dir_of_a_stranger(place, text, flags, command, tmp_path):
+    mark, conf = tmp_path / "executed", tmp_path / "conf"
+    if place.startswith("hydra"):
+        write_config_dir(conf, "data/mine.yaml", "defaults: [{override /hydra/callbacks: evil}]", mark)
+        (conf / place).parent.mkdir(parents=True)
+        (conf / place).write_text("# @package hydra.callbacks\n" + text.replace("MARK", str(mark)))
+    else:
+        write_config_dir(conf, place, text, mark)
+    result = command("pretrain", f"--config-dir={conf}", *flags, *TINY, "data=mine", "run_dir=run")
+    assert result.code == 2, result
+    assert len(result.err.strip().splitlines()) == 1 and "Traceback" not in result.err
+    if not place.startswith("hydra"):
+        assert re.search(r"set by a file of --config-dir|names no code|is filled in", result.err), result.err
+        assert "hydra.mode" not in result.err  # that is Hydra's own
+    assert [path.name for path in tmp_path.iterdir()] == ["conf"]
+
+
+@pytest.mark.parametrize("flags", [(), ("--multirun",)], ids=["run", "multirun"])
+def test_a_harmless_config_dir(flags, command, tmp_path):
+    """The control: so far the command gets with a file that only has values."""
+    write_config_dir(tmp_path / "conf", "data/mine.yaml", "data: {name: digits, root: '${method.name}'}", "")
+    result = command("pretrain", f"--config-dir={tmp_path / 'conf'}", *flags, *TINY, "data=mine", "data.split=77")
+    assert result.code == 2 and result.err.startswith("gradmix-pretrain: data.split: 77 does not exist"), result.err
+
+
+def test_the_evil_callback_runs_where_nobody_looks(command, tmp_path, monkeypatch):
+    """The control: without the check the canary fires."""
+    monkeypatch.setattr("gradmix.eval.commands.command_line.configs_are_checked", contextlib.nullcontext)
+    mark, conf = tmp_path / "executed", tmp_path / "conf"
+    write_config_dir(conf, "data/mine.yaml", EVIL_FILES["data/mine.yaml"][0], mark)
+    command("pretrain", f"--config-dir={conf}", *TINY, "data=mine", "run_dir=run", "epochs=-1")
+    assert mark.is_dir()

@@ -3,7 +3,6 @@
 import os
 import re
 import shlex
-import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,9 +12,10 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
+from gradmix.eval.commands.errors import in_one_line
 from gradmix.eval.commands.help import help_text
+from gradmix.eval.commands.trust import configs_are_checked
 from gradmix.eval.commands.words import key_for
 from gradmix.registry import nearest
 from gradmix.ssl.checks import check_values
@@ -26,8 +26,6 @@ HYDRA_FLAGS = (
     *("--multirun", "-m", "--cfg", "-c", "--resolve", "--package", "-p", "--info", "-i", "--shell-completion", "-sc"),
     *("--config-dir", "-cd", "--debug", "--version"),
 )
-# What systems send, and what schedulers send before they preempt (Windows has no SIGUSR1).
-SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 
 
 def run_command(name: str, summary: str, schema: type, run: Callable) -> None:
@@ -56,26 +54,12 @@ def run_command(name: str, summary: str, schema: type, run: Callable) -> None:
     def compose(config: DictConfig) -> None:
         composed.append(config)
 
-    # While training, Guard listens instead.
-    before = {number: signal.signal(number, lambda number, frame: sys.exit(128 + number)) for number in SIGNALS}
-    try:
-        compose()
+    with in_one_line(f"gradmix-{name}", debug, lambda error: explain(error, schema)):
+        with configs_are_checked():
+            compose()
         sys.argv = typed  # the report shows it
         for one in composed:  # several with --multirun, none with --help
             run(checked(one, schema))
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on", file=sys.stderr)
-        sys.exit(130)
-    except Exception as error:
-        if debug or not isinstance(
-            error, ValueError | OSError | FloatingPointError | HydraException | OmegaConfBaseException
-        ):
-            raise
-        print(f"gradmix-{name}: {explain(error, schema)}", file=sys.stderr)
-        sys.exit(2)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def checked(composed: DictConfig, schema: type) -> Any:

@@ -1,10 +1,10 @@
 """gradmix-compare: many runs beside each other, over splits and seeds; differences are paired where runs share both."""
 
 import argparse
-import sys
 from pathlib import Path
 
 from gradmix.eval.commands import later
+from gradmix.eval.commands.errors import in_one_line
 
 
 def main() -> None:
@@ -16,8 +16,5 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder, or a folder of runs at any depth")
     parser.add_argument("--out", default="compare.html", help="the page with the curves (default: compare.html)")
     arguments = parser.parse_args()
-    try:
+    with in_one_line("gradmix-compare"):
         later("compare:run_compare")(arguments.runs, Path(arguments.out).expanduser())
-    except (ValueError, OSError) as error:
-        print(f"gradmix-compare: {error}", file=sys.stderr)
-        sys.exit(2)

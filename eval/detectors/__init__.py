@@ -39,5 +39,5 @@ __all__ = ["DETECTORS", "PRIMARY", "Detector", "load", *(kind.__name__ for kind 
 
 def load(folder: str | Path, mmap: bool = False) -> Detector:
     """The detector that `.save(folder)` wrote, of whichever kind; arguments and errors as `Detector.load`."""
-    name = read_manifest(Path(folder))["detector"]
+    name = read_manifest(Path(folder)).detector
     return DETECTORS.pick(f"{folder}: detector", name).load(folder, mmap=mmap)

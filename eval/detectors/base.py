@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, NamedTuple
@@ -10,8 +11,10 @@ import numpy as np
 
 from gradmix.eval.detectors import store
 from gradmix.eval.detectors.calibration import Calibration, needed
+from gradmix.eval.detectors.saved import check_saved
 from gradmix.eval.features.arrays import Array, blocks, check_features, check_labels, like
 from gradmix.eval.features.search import Neighbours
+from gradmix.ssl.runs.documents import as_schema
 
 UNKNOWN = -1
 HELD_OUT = ("held_out_scores", "held_out_positions")  # of a saved detector's arrays, beside its own
@@ -48,7 +51,7 @@ class Detector:
     """
 
     NAME: ClassVar[str]  # in metrics.json: osr/<NAME>/auroc
-    ARRAYS: ClassVar[tuple[str, ...]]
+    ARRAYS: ClassVar[Mapping[str, str]]  # name: kind and shape, see `gradmix.eval.detectors.saved`
     NEEDS_LABELS: ClassVar[bool] = True
 
     def fit(self, features: Array, labels: Array | None = None) -> "Detector":
@@ -161,8 +164,12 @@ class Detector:
             kept = zip(HELD_OUT, (self.calibration_.scores, self.calibration_.positions), strict=True)
             held_out = {name: array for name, array in kept if array is not None}
         names = [name for name in ("classes_", *self.ARRAYS) if getattr(self, name) is not None]
-        index = self.bank_.index if "bank_" in names else None
-        store.write(folder, manifest, {name: getattr(self, name) for name in names} | held_out, index)
+        arrays = {name: getattr(self, name) for name in names}
+        if isinstance(arrays.get("bank_"), Neighbours):
+            index, more = self.bank_.saved()
+            manifest |= {} if index is None else {"index": dataclasses.asdict(index)}
+            arrays |= more
+        store.write(folder, manifest, arrays | held_out)
 
     @classmethod
     def load(cls, folder: str | Path, mmap: bool = False) -> "Detector":
@@ -173,23 +180,36 @@ class Detector:
 
         Raises:
             FileNotFoundError: no detector there.
-            ValueError: damaged (a hash doesn't match), or another kind of detector.
+            ValueError: damaged (a hash doesn't match, or a value makes no sense), or another kind of detector.
         """
-        manifest, arrays, index = store.read(Path(folder), mmap)
-        if manifest["detector"] != cls.NAME:
-            raise ValueError(f"{folder}: holds a {manifest['detector']} detector, not {cls.NAME}")
-        detector = cls(**manifest["parameters"])
-        detector.width_, detector.threshold = manifest["width"], manifest["threshold"]
+        manifest, arrays = store.read(Path(folder), mmap)
+        if manifest.detector != cls.NAME:
+            raise ValueError(f"{folder}: holds a {manifest.detector} detector, not {cls.NAME}")
+        detector: Detector = as_schema(manifest.parameters, cls, f"{Path(folder) / store.MANIFEST}: parameters")
+        detector.width_, detector.threshold = manifest.width, manifest.threshold
         for name in ("classes_", *cls.ARRAYS):
             setattr(detector, name, arrays.get(name))
-        if "bank_" in cls.ARRAYS:
-            detector.bank_ = Neighbours.restore(detector.bank_, index)
+        held_out = [arrays.pop(name, None) for name in HELD_OUT]
+        try:
+            check_saved(detector, arrays, manifest.index)
+            if "bank_" in cls.ARRAYS:
+                detector.bank_ = Neighbours.restore(detector.bank_, manifest.index, arrays)
+        except ValueError as error:
+            raise ValueError(f"{Path(folder) / store.TENSORS}: {error}") from error
         detector.calibration_ = None
-        if HELD_OUT[0] in arrays:  # since accept= is a key
+        if held_out[0] is not None:  # since accept= is a key
             classes = 1 if detector.classes_ is None else len(detector.classes_)
-            held_out = [arrays.get(name) for name in HELD_OUT]
-            detector.calibration_ = Calibration(*held_out, classes, manifest["accept"], manifest["per_class"])
+            accept, per_class = manifest.accept, manifest.per_class
+            try:
+                detector.calibration_ = Calibration.read(*held_out, classes, accept, per_class)
+            except ValueError as error:
+                raise ValueError(f"{Path(folder) / store.TENSORS}: {error}") from error
         return detector
+
+    def absent(self) -> set[str]:
+        """Which of `ARRAYS` are None after fitting: here those that hold a class for every row, without labels."""
+        labelled = {name for name, about in self.ARRAYS.items() if about.startswith("class ")}
+        return labelled if self.classes_ is None else set()
 
     def _fit(self, features: np.ndarray, positions: np.ndarray | None) -> None:
         """Fit to checked numpy features `[N, F]` and positions in `classes_` `[N]`, None without labels."""

@@ -50,6 +50,26 @@ class Calibration:
         object.__setattr__(self, "_pools", [np.sort(pool) for pool in pools])
         object.__setattr__(self, "_pool_of", pool_of)
 
+    @classmethod
+    def read(
+        cls, scores: np.ndarray, positions: np.ndarray | None, classes: int, accept: float | None, per_class: bool
+    ) -> "Calibration":
+        """What a saved detector says of its held-out images.
+
+        Raises:
+            ValueError: it makes no sense.
+        """
+        if accept is None:
+            raise ValueError("accept: missing")
+        if scores.dtype.kind != "f" or scores.ndim != 1 or not len(scores) or not np.isfinite(scores).all():
+            raise ValueError("held_out_scores: expected [n] finite numbers")
+        if positions is not None:
+            if positions.dtype.kind != "i" or positions.shape != scores.shape:
+                raise ValueError(f"held_out_positions: expected [{len(scores)}] whole numbers")
+            if positions.min() < 0 or positions.max() >= classes:
+                raise ValueError(f"held_out_positions: expected 0 to {classes - 1}")
+        return cls(scores, positions, classes, accept, per_class)
+
     @property
     def threshold(self) -> float:
         """Of all classes together; with n + 1 for n: the image to come counts too."""

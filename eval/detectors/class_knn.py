@@ -1,6 +1,7 @@
 """Class-wise nearest neighbours, normalised over classes: the score of the GradMix paper (arXiv
 2505.12803)."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -32,7 +33,7 @@ class ClassKNN(Detector):
     k: int = 3
 
     NAME: ClassVar[str] = "class_knn"
-    ARRAYS: ClassVar[tuple[str, ...]] = ("rows_", "starts_")
+    ARRAYS: ClassVar[Mapping[str, str]] = {"rows_": "unit rows width", "starts_": "starts:rows classes+1"}
 
     def _fit(self, features: np.ndarray, positions: np.ndarray) -> None:
         check_k(self.k, len(features))

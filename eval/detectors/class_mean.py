@@ -1,6 +1,6 @@
 """Cosine similarity to the class means, the nearest-prototype baseline."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -20,7 +20,7 @@ class ClassMean(Detector):
     """
 
     NAME: ClassVar[str] = "class_mean"
-    ARRAYS: ClassVar[tuple[str, ...]] = ("means_",)
+    ARRAYS: ClassVar[Mapping[str, str]] = {"means_": "unit classes width"}
 
     def _fit(self, features: np.ndarray, positions: np.ndarray) -> None:
         self.means_ = unit_rows(class_means(features, positions, len(self.classes_), prepare=unit_rows))

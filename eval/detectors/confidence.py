@@ -1,5 +1,6 @@
 """The field's baselines: how sure a linear classifier on the features is of its class. No distance enters."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -13,7 +14,7 @@ from gradmix.eval.features.arrays import Array
 class Confidence(Detector):
     """A detector that looks at the logits of a linear head alone. The class is the head's."""
 
-    ARRAYS: ClassVar[tuple[str, ...]] = ("head_",)
+    ARRAYS: ClassVar[Mapping[str, str]] = {"head_": "float classes width+1"}
 
     def fit(self, features: Array, labels: Array | None = None, head: Head | None = None) -> Detector:
         """As `Detector.fit`.

@@ -1,5 +1,6 @@
 """Distance to the k-th nearest training feature (Sun et al., arXiv 2204.06507)."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -27,7 +28,7 @@ class DeepKNN(Detector):
     index: str = "auto"
 
     NAME: ClassVar[str] = "deep_knn"
-    ARRAYS: ClassVar[tuple[str, ...]] = ("bank_", "positions_")
+    ARRAYS: ClassVar[Mapping[str, str]] = {"bank_": "unit rows width", "positions_": "class rows"}
     NEEDS_LABELS: ClassVar[bool] = False
 
     def neighbours(self, features: Array, k: int = 1) -> tuple[Array, Array]:

@@ -1,5 +1,6 @@
 """A Gaussian mixture for every class, on the features."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -32,7 +33,13 @@ class GaussianMixture(Detector):
     seed: int = 0
 
     NAME: ClassVar[str] = "gaussian_mixture"
-    ARRAYS: ClassVar[tuple[str, ...]] = ("centre_", "starts_", "weights_", "means_", "variances_")
+    ARRAYS: ClassVar[Mapping[str, str]] = {
+        "centre_": "float width",
+        "weights_": "positive components",
+        "means_": "float components width",
+        "variances_": "positive components width",
+        "starts_": "starts:components classes+1",
+    }
 
     def __post_init__(self) -> None:
         if self.components < 1:

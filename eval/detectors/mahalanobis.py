@@ -1,5 +1,6 @@
 """Mahalanobis distance to the classes (arXiv 1807.03888), and relative to all data (arXiv 2106.09022)."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -28,7 +29,11 @@ class Mahalanobis(Detector):
     shrinkage: float = 0.0
 
     NAME: ClassVar[str] = "mahalanobis"
-    ARRAYS: ClassVar[tuple[str, ...]] = ("centre_", "whitening_", "means_")
+    ARRAYS: ClassVar[Mapping[str, str]] = {
+        "centre_": "float width",
+        "whitening_": "float width rank",
+        "means_": "float classes rank",
+    }
 
     def __post_init__(self) -> None:
         if not 0 <= self.shrinkage <= 1:
@@ -58,7 +63,7 @@ class RelativeMahalanobis(Mahalanobis):
     """
 
     NAME: ClassVar[str] = "relative_mahalanobis"
-    ARRAYS: ClassVar[tuple[str, ...]] = ("centre_", "whitening_", "means_", "background_")
+    ARRAYS: ClassVar[Mapping[str, str]] = {**Mahalanobis.ARRAYS, "background_": "float width all"}
 
     def _fit(self, features: np.ndarray, positions: np.ndarray) -> None:
         super()._fit(features, positions)

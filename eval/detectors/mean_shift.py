@@ -1,5 +1,6 @@
 """How far a feature moves when it is replaced by the mean of its nearest training features."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -28,7 +29,7 @@ class MeanShift(Detector):
     index: str = "auto"
 
     NAME: ClassVar[str] = "mean_shift"
-    ARRAYS: ClassVar[tuple[str, ...]] = ("bank_", "positions_")
+    ARRAYS: ClassVar[Mapping[str, str]] = {"bank_": "unit rows width", "positions_": "class rows"}
     NEEDS_LABELS: ClassVar[bool] = False
 
     def _fit(self, features: np.ndarray, positions: np.ndarray | None) -> None:

@@ -1,5 +1,6 @@
 """Nearest-neighbour guidance of a classifier's confidence (Park et al., arXiv 2309.14888)."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -29,7 +30,7 @@ class NNGuide(Detector):
     index: str = "auto"
 
     NAME: ClassVar[str] = "nnguide"
-    ARRAYS: ClassVar[tuple[str, ...]] = ("bank_", "head_")
+    ARRAYS: ClassVar[Mapping[str, str]] = {"bank_": "float rows width", "head_": "float classes width+1"}
 
     def fit(self, features: Array, labels: Array | None = None, head: Head | None = None) -> Detector:
         """As `Detector.fit`.

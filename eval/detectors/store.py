@@ -1,19 +1,21 @@
 """A fitted detector on disk: JSON and safetensors, each file under its hash. Nothing is unpickled.
 
-    detector.json          format, detector, parameters, threshold, versions; size and SHA-256 of each other
-                           file, and the SHA-256 of this manifest's own content
+    detector.json          format, detector, parameters, threshold, versions; how the search index is made, only where
+                           search is not exact; size and SHA-256 of the other file, and the SHA-256 of this manifest's
+                           own content
     detector.safetensors   the fitted arrays
-    detector.faiss         the search index, only where search is not exact
 
 Written streaming and read back memory-mapped if asked, so that a bank larger than memory can be saved and
 used.
-The hashes find damage, not malice: who can write the folder can write the hashes too.
+The hashes find damage, not malice: who can write the folder can write the hashes too. So every value is looked at as
+well (`gradmix.ssl.runs.documents`, `gradmix.eval.detectors.saved`).
 """
 
 import json
 import platform
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import faiss
 import numpy as np
@@ -21,27 +23,47 @@ import torch
 
 from gradmix.eval.features.array_file import DTYPES, Arrays, map_arrays, write_arrays
 from gradmix.eval.features.arrays import blocks
-from gradmix.ssl.runs.files import hash_file, hash_json, write_atomically, write_text
+from gradmix.eval.features.search import SavedIndex
+from gradmix.ssl.keys import Key
+from gradmix.ssl.runs.documents import as_schema, read_document
+from gradmix.ssl.runs.files import hash_file, hash_json, write_text
 
 FORMAT = 1
-MANIFEST, TENSORS, INDEX = "detector.json", "detector.safetensors", "detector.faiss"
+MANIFEST, TENSORS = "detector.json", "detector.safetensors"
+ELDER = "detector.faiss"  # of earlier versions; FAISS can be made to open any file by what it reads
 
 
-def write(
-    folder: str | Path, manifest: dict[str, Any], arrays: dict[str, Any], index: faiss.Index | None = None
-) -> None:
-    """Write `arrays` (name -> numpy array, or anything with shape and dtype that is sliced by rows) and
-    index.
+@dataclass
+class Size:
+    bytes: Annotated[int, Key(at_least=0)]
+    sha256: str
+
+
+@dataclass
+class Manifest:
+    """``detector.json``."""
+
+    format: int
+    detector: str
+    parameters: dict[str, bool | int | float | str | None]
+    width: Annotated[int, Key(at_least=1, at_most=2**20)]
+    threshold: float | None
+    versions: dict[str, str]
+    files: dict[str, Size]
+    index: SavedIndex | None = None
+    accept: Annotated[float, Key(above=0, at_most=1)] | None = None  # with the scores of held-out images
+    per_class: bool = False
+
+
+def write(folder: str | Path, manifest: dict[str, Any], arrays: dict[str, Any]) -> None:
+    """Write `arrays` (name -> numpy array, or anything with shape and dtype that is sliced by rows).
 
     Each file appears whole or not at all. The manifest comes last: a save that was interrupted halfway over
     an older detector leaves hashes that don't match, which `read` refuses.
     """
     folder = Path(folder)
     _write_arrays(folder / TENSORS, arrays)
-    files = [TENSORS]
-    if index is not None:
-        write_atomically(folder / INDEX, lambda path: _write_index(path, index))
-        files.append(INDEX)
+    (folder / ELDER).unlink(missing_ok=True)
     manifest = {
         "format": FORMAT,
         **manifest,
@@ -51,16 +73,14 @@ def write(
             "torch": torch.__version__,
             "faiss": faiss.__version__,
         },
-        "files": {
-            name: {"bytes": (folder / name).stat().st_size, "sha256": hash_file(folder / name)} for name in files
-        },
+        "files": {TENSORS: {"bytes": (folder / TENSORS).stat().st_size, "sha256": hash_file(folder / TENSORS)}},
     }
     manifest["sha256"] = hash_json(manifest)
     text = json.dumps(manifest, indent=1, allow_nan=False) + "\n"
     write_text(folder / MANIFEST, text)
 
 
-def read_manifest(folder: str | Path) -> dict[str, Any]:
+def read_manifest(folder: str | Path) -> Manifest:
     """The manifest, its own hash and format checked.
 
     Raises:
@@ -70,20 +90,26 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     path = Path(folder) / MANIFEST
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no saved detector here")
+    said = read_document(path, dict[str, Any])
+    stated = said.pop("sha256", None)
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        stated = manifest.pop("sha256")
-    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path}: damaged, not a detector's manifest ({error})") from error
-    if stated != hash_json(manifest):
+        actual = hash_json(said)
+    except RecursionError:
+        raise ValueError(f"{path}: damaged, nested too deep") from None
+    if stated != actual:
         raise ValueError(f"{path}: damaged, its content doesn't match its hash")
-    if manifest["format"] != FORMAT:
-        raise ValueError(f"{path}: format {manifest['format']}, this version reads {FORMAT}")
+    if said.get("format") != FORMAT:
+        raise ValueError(f"{path}: format {said.get('format')!a:.40}, this version reads {FORMAT}")
+    manifest = as_schema(said, Manifest, str(path))
+    if ELDER in manifest.files:
+        raise ValueError(f"{path}: {ELDER} is of an earlier version and not read; gradmix-eval run=... writes it anew")
+    if set(manifest.files) != {TENSORS}:
+        raise ValueError(f"{path}: files: expected {TENSORS} alone, got {sorted(manifest.files)!a:.80}")
     return manifest
 
 
-def read(folder: str | Path, mmap: bool = False) -> tuple[dict[str, Any], dict[str, np.ndarray], faiss.Index | None]:
-    """Manifest, arrays by name, and FAISS index or None, everything checked against the hashes.
+def read(folder: str | Path, mmap: bool = False) -> tuple[Manifest, dict[str, np.ndarray]]:
+    """Manifest and arrays by name, everything checked against the hashes.
 
     Args:
         mmap: leave the arrays on disk (read once for the hash, then when used).
@@ -92,16 +118,14 @@ def read(folder: str | Path, mmap: bool = False) -> tuple[dict[str, Any], dict[s
         ValueError: a file is missing or doesn't match its hash; else as `read_manifest`.
     """
     folder = Path(folder)
-    manifest = read_manifest(folder)
-    for name, stated in manifest["files"].items():
-        path = folder / name
-        if not path.is_file():
-            raise ValueError(f"{path}: missing, the manifest lists it")
-        if path.stat().st_size != stated["bytes"] or hash_file(path) != stated["sha256"]:
-            raise ValueError(f"{path}: damaged, its content doesn't match the manifest's hash")
-    index = faiss.read_index(str(folder / INDEX)) if INDEX in manifest["files"] else None
-    arrays = map_arrays(folder / TENSORS, "r")[1]
-    return manifest, arrays if mmap else {name: np.array(array) for name, array in arrays.items()}, index
+    manifest, path = read_manifest(folder), folder / TENSORS
+    stated = manifest.files[TENSORS]
+    if not path.is_file():
+        raise ValueError(f"{path}: missing, the manifest lists it")
+    if path.stat().st_size != stated.bytes or hash_file(path) != stated.sha256:
+        raise ValueError(f"{path}: damaged, its content doesn't match the manifest's hash")
+    arrays = map_arrays(path, "r")[1]
+    return manifest, arrays if mmap else {name: np.array(array) for name, array in arrays.items()}
 
 
 def _write_arrays(path: Path, arrays: dict[str, Any]) -> None:
@@ -116,10 +140,3 @@ def _write_arrays(path: Path, arrays: dict[str, Any]) -> None:
                 into[rows] = arrays[name][rows]
 
     write_arrays(path, shapes, fill)
-
-
-def _write_index(path: Path, index: faiss.Index) -> None:
-    try:
-        faiss.write_index(index, str(path))
-    except RuntimeError as error:  # what FAISS makes of a full disk
-        raise OSError(str(error)) from error

@@ -1,6 +1,6 @@
 """Virtual-logit matching (Wang et al., arXiv 2203.10807)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -34,7 +34,13 @@ class ViM(Detector):
     dimension: int | None = None
 
     NAME: ClassVar[str] = "vim"
-    ARRAYS: ClassVar[tuple[str, ...]] = ("origin_", "residual_space_", "alpha_", "head_", "means_")
+    ARRAYS: ClassVar[Mapping[str, str]] = {
+        "origin_": "float width",
+        "residual_space_": "float width rest",
+        "alpha_": "float 1",
+        "head_": "float classes width+1",
+        "means_": "unit classes width",
+    }
     NEEDS_LABELS: ClassVar[bool] = False
 
     def fit(self, features: Array, labels: Array | None = None, head: Head | None = None) -> Detector:
@@ -48,6 +54,11 @@ class ViM(Detector):
             raise ValueError("labels: with a head they are needed, got None")
         self._given = head
         return super().fit(features, labels)
+
+    def absent(self) -> set[str]:
+        if self.classes_ is None:
+            return {"alpha_", "head_", "means_"}
+        return {"alpha_", "head_"} if self.means_ is not None else {"means_"}
 
     def _fit(self, features: np.ndarray, positions: np.ndarray | None) -> None:
         count, width = features.shape

@@ -1,16 +1,31 @@
 """Arrays in a safetensors file, written and read block by block through a memory map, whatever their size."""
 
 import json
+import math
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Any
 
 import numpy as np
 
+from gradmix.ssl.keys import Key
+from gradmix.ssl.runs.documents import as_schema, parse_json
 from gradmix.ssl.runs.files import write_atomically
 
 DTYPES = {"F64": np.dtype("<f8"), "F32": np.dtype("<f4"), "I64": np.dtype("<i8")}
 Arrays = dict[str, np.memmap]
+LARGEST_HEADER = 2**20
+
+
+@dataclass
+class Entry:
+    """What the header says of an array."""
+
+    dtype: Annotated[str, Key(choices=tuple(DTYPES))]
+    shape: list[Annotated[int, Key(at_least=0)]]
+    data_offsets: list[Annotated[int, Key(at_least=0)]]
 
 
 def write_arrays(
@@ -54,21 +69,27 @@ def map_arrays(path: Path, mode: str = "c") -> tuple[dict[str, str], Arrays]:
     """A file's metadata and arrays, mapped in a mode of ``np.memmap``: writing to "c" does not reach the file.
 
     Raises:
-        OSError, ValueError, KeyError, TypeError: missing or damaged.
+        OSError: missing.
+        ValueError: no regular file, or damaged: the header is none, or says something else than the file holds.
     """
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path}: no regular file")
     with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if length > path.stat().st_size:
+        size, length = os.fstat(file.fileno()).st_size, int.from_bytes(file.read(8), "little")
+        if length > min(size, LARGEST_HEADER):
             raise ValueError(f"{path}: damaged")
-        header = json.loads(file.read(length))
-    metadata = header.pop("__metadata__", {})
-    arrays = {
-        name: np.memmap(
-            path, DTYPES[entry["dtype"]], mode, 8 + length + entry["data_offsets"][0], tuple(entry["shape"])
-        )
-        for name, entry in header.items()
-    }
-    return metadata, arrays
+        header = parse_json(file.read(length), dict[str, dict[str, Any]], str(path))
+    metadata = as_schema(header.pop("__metadata__", {}), dict[str, str], str(path))
+    entries = as_schema(header, dict[str, Entry], str(path))
+    arrays, end = {}, 0
+    for name, entry in sorted(entries.items(), key=lambda item: item[1].data_offsets):
+        dtype = DTYPES[entry.dtype]
+        stop = end + dtype.itemsize * math.prod(entry.shape)
+        if entry.data_offsets != [end, stop] or 8 + length + stop > size or stop == end:
+            raise ValueError(f"{path}: damaged, {name!a} is not where its header says")
+        arrays[name] = np.memmap(path, dtype, mode, 8 + length + end, tuple(entry.shape))
+        end = stop
+    return metadata, {name: arrays[name] for name in entries}
 
 
 def _reserve(descriptor: int, size: int) -> None:

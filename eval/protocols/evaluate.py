@@ -11,11 +11,12 @@ from gradmix.eval.detectors.options import parse_detector
 from gradmix.eval.features.cache import image_hashes
 from gradmix.eval.protocols.measures import choose_measures, measure_all
 from gradmix.eval.protocols.subject import Subject, subject_of
+from gradmix.eval.runs.numbers import read_training
 from gradmix.eval.scoring.scorer import save_scorer
 from gradmix.ssl.config import Config
 from gradmix.ssl.data.open_set import OpenSetData
 from gradmix.ssl.machine import pick_device
-from gradmix.ssl.runs.files import read_json, write_json, write_tensors
+from gradmix.ssl.runs.files import write_json, write_tensors
 from gradmix.ssl.runs.folder import provenance
 
 
@@ -48,6 +49,8 @@ def evaluate(
     """
     out = run_dir if out is None else out
     asked = EvalConfig() if asked is None else asked
+    training = run_dir / "training.json"
+    said = read_training(training) if training.exists() else {}
     measures = choose_measures(config, asked, data)
     subject = subject_of(run_dir, out, config, data, device, asked, data.sets())
     if data.bad:
@@ -70,8 +73,7 @@ def evaluate(
         result["detector_options"] = dict(config.detector_options)
     if config.data.unknown_root is not None:
         result["data/unknown_root"] = config.data.unknown_root
-    training = run_dir / "training.json"
-    result |= (read_json(training) if training.is_file() else {}) | provenance()
+    result |= {key: value for key, value in said.items() if key not in result} | provenance()  # what is measured counts
     write_json(out / "metrics.json", result)
     return result
 

@@ -3,12 +3,11 @@
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from gradmix.eval import metrics
 from gradmix.eval.catalogue import match
+from gradmix.ssl.networks.weights import load_weights
 
 
 def compare(first: Path, second: Path) -> dict[str, metrics.Interval]:
@@ -30,7 +29,7 @@ def compare(first: Path, second: Path) -> dict[str, metrics.Interval]:
     differences = {}
     for key in ours:
         name, _, part = key.partition("/")
-        if part != "score" or key not in theirs:
+        if part != "score" or not {key, f"{name}/correct"} <= set(ours) & set(theirs):
             continue
         sides = [(run[key][known], run[key][~known]) for run in (theirs, ours)]
         correct = [run[f"{name}/correct"][known] for run in (theirs, ours)]
@@ -47,10 +46,16 @@ def load_scores(run: Path) -> dict[str, Tensor]:
     path = run / "features" / "scores.safetensors"
     if not path.is_file():
         raise ValueError(f"{run}: no scores of an open-set evaluation there; gradmix-eval run={run} writes them")
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: damaged ({error})") from error
+    scores = load_weights(path)
+    for name in ("labels", "images"):
+        if name not in scores:
+            raise ValueError(f"{path}: {name}: missing")
+    for name, tensor in scores.items():
+        if tensor.shape != scores["labels"].shape or tensor.ndim != 1:
+            raise ValueError(f"{path}: {name!a:.60}: expected one number for every test image")
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise ValueError(f"{path}: {name!a:.60}: non-finite values")
+    return scores
 
 
 def comparison_table(first: Path, second: Path, differences: dict[str, metrics.Interval]) -> str:

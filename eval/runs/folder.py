@@ -1,6 +1,5 @@
 """What a run's folder holds, read for people: numbers, curves, pictures, features, images. Anything may be missing."""
 
-import json
 import shlex
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -10,18 +9,20 @@ import numpy as np
 from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from gradmix.eval import detectors
 from gradmix.eval.detectors import PRIMARY, Detector
 from gradmix.eval.features.array_file import Arrays, map_arrays
+from gradmix.eval.features.arrays import check_features, check_labels
 from gradmix.eval.runs.foreign import ELSEWHERE
+from gradmix.eval.runs.numbers import read_metrics
+from gradmix.eval.scoring.scorer import read_about
 from gradmix.ssl.config import Config, flat, register_configs
 from gradmix.ssl.data.images import ImageSet
 from gradmix.ssl.data.open_set import OpenSetData, load_data
 from gradmix.ssl.keys import as_typed, keys_of
+from gradmix.ssl.networks.weights import load_weights
 from gradmix.ssl.runs.folder import read_config
 
 # Config groups: the option's name is the group's .name.
@@ -81,10 +82,7 @@ def read_run(path: Path, data: OpenSetData | None = None, images: bool = True) -
     config = read_config(path)
     if not (path / "metrics.json").is_file():
         raise ValueError(f"{path}: not evaluated yet, metrics.json is missing; gradmix-eval run={path} writes it")
-    try:
-        numbers = json.loads((path / "metrics.json").read_text())
-    except ValueError as error:
-        raise ValueError(f"{path / 'metrics.json'}: damaged ({error})") from error
+    numbers = read_metrics(path / "metrics.json")
     scalars, pictures = read_events(path / "tensorboard", images)
     names = [name for name in ("train", "held_out", "test") if (path / f"features/{name}.safetensors").is_file()]
     features = {name: _features(path / f"features/{name}.safetensors") for name in names}
@@ -100,6 +98,10 @@ def read_run(path: Path, data: OpenSetData | None = None, images: bool = True) -
         detector=detector,
         classes=_classes(path / "detector" / "scorer.json"),
     )
+    for name, saved in features.items():
+        top = int(saved["labels"].max())
+        if run.classes and top >= len(run.classes):
+            raise ValueError(f"{path}/features/{name}.safetensors: labels: {top}, of {len(run.classes)} classes")
     if images:
         run.images, run.why_no_images = find_images(run, data)
     return run
@@ -110,7 +112,16 @@ def read_events(folder: Path, images: bool = True) -> tuple[dict, list[tuple[int
     if not any(folder.glob("events.out.tfevents.*")):
         return {}, []
     keep = {"scalars": 0, "images": 0 if images else 1}  # 0: all of them
-    events = EventAccumulator(str(folder), size_guidance=keep).Reload()
+    for file in folder.glob("*tfevents*"):
+        if not file.is_file():
+            raise ValueError(f"{file}: no regular file")
+    try:
+        return _events(EventAccumulator(str(folder), size_guidance=keep).Reload(), images)
+    except Exception as error:  # TensorBoard has no base for what a damaged file raises
+        raise ValueError(f"{folder}: damaged ({type(error).__name__}: {error})") from error
+
+
+def _events(events: EventAccumulator, images: bool) -> tuple[dict, list[tuple[int, bytes]]]:
     tags = events.Tags()
     scalars = {}
     for tag in tags["scalars"]:
@@ -129,8 +140,9 @@ def read_scores(path: Path, features: dict, detector: Detector | None) -> dict[s
     if (path / "features/scores.safetensors").is_file():
         saved = _tensors(path / "features/scores.safetensors")
         names = [key.removesuffix("/score") for key in saved if key.endswith("/score")]
+        names = [name for name in names if f"{name}/correct" in saved]
         scores = {name: (saved[f"{name}/score"], saved[f"{name}/correct"].astype(bool)) for name in names}
-        if all(len(score) == len(labels) for score, _ in scores.values()):
+        if all(score.shape == right.shape == labels.shape for score, right in scores.values()):
             return dict(sorted(scores.items(), key=lambda item: (item[0] != PRIMARY, item[0] == "pixels", item[0])))
     if detector is None or detector.classes_ is None:
         return {}
@@ -189,28 +201,28 @@ def command(config: Config, changed: list[tuple[str, Any, Any]]) -> str:
 
 
 def _tensors(path: Path) -> dict[str, np.ndarray]:
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: damaged ({error})") from error
+    return {name: tensor.numpy() for name, tensor in load_weights(path).items()}
 
 
 def _features(path: Path) -> Arrays:
-    try:
-        return map_arrays(path)[1]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: damaged ({error})") from error
+    arrays = map_arrays(path)[1]
+    for name in ("features", "labels"):
+        if name not in arrays:
+            raise ValueError(f"{path}: {name}: missing")
+    features, labels = check_features(f"{path}: features", arrays["features"]), arrays["labels"]
+    check_labels(f"{path}: labels", labels, len(features))
+    return arrays
 
 
 def _detector(folder: Path) -> Detector | None:
     """The detector there, if it is the one that the report explains with: deep_knn on features."""
     try:
-        about = json.loads((folder / "scorer.json").read_text())
+        about = read_about(folder / "scorer.json")
         detector = detectors.load(folder, mmap=True)
     except (ValueError, OSError):
         return None
-    return detector if detector.NAME == PRIMARY and about.get("space", "features") == "features" else None
+    return detector if detector.NAME == PRIMARY and about.space == "features" else None
 
 
 def _classes(path: Path) -> list[str]:
-    return [str(name) for name in json.loads(path.read_text())["classes"]] if path.is_file() else []
+    return read_about(path).classes if path.is_file() else []

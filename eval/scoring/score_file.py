@@ -70,6 +70,22 @@ def write_scores(
     return tuple(counts.tolist())
 
 
+def check_replaceable(out: Path) -> None:
+    """
+    Raises:
+        ValueError: there is something at ``out`` that is no file of scores.
+    """
+    if not out.exists() or out.is_dir():  # a folder is spoken of where it is written to
+        return
+    beginnings = ",".join(COLUMNS).encode(), f'{{"{COLUMNS[0]}": '.encode()
+    if out.is_file():
+        with open(out, "rb") as file:
+            start = file.read(max(map(len, beginnings)))
+        if not start or any(start.startswith(beginning) for beginning in beginnings):
+            return
+    raise ValueError(f"out: {out} is there already and is no file of scores; give another name, or remove it")
+
+
 def scoring_key(scorer: Scorer, paths: Sequence[str], batch_size: int) -> str:
     """Eight digits that change with detector, threshold, batch size, device and images (name, size, time of change)."""
     calibration = scorer.detector.calibration_
@@ -164,6 +180,11 @@ def count(row: Mapping[str, Any]) -> np.ndarray:
     return np.array([1, row["prediction"] == UNKNOWN_NAME, bool(row["error"])])
 
 
+def _cell(value: Any) -> Any:
+    """Text that a spreadsheet would take for a formula gets an apostrophe before it, as spreadsheets mark text."""
+    return "'" + value if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
+
+
 def encode(rows: Sequence[Mapping[str, Any]], as_json: bool, header: bool, columns: Sequence[str] = COLUMNS) -> bytes:
     """Rows as they stand in the file."""
     text = io.StringIO(newline="")
@@ -173,5 +194,5 @@ def encode(rows: Sequence[Mapping[str, Any]], as_json: bool, header: bool, colum
         table = csv.DictWriter(text, columns)
         if header:
             table.writeheader()
-        table.writerows(rows)
+        table.writerows({name: _cell(value) for name, value in row.items()} for row in rows)
     return text.getvalue().encode("utf-8", "surrogateescape")  # a name that is no UTF-8: the bytes that it is

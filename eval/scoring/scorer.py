@@ -8,7 +8,6 @@ scorer.json                           class names, names of the training images,
 """
 
 import glob
-import json
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,11 +16,10 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TypeVar
+from typing import Annotated, Any, TypeVar
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -30,19 +28,34 @@ from gradmix.eval.detectors import DeepKNN, Detector
 from gradmix.eval.features.extraction import Model
 from gradmix.ssl.data.images import decode
 from gradmix.ssl.data.listing import list_images
+from gradmix.ssl.data.names import UNKNOWN_NAME, check_class_names
 from gradmix.ssl.data.open_set import OpenSetData
+from gradmix.ssl.keys import Key
 from gradmix.ssl.machine import usable_cpus
+from gradmix.ssl.runs.documents import as_schema, read_document
 from gradmix.ssl.runs.files import hash_file, hash_json, write_atomically, write_json, write_tensors
+from gradmix.ssl.runs.tensors import opened_tensors
 
-UNKNOWN_NAME = "unknown"  # what an unknown image is called, instead of a class
+LARGEST_LIST = 2**30  # bytes of scorer.json, which names every training image
 THUMBNAILS = "thumbnails.safetensors"
 THUMBNAIL_SIZE = 32
 T, R = TypeVar("T"), TypeVar("R")
 
 
+@dataclass
+class About:
+    """``scorer.json``."""
+
+    classes: list[str]
+    train_files: list[str] | None
+    files: dict[str, str]
+    sha256: str
+    space: Annotated[str, Key(choices=("features", "projections"))] = "features"  # what the detector looks at
+
+
 @dataclass(frozen=True)
 class Score:
-    """One scored image; the columns of ``scores.csv``.
+    """One scored image; the columns of ``scores.csv``, where text that a spreadsheet would run has a ' before it.
 
     Attributes:
         path: the file.
@@ -111,21 +124,49 @@ class Scorer:
             there = [*run.glob("detector/scorer.json"), *sorted(run.glob("detectors/*/scorer.json"))]
             hint = f"; did you mean {' or '.join(str(path.parent) for path in there)}?" if there else ""
             raise ValueError(f"detector: {folder} is not a detector's folder, scorer.json is missing{hint}")
-        about = _read_about(folder / "scorer.json")
-        for name, expected in about["files"].items():
+        about = read_about(folder / "scorer.json")
+        for name, expected in about.files.items():
             if not (folder / name).is_file():
                 raise ValueError(f"{folder / name}: missing")
             if hash_file(folder / name) != expected:
                 raise ValueError(f"{folder / name}: damaged, it does not match scorer.json's hash")
-        self.classes, self.train_files = about["classes"], about["train_files"]
+        self.classes, self.train_files, self.files = about.classes, about.train_files, about.files
         self.detector = detectors.load(folder)
         self.model = Model(folder, device)
         self.backbone, self.device = self.model.backbone, device
-        self.space = about.get("space", "features")
+        self.space = about.space
         if self.space == "projections" and self.model.head is None:
             raise ValueError(f"{folder / 'head.safetensors'}: missing, the detector looks at projections")
         self.folder = folder
-        self.sha256 = hash_json(about)
+        self.sha256 = about.sha256
+        self._check()
+
+    def _check(self) -> None:
+        """See that the files belong together: one class name and one training image for every one of the detector's."""
+        detector, where = self.detector, self.folder / "scorer.json"
+        head = self.model.head
+        width = self.backbone.num_features if self.space == "features" or head is None else head[-1].out_features
+        if detector.width_ != width:
+            wide = f"{self.space} {width} wide, the detector's are {detector.width_}"
+            raise ValueError(f"{self.folder / 'backbone.safetensors'}: {wide}")
+        if detector.classes_ is not None and detector.classes_[-1] >= len(self.classes):
+            last = f"the detector's last is number {detector.classes_[-1]}"
+            raise ValueError(f"{where}: classes: {len(self.classes)} names, {last}")
+        if not self.knows_images:
+            return
+        rows = len(detector.bank_)
+        if self.train_files is not None and len(self.train_files) != rows:
+            raise ValueError(f"{where}: train_files: {len(self.train_files)} names, the detector has {rows} images")
+        if self.train_files is None:
+            path = self.folder / THUMBNAILS
+            if THUMBNAILS not in self.files:
+                raise ValueError(f"{where}: files: {THUMBNAILS} is missing")
+            with opened_tensors(path) as file:
+                part = file.get_slice("images") if "images" in file.keys() else None
+                kind, shape = (None, []) if part is None else (part.get_dtype(), part.get_shape())
+            side = shape[-1] if shape else 0
+            if kind != "U8" or shape != [rows, 3, side, side] or not 1 <= side <= THUMBNAIL_SIZE:
+                raise ValueError(f"{path}: images: expected [{rows}, 3, S, S] bytes, S at most {THUMBNAIL_SIZE}")
 
     def score(self, paths: Sequence[str], batch_size: int = 256, progress: bool = False) -> Iterator[Score]:
         """Score image files one batch at a time, in order. Unreadable files get a row with the error.
@@ -190,8 +231,10 @@ class Scorer:
             ValueError: the file is gone or unreadable.
         """
         if self.train_files is not None:
+            if not Path(self.train_files[row]).is_file():
+                raise ValueError(f"{self.train_files[row]}: not a readable image (no such file)")
             return decode(self.train_files[row], self.backbone.image_size, self.backbone.fit)
-        with safe_open(self.folder / THUMBNAILS, "pt") as file:
+        with opened_tensors(self.folder / THUMBNAILS) as file:
             return file.get_slice("images")[row]
 
     def training_name(self, row: int) -> str:
@@ -261,15 +304,21 @@ def _shrink(images: Tensor) -> Tensor:
     return small.round().byte()
 
 
-def _read_about(path: Path) -> dict:
+def read_about(path: Path) -> About:
+    """
+    Raises:
+        ValueError: damaged, of another version, or a value makes no sense.
+    """
+    said = read_document(path, dict[str, Any], LARGEST_LIST)
     try:
-        about = json.loads(path.read_text())
-        expected = about.pop("sha256")
-        about["classes"], about["train_files"], about["files"].items()
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{path}: damaged, or of another version; gradmix-eval run=... writes the folder anew ({error!r})"
-        ) from error
-    if expected != hash_json(about):
+        about = as_schema(said, About, str(path))
+    except ValueError as error:
+        raise ValueError(f"{error}; gradmix-eval run=... writes the folder anew") from error
+    del said["sha256"]
+    if about.sha256 != hash_json(said):
         raise ValueError(f"{path}: damaged, its content does not match its hash")
+    names = {"backbone.safetensors", "detector.json", *(["head.safetensors"] if about.space == "projections" else [])}
+    if not names <= set(about.files) <= names | {THUMBNAILS}:
+        raise ValueError(f"{path}: files: expected {', '.join(sorted(names))}, got {sorted(about.files)!a:.80}")
+    check_class_names(about.classes, f"{path}: classes")
     return about

@@ -1,21 +1,25 @@
 """Encoders: torchvision's ResNets at any width, with SimCLR's stem for small images, and timm's networks."""
 
 import json
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 import numpy as np
+import torch
 from PIL.Image import Image, fromarray
-from safetensors import safe_open
 from torch import Tensor, nn
 from torchvision.models import resnet
 
 from gradmix.ssl.checks import check_values
 from gradmix.ssl.config import EncoderConfig
 from gradmix.ssl.data.images import IMAGENET, Constants, decode, normalize, to_square
+from gradmix.ssl.keys import Key
 from gradmix.ssl.networks.timm_encoders import PREFIX, check_timm, timm_encoder
 from gradmix.ssl.networks.weights import find_backbone, load_found, load_weights
 from gradmix.ssl.processes import is_first
+from gradmix.ssl.runs.documents import parse_json
+from gradmix.ssl.runs.tensors import read_header
 
 RESNETS: dict[str, tuple[type[resnet.BasicBlock | resnet.Bottleneck], list[int]]] = {
     "resnet18": (resnet.BasicBlock, [2, 2, 2, 2]),
@@ -211,12 +215,55 @@ def load_backbone(run: str | Path) -> Backbone:
     """
     path = Path(run).expanduser()
     path = path / "backbone.safetensors" if path.is_dir() else path
-    weights = load_weights(path)
-    with safe_open(path, "pt") as file:
-        metadata = (file.metadata() or {}).get("gradmix")
-    if metadata is None:
+    header = read_header(path)
+    if header.gradmix is None:
         raise ValueError(f"{path}: does not say which encoder it belongs to; it was not written by gradmix-pretrain")
-    described = json.loads(metadata)
-    encoder = build_encoder(described["encoder"], described["image_size"])
+    about = parse_json(header.gradmix, Header, f"{path}: header")
+    try:
+        described = {key: value for key, value in asdict(about.encoder).items() if value is not None}
+        check_encoder(EncoderConfig(**asdict(about.encoder)))
+        if not about.encoder.name.startswith(PREFIX):
+            with torch.device("meta"):  # nothing is allocated before the file is known to fill it
+                check_same_shapes(build_encoder(described, about.image_size), header.shapes)
+    except ValueError as error:
+        raise ValueError(f"{path}: header: {error}") from error
+    encoder = build_encoder(described, about.image_size)
+    weights = load_weights(path)
+    try:
+        check_same_shapes(encoder, header.shapes)
+    except ValueError as error:
+        raise ValueError(f"{path}: header: {error}") from error
+    wrong = [name for name, tensor in weights.items() if not tensor.isfinite().all()]
+    if wrong:
+        raise ValueError(f"{path}: {wrong[0]}: non-finite values")
     encoder.load_state_dict(weights)
-    return Backbone(encoder, described["image_size"], described.get("fit", "crop"))  # older files don't say
+    return Backbone(encoder, about.image_size, about.fit)
+
+
+@dataclass
+class Description:
+    """An encoder's ``description``."""
+
+    name: str
+    width: Annotated[int, Key(at_least=1, at_most=2**14)] | None = None
+    stem: str | None = None
+
+
+@dataclass
+class Header:
+    """What :func:`backbone_metadata` writes."""
+
+    encoder: Description
+    image_size: Annotated[int, Key(at_least=1, at_most=4096)]
+    fit: Annotated[str, Key(choices=("crop", "pad", "squash"))] = "crop"  # older files don't say
+
+
+def check_same_shapes(encoder: Encoder, shapes: dict[str, list[int]]) -> None:
+    """
+    Raises:
+        ValueError: the tensors of a file are not the encoder's, by name and shape.
+    """
+    ours = {name: list(tensor.shape) for name, tensor in encoder.state_dict().items()}
+    for name in sorted({*ours, *shapes}):
+        if ours.get(name) != shapes.get(name):
+            raise ValueError(f"the encoder's {name!a:.60} has shape {ours.get(name)}, the file's {shapes.get(name)}")

@@ -89,17 +89,6 @@ def _sync(folder: Path) -> None:
         os.close(descriptor)
 
 
-def read_json(path: Path) -> Any:
-    """
-    Raises:
-        ValueError: missing or damaged.
-    """
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: missing or damaged ({error})") from error
-
-
 def hash_file(path: Path) -> str:
     """SHA-256 of the content."""
     digest = hashlib.sha256()

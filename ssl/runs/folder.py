@@ -1,22 +1,24 @@
 """A run's folder: whose it is, what is in it, and what it was made with."""
 
-import json
 import shutil
 import subprocess
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from importlib.util import find_spec
+from io import StringIO
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from omegaconf import OmegaConf
-from safetensors import safe_open
 
-from gradmix.ssl.config import Config, flat
+from gradmix.ssl.checks import check_values
+from gradmix.ssl.config import Config, OptimizerConfig, flat
 from gradmix.ssl.keys import key_of
+from gradmix.ssl.runs.documents import read_yaml
 from gradmix.ssl.runs.files import write_text
+from gradmix.ssl.runs.tensors import read_header
 
 WORK = ("checkpoints/*.ckpt", "head.safetensors", "metrics*.json")  # some of it lies in every run that got anywhere
 
@@ -74,11 +76,20 @@ def read_config(run_dir: Path) -> Config:
     path = run_dir / "config.yaml"
     if not path.is_file():
         raise ValueError(f"{run_dir}: not a run's folder, config.yaml is missing")
+    text = read_yaml(path)
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path))
-        return cast(Config, OmegaConf.to_object(merged))
+        loaded = OmegaConf.load(StringIO(text))
+        for name, value in flat(cast(dict, OmegaConf.to_container(loaded, resolve=False))).items():
+            if any("${" in str(one) for one in (name, value)):
+                raise ValueError(f"{name}: ${{...}} is not filled in")
+        merged = OmegaConf.merge(OmegaConf.structured(Config), loaded)
+        config = cast(Config, OmegaConf.to_object(merged))
+        trained_here = config.optimizer.name != "unknown"
+        check_values(config if trained_here else replace(config, optimizer=OptimizerConfig("adam")))
     except Exception as error:  # yaml and omegaconf have no common base for what a damaged file raises
-        raise ValueError(f"{path}: not a config of this version ({str(error).splitlines()[0]})") from error
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ValueError(f"{path}: not a config of this version ({reason[:300]})") from error
+    return config
 
 
 def check_classes(run_dir: Path, classes: Sequence[str]) -> None:
@@ -87,8 +98,7 @@ def check_classes(run_dir: Path, classes: Sequence[str]) -> None:
     Raises:
         ValueError: classes are missing, extra, renamed or in another order; the message names them.
     """
-    with safe_open(run_dir / "backbone.safetensors", "pt") as file:
-        trained = json.loads((file.metadata() or {}).get("classes", "null"))
+    trained = read_header(run_dir / "backbone.safetensors").classes
     if trained is None or trained == list(classes):
         return
     missing = [name for name in trained if name not in classes]

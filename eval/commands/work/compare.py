@@ -4,8 +4,13 @@ from pathlib import Path
 
 from gradmix.eval.report.comparison import text, write_comparison
 from gradmix.eval.runs.groups import find_runs
+from gradmix.ssl.runs.outputs import check_output
 
 
 def run_compare(runs: list[str], out: Path) -> None:
-    print(text(write_comparison(find_runs(runs), out)))
+    found = find_runs(runs)
+    check_output("--out", out, folders=found)
+    if out.exists() and out.suffix not in (".html", ".htm"):
+        raise ValueError(f"--out: {out} is there already and is no page; give another name, or remove it")
+    print(text(write_comparison(found, out)))
     print(f"\n{out}: the curves")

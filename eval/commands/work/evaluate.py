@@ -16,10 +16,12 @@ from gradmix.eval.runs.export import export_backbone
 from gradmix.eval.runs.foreign import Foreign, adopt, check_transfer_classes, read_foreign, transfer
 from gradmix.eval.runs.groups import find_runs
 from gradmix.ssl.checks import check_root
+from gradmix.ssl.data.names import check_names
 from gradmix.ssl.data.open_set import load_data
 from gradmix.ssl.runs.files import remove_strays, replacing, write_json
 from gradmix.ssl.runs.folder import check_classes, check_free, read_config
 from gradmix.ssl.runs.lock import alone_in
+from gradmix.ssl.runs.outputs import check_output, folders_read
 
 
 def run_eval(config: EvalConfig) -> None:
@@ -45,6 +47,8 @@ def find_run(config: EvalConfig) -> tuple[Path, Path, list[str], Foreign | None]
     """The run's folder, that of the results, those of its splits (if any) in both, and a run that is none yet."""
     if (config.run is None) == (config.checkpoint is None):
         raise ValueError("run: missing; give run=DIR, or checkpoint=FILE with encoder=, data= and out=")
+    if config.out is not None:
+        check_out(config, Path(config.out).expanduser())
     foreign = read_foreign(config) if config.run is None else None
     if foreign is not None:
         check_free(Path(foreign[0].run_dir), foreign[0], "out")
@@ -53,6 +57,17 @@ def find_run(config: EvalConfig) -> tuple[Path, Path, list[str], Foreign | None]
     out = out if config.out is None else Path(config.out).expanduser()
     parts = [path.name for path in sorted(run_dir.glob("split-*"))] if not (run_dir / "config.yaml").exists() else []
     return run_dir, out, parts, foreign
+
+
+def check_out(config: EvalConfig, out: Path) -> None:
+    """
+    Raises:
+        ValueError: what would be written there is something that is read.
+    """
+    read = [name for name in (config.against, config.unknown_root, config.corruptions, config.root) if name is not None]
+    check_output("out", out, folders=[*(Path(name).expanduser() for name in read), *folders_read(config.data)])
+    if config.checkpoint is not None:
+        check_output("out", out / "backbone.safetensors", files=[Path(config.checkpoint).expanduser()])
 
 
 def measure_parts(
@@ -96,6 +111,7 @@ def eval_one(config: EvalConfig, run_dir: Path, out: Path, foreign: Foreign | No
     with alone_in(out, "run" if config.out is None else "out"):
         remove_strays(out)
         data = load_data(run.data, run.seed, look=True)
+        check_names(data.classes, data.train, data.held_out, data.test)
         if config.data.name:
             check_transfer_classes(run, data)
         else:

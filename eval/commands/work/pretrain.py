@@ -14,12 +14,16 @@ from gradmix.eval.report.comparison import write_comparison
 from gradmix.eval.report.summary import describe, over_splits, table
 from gradmix.eval.report.tensorboard import write_tensorboard
 from gradmix.eval.runs.groups import find_runs
+from gradmix.eval.runs.numbers import read_metrics
 from gradmix.ssl.config import Config
+from gradmix.ssl.data.names import check_names
 from gradmix.ssl.data.open_set import OpenSetData, load_data, splits_of
+from gradmix.ssl.machine import check_precision
 from gradmix.ssl.processes import is_first, world_size
-from gradmix.ssl.runs.files import read_json, remove_strays, replacing, write_json
+from gradmix.ssl.runs.files import remove_strays, replacing, write_json
 from gradmix.ssl.runs.folder import check_free, got_anywhere, read_config
 from gradmix.ssl.runs.lock import alone_in
+from gradmix.ssl.runs.outputs import check_output, folders_read
 from gradmix.ssl.train import check, train
 
 
@@ -39,6 +43,10 @@ def pretrain(config: Config) -> dict | None:
     """The run's numbers, or the mean of its splits'; None on all but the first process."""
     choose_measures(config)
     config.run_dir = str(Path(config.run_dir).expanduser())
+    check_output("run_dir", Path(config.run_dir), folders=folders_read(config.data))
+    if config.encoder.init is not None:
+        weights = Path(config.run_dir) / "backbone.safetensors"
+        check_output("run_dir", weights, files=[Path(config.encoder.init).expanduser()])
     if config.data.split != "all":
         return pretrain_one(config)
     results = []
@@ -57,6 +65,7 @@ def pretrain_one(config: Config) -> dict | None:
     """The run's numbers; None on all but the first process, which go on to the next run while it evaluates."""
     run_dir, first = Path(config.run_dir), is_first()
     check(config)
+    check_precision(config)
     with alone_in(run_dir):
         if config.data.image_size is None and got_anywhere(run_dir):  # chosen when the run began
             config = replace(config, data=replace(config.data, image_size=read_config(run_dir).data.image_size))
@@ -67,11 +76,12 @@ def pretrain_one(config: Config) -> dict | None:
             if not first:
                 return None
             print(f"{run_dir}: finished already; gradmix-eval run={run_dir} evaluates again")
-            return read_json(run_dir / "metrics.json")
+            return read_metrics(run_dir / "metrics.json")
         data = load_data(config.data, config.seed)
         config = replace(config, data=replace(config.data, image_size=data.train.size))
         if first:
             print(describe(config, data))
+        check_names(data.classes, data.train, data.held_out, data.test)
         choose_measures(config, data=data)
         if not (run_dir / "training.json").exists():
             train(config, data, watchers(data, config))

@@ -4,21 +4,26 @@ from pathlib import Path
 
 from gradmix.eval.config import ScoreConfig
 from gradmix.eval.detectors.calibration import DRIFT, discoveries, drift
-from gradmix.eval.scoring.score_file import add_discoveries, read_scores, write_scores
+from gradmix.eval.scoring.score_file import add_discoveries, check_replaceable, read_scores, write_scores
 from gradmix.eval.scoring.scorer import Scorer, find_images
 from gradmix.eval.scoring.sheets import write_sheets
 from gradmix.ssl.machine import pick_device
+from gradmix.ssl.runs.outputs import check_output
 
 
 def run_score(config: ScoreConfig) -> None:
     paths = find_images(config.images)
+    out, folder, images = (Path(name).expanduser() for name in (config.out, config.detector, config.images))
+    outputs = {"out": out} | ({} if config.explain is None else {"explain": Path(config.explain).expanduser()})
+    for key, path in outputs.items():
+        check_output(key, path, paths, [folder, *([images] if images.is_dir() else [])])
+    check_replaceable(out)
     scorer = Scorer(config.detector, pick_device(config.device))
     detector = scorer.detector
     if any(asked is not None for asked in (config.accept, config.per_class, config.false_discovery)):
         detector.accept(config.accept, config.per_class)
     if config.explain is not None:
         scorer.check_neighbours()
-    out = Path(config.out).expanduser()
     rows, unknown, unreadable = write_scores(scorer, paths, out, config.batch_size, progress=True)
     print(f"{out}: {rows} images, {unknown} unknown, {unreadable} unreadable")
     if detector.threshold is None:

@@ -1,0 +1,42 @@
+"""``metrics.json`` and ``training.json``: flat, and each number a number."""
+
+from pathlib import Path
+from typing import Any
+
+from gradmix.eval.catalogue import match
+from gradmix.ssl.runs.documents import as_schema, read_document
+
+Plain = bool | int | float | str | None
+WORDS = {"train/precision": str, "command": str, "checkpoint": str}  # the rest of training.json are numbers
+TREES = {"skipped": dict[str, str], "detector_options": dict[str, dict[str, Plain | list[Plain]]]}
+
+
+def read_metrics(path: Path) -> dict[str, Any]:
+    """What an evaluation found.
+
+    Raises:
+        ValueError: missing or damaged, or a number is none.
+    """
+    numbers = read_document(path, dict[str, Plain | dict[str, Any]])
+    for key, value in numbers.items():
+        schema: Any = TREES.get(key, Plain | dict[str, float | None])
+        if key not in WORDS and (match(key) is not None or key.startswith("train/")):
+            schema = dict[str, float | None] | None if key.endswith("/recall") else float
+        if key == "data/unknown_root":
+            schema = str | None
+        as_schema(value, schema, f"{path}: {key}")
+    return numbers
+
+
+def read_training(path: Path) -> dict[str, Any]:
+    """What the training says of itself; nothing in it is a result.
+
+    Raises:
+        ValueError: missing or damaged, or it says something else.
+    """
+    said = read_document(path, dict[str, float | str | None])
+    for key, value in said.items():
+        if key not in WORDS and not key.startswith("train/"):
+            raise ValueError(f"{path}: {key!a:.60}: a training measures no such number")
+        as_schema(value, WORDS.get(key, float | None), f"{path}: {key}")
+    return said

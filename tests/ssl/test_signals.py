@@ -1,0 +1,59 @@
+"""A closed terminal, and a person who presses Ctrl-C twice: what is saved, and what is said."""
+
+import signal
+
+import pytest
+import torch
+from pytorch_lightning import Callback
+
+from gradmix.ssl.callbacks import newest_checkpoint
+from gradmix.ssl.machine import check_precision
+from gradmix.ssl.train import train
+
+
+class Raise(Callback):
+    def __init__(self, step, *numbers):
+        self.step, self.numbers = step, numbers
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        if module.steps == self.step:
+            for number in self.numbers:
+                signal.raise_signal(number)
+
+
+def test_a_closed_terminal_saves(config, data, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        train(config(tmp_path), data, [Raise(2, signal.SIGHUP)])
+    assert stop.value.code == 128 + signal.SIGHUP
+    assert newest_checkpoint(tmp_path / "checkpoints")["step"] == 3
+    assert "stopped by SIGHUP, saved after step 3" in capsys.readouterr().err
+
+
+def test_what_nohup_ignores_stays_ignored(config, data, tmp_path):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        train(config(tmp_path, epochs=1), data, [Raise(2, signal.SIGHUP)])
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert (tmp_path / "training.json").exists()
+
+
+@pytest.mark.parametrize(("seconds", "kept"), [(0, "what is saved is step 2"), (1000, "nothing is saved yet")])
+def test_ctrl_c_twice_says_what_is_saved(seconds, kept, config, data, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        train(config(tmp_path, checkpoint_seconds=seconds), data, [Raise(2, signal.SIGINT, signal.SIGINT)])
+    assert stop.value.code == 130
+    assert f"stopped at once; {kept}; the same command goes on" in capsys.readouterr().err
+    assert (newest_checkpoint(tmp_path / "checkpoints") or {"step": None})["step"] == (2 if seconds == 0 else None)
+
+
+@pytest.mark.parametrize("precision", ["16-mixed", "16", 16])
+def test_float16_needs_a_gpu(precision, config, tmp_path):
+    settings = config(tmp_path)
+    settings.trainer["precision"] = precision
+    with pytest.raises(ValueError, match=f"trainer.precision: {precision} needs a GPU"):
+        check_precision(settings)
+    settings.trainer["precision"] = "bf16-mixed"
+    check_precision(settings)
+    assert not torch.cuda.is_available() or settings.trainer["accelerator"] == "cpu"

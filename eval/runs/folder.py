@@ -17,12 +17,13 @@ from gradmix.eval.features.array_file import Arrays, map_arrays
 from gradmix.eval.features.arrays import check_features, check_labels
 from gradmix.eval.runs.foreign import ELSEWHERE
 from gradmix.eval.runs.numbers import read_metrics
-from gradmix.eval.scoring.scorer import read_about
+from gradmix.eval.scoring.scorer import LARGEST_LIST
 from gradmix.ssl.config import Config, flat, register_configs
 from gradmix.ssl.data.images import ImageSet
 from gradmix.ssl.data.open_set import OpenSetData, load_data
 from gradmix.ssl.keys import as_typed, keys_of
 from gradmix.ssl.networks.weights import load_weights
+from gradmix.ssl.runs.documents import as_schema, read_document
 from gradmix.ssl.runs.folder import read_config
 
 # Config groups: the option's name is the group's .name.
@@ -225,4 +226,7 @@ def _detector(folder: Path) -> Detector | None:
 
 
 def _classes(path: Path) -> list[str]:
-    return read_about(path).classes if path.is_file() else []
+    if not path.exists():
+        return []
+    said = read_document(path, dict[str, Any], LARGEST_LIST)
+    return as_schema(said.get("classes"), list[str], f"{path}: classes")

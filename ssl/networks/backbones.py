@@ -221,8 +221,14 @@ def load_backbone(run: str | Path) -> Backbone:
     about = parse_json(header.gradmix, Header, f"{path}: header")
     try:
         described = {key: value for key, value in asdict(about.encoder).items() if value is not None}
-        check_encoder(EncoderConfig(**asdict(about.encoder)))
-        if not about.encoder.name.startswith(PREFIX):
+        check_encoder(EncoderConfig(about.encoder.name, about.encoder.width, about.encoder.stem))
+        if about.encoder.name.startswith(PREFIX):
+            for name in ("mean", "std"):
+                if len(described.get(name, ())) != 3:
+                    raise ValueError(f"{name}: expected one number for each of three channels")
+        else:
+            if {"mean", "std"} & set(described):
+                raise ValueError(f"encoder: {about.encoder.name} has no mean and std of its own")
             with torch.device("meta"):  # nothing is allocated before the file is known to fill it
                 check_same_shapes(build_encoder(described, about.image_size), header.shapes)
     except ValueError as error:
@@ -247,6 +253,8 @@ class Description:
     name: str
     width: Annotated[int, Key(at_least=1, at_most=2**14)] | None = None
     stem: str | None = None
+    mean: list[float] | None = None
+    std: list[Annotated[float, Key(above=0)]] | None = None
 
 
 @dataclass

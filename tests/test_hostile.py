@@ -197,9 +197,9 @@ def test_config_dir_of_a_stranger(place, text, flags, command, tmp_path):
 @pytest.mark.parametrize("flags", [(), ("--multirun",)], ids=["run", "multirun"])
 def test_a_harmless_config_dir(flags, command, tmp_path):
     """The control: so far the command gets with a file that only has values."""
-    write_config_dir(tmp_path / "conf", "data/mine.yaml", "data: {name: digits, root: '${method.name}'}", "")
-    result = command("pretrain", f"--config-dir={tmp_path / 'conf'}", *flags, *TINY, "data=mine", "data.split=77")
-    assert result.code == 2 and result.err.startswith("gradmix-pretrain: data.split: 77 does not exist"), result.err
+    write_config_dir(tmp_path / "conf", "data/mine.yaml", "data: {name: digits, split: '${mix.attribution_every}'}", "")
+    result = command("pretrain", f"--config-dir={tmp_path / 'conf'}", *flags, *TINY, "data=mine", "data.known=[77]")
+    assert result.code == 2 and result.err.startswith("gradmix-pretrain: data.known: 77 is no class"), result.err
 
 
 def test_the_evil_callback_runs_where_nobody_looks(command, tmp_path, monkeypatch):

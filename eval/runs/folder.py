@@ -218,11 +218,11 @@ def _features(path: Path) -> Arrays:
 def _detector(folder: Path) -> Detector | None:
     """The detector there, if it is the one that the report explains with: deep_knn on features."""
     try:
-        about = read_about(folder / "scorer.json")
+        said = read_document(folder / "scorer.json", dict[str, Any], LARGEST_LIST)
         detector = detectors.load(folder, mmap=True)
     except (ValueError, OSError):
         return None
-    return detector if detector.NAME == PRIMARY and about.space == "features" else None
+    return detector if detector.NAME == PRIMARY and said.get("space", "features") == "features" else None
 
 
 def _classes(path: Path) -> list[str]:

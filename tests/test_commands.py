@@ -142,7 +142,10 @@ def test_unreadable_files_get_a_row_and_the_exit_code_says_so(run, command, tmp_
 def test_scores_do_not_go_into_a_folder(run, command, tmp_path):
     images = digit_files(tmp_path / "photos", 2)
     result = command("score", f"detector={run / 'detector'}", f"images={images}", f"out={images}")
-    assert result.code == 2 and f"out: {images} is a folder; give a file, such as {images}/scores.csv" in result.err
+    assert result.code == 2 and "which is read; write it elsewhere" in result.err
+    (other := tmp_path / "other").mkdir()
+    result = command("score", f"detector={run / 'detector'}", f"images={images}", f"out={other}")
+    assert result.code == 2 and f"out: {other} is a folder" in result.err
 
 
 def test_load_gives_the_backbone(run):
@@ -261,7 +264,7 @@ def test_bad_runs_and_detectors_are_named(command, run, tmp_path):
     assert "not a run's folder" in command("eval", f"run={tmp_path}").err
     assert "run: missing" in command("eval").err
     assert "root: data=digits reads no folder" in command("eval", f"run={run}", "root=.").err
-    assert f"did you mean {run / 'detector'}?" in command("score", f"detector={run}", "images=/etc/hostname").err
+    assert f"did you mean {run / 'detector'}" in command("score", f"detector={run}", "images=/etc/hostname").err
     assert "names no image file" in command("score", f"detector={run / 'detector'}", "images=nothing*").err
     weights = run / "detector" / "backbone.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")

@@ -251,9 +251,10 @@ def test_tinyimagenet_c_layout(digits_run, command, tmp_path, everything):
     assert got["corruptions/snow/1/linear"] == got["corruptions/snow/4/linear"]
     assert 0.05 < got["corruptions/snow/5/linear"] < 0.4
 
+    (tmp_path / "empty").mkdir()
     for where, message in (
         ("nowhere", "nowhere is not a folder"),
-        (tmp_path, "is in no layout known here"),
+        (tmp_path / "empty", "is in no layout known here"),
     ):
         result = command("eval", f"run={digits_run}", f"corruptions={where}", "out=out")
         assert result.code == 2 and message in result.err and len(result.err.strip().splitlines()) == 1

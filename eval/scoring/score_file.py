@@ -77,7 +77,7 @@ def check_replaceable(out: Path) -> None:
     """
     if not out.exists() or out.is_dir():  # a folder is spoken of where it is written to
         return
-    beginnings = ",".join(COLUMNS).encode(), f'{{"{COLUMNS[0]}": '.encode()
+    beginnings = ",".join(COLUMNS[:4]).encode(), f'{{"{COLUMNS[0]}": '.encode()
     if out.is_file():
         with open(out, "rb") as file:
             start = file.read(max(map(len, beginnings)))

@@ -4,6 +4,7 @@ ResNet-18 of width 16 on TinyImageNet's images at 32 x 32, which is the study's 
 boxes are known. Weights are kept at some epochs, and at every step where the attribution peaks and what is hidden.
 """
 
+import json
 import os
 import statistics
 from pathlib import Path
@@ -24,7 +25,7 @@ from gradmix.ssl.data.loader import Batch
 from gradmix.ssl.data.open_set import OpenSetData, load_data
 from gradmix.ssl.networks.backbones import backbone_metadata
 from gradmix.ssl.pretrain import Pretraining
-from gradmix.ssl.runs.files import read_json, write_json
+from gradmix.ssl.runs.files import write_json
 from gradmix.ssl.train import train
 
 IMAGES = 60  # of each of 20 classes: 1,200 in all, as in the study
@@ -47,7 +48,7 @@ class Watch(EpochCallback):
         self.folder = folder
         self.epoch: list[dict[str, float]] = []
         path = folder / "watched.json"  # a training that was stopped goes on
-        self.watched: dict[str, dict[str, float]] = read_json(path) if path.exists() else {}
+        self.watched: dict[str, dict[str, float]] = json.loads(path.read_text()) if path.exists() else {}
 
     def on_train_start(self, trainer: Trainer, module: Pretraining) -> None:
         if not module.start:

@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -20,6 +21,7 @@ from gradmix.eval.scoring.scorer import UNKNOWN_NAME, Score, Scorer
 from gradmix.ssl.runs.files import put_in_place, write_atomically
 from gradmix.ssl.runs.lock import lock
 
+NUMBER = re.compile(r"[+-]\d+(\.\d+)?(e[+-]?\d+)?")  # of a row that was read back
 COLUMNS = [field.name for field in fields(Score)]
 
 
@@ -182,7 +184,9 @@ def count(row: Mapping[str, Any]) -> np.ndarray:
 
 def _cell(value: Any) -> Any:
     """Text that a spreadsheet would take for a formula gets an apostrophe before it, as spreadsheets mark text."""
-    return "'" + value if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
+    if not isinstance(value, str) or not value.startswith(("=", "+", "-", "@", "\t", "\r")):
+        return value
+    return value if NUMBER.fullmatch(value) else "'" + value
 
 
 def encode(rows: Sequence[Mapping[str, Any]], as_json: bool, header: bool, columns: Sequence[str] = COLUMNS) -> bytes:

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from gradmix.eval.config import ScoreConfig
-from gradmix.eval.detectors.calibration import DRIFT, discoveries, drift
+from gradmix.eval.detectors.calibration import DRIFT, FEWEST, discoveries, drift
 from gradmix.eval.scoring.score_file import add_discoveries, check_replaceable, read_scores, write_scores
 from gradmix.eval.scoring.scorer import Scorer, find_images
 from gradmix.eval.scoring.sheets import write_sheets
@@ -45,10 +45,11 @@ def summarise(scorer: Scorer, out: Path, false_discovery: float | None) -> None:
     if not calibration.enough:
         held_out = len(calibration.scores)
         print(f"{held_out} held-out images are too few to promise that {calibration.accept:g} are accepted")
-    distance, chance = drift(calibration.scores, scores)
-    alike = "not like" if chance < DRIFT else "like"
-    measured = f"Kolmogorov-Smirnov distance {distance:.2f}, p = {chance:.2g}"
-    print(f"drift: as a whole these images score {alike} the held-out known ones ({measured})")
+    if len(scores) >= FEWEST:
+        distance, chance = drift(calibration.scores, scores)
+        alike = "not like" if chance < DRIFT else "like"
+        measured = f"Kolmogorov-Smirnov distance {distance:.2f}, p = {chance:.2g}"
+        print(f"drift: as a whole these images score {alike} the held-out known ones ({measured})")
     if false_discovery is not None:
         limit = discoveries(p_values, false_discovery)
         add_discoveries(out, limit)

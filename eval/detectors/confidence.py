@@ -6,29 +6,16 @@ from typing import ClassVar
 
 import numpy as np
 
-from gradmix.eval.detectors.base import Detector
-from gradmix.eval.detectors.head import Head, check_head, fit_head, logits, logsumexp
-from gradmix.eval.features.arrays import Array
+from gradmix.eval.detectors.head import HeadDetector, logits, logsumexp
 
 
-class Confidence(Detector):
+class Confidence(HeadDetector):
     """A detector that looks at the logits of a linear head alone. The class is the head's."""
 
     ARRAYS: ClassVar[Mapping[str, str]] = {"head_": "float classes width+1"}
 
-    def fit(self, features: Array, labels: Array | None = None, head: Head | None = None) -> Detector:
-        """As `Detector.fit`.
-
-        Args:
-            head: `(weight [K, F], bias [K])` on these features, classes in the order of the sorted labels;
-                None fits a `LinearProbe` to the training features.
-        """
-        self._given = head
-        return super().fit(features, labels)
-
     def _fit(self, features: np.ndarray, positions: np.ndarray) -> None:
-        head = fit_head(features, positions, len(self.classes_)) if self._given is None else self._given
-        self.head_ = check_head(head, len(self.classes_), features.shape[1])
+        self.head_ = self._head(features, positions)
 
     def _assess(self, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         values = logits(self.head_, features)

@@ -4,6 +4,7 @@ import numpy as np
 import torch
 
 from gradmix.eval.classifiers.linear import LinearProbe
+from gradmix.eval.detectors.base import Detector
 from gradmix.eval.features.arrays import Array
 
 Head = tuple[Array, Array]  # weight [K, F] and bias [K] of a linear classifier
@@ -39,3 +40,23 @@ def fit_head(features: np.ndarray, positions: np.ndarray, classes: int) -> Head:
         return np.zeros((1, features.shape[1])), np.zeros(1)
     probe = LinearProbe().fit(features, positions)
     return probe.weight_, probe.bias_
+
+
+class HeadDetector(Detector):
+    """A detector that needs a linear head: the one that it is given, or a probe of its own."""
+
+    def fit(self, features: Array, labels: Array | None = None, head: Head | None = None) -> Detector:
+        """As `Detector.fit`.
+
+        Args:
+            head: `(weight [K, F], bias [K])` on these features, classes in the order of the sorted labels;
+                None fits a `LinearProbe` to the training features.
+        """
+        self._given = head
+        return super().fit(features, labels)
+
+    def _head(self, features: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """`[K, F + 1]`, see `check_head`."""
+        classes = len(self.classes_)
+        head = fit_head(features, positions, classes) if self._given is None else self._given
+        return check_head(head, classes, features.shape[1])

@@ -6,14 +6,13 @@ from typing import ClassVar
 
 import numpy as np
 
-from gradmix.eval.detectors.base import Detector
-from gradmix.eval.detectors.head import Head, check_head, fit_head, logits, logsumexp
-from gradmix.eval.features.arrays import Array, blocks, check_k
+from gradmix.eval.detectors.head import HeadDetector, logits, logsumexp
+from gradmix.eval.features.arrays import blocks, check_k
 from gradmix.eval.features.search import Neighbours
 
 
 @dataclass
-class NNGuide(Detector):
+class NNGuide(HeadDetector):
     """Score: minus energy(x) times the guidance of x.
 
     The energy is the logsumexp of a linear head's logits; the guidance is the mean of the k largest values of
@@ -32,22 +31,9 @@ class NNGuide(Detector):
     NAME: ClassVar[str] = "nnguide"
     ARRAYS: ClassVar[Mapping[str, str]] = {"bank_": "float rows width", "head_": "float classes width+1"}
 
-    def fit(self, features: Array, labels: Array | None = None, head: Head | None = None) -> Detector:
-        """As `Detector.fit`.
-
-        Args:
-            head: `(weight [K, F], bias [K])` on these features, classes in the order of the sorted labels;
-                None fits a `LinearProbe` to the training features.
-        """
-        self._given = head
-        return super().fit(features, labels)
-
     def _fit(self, features: np.ndarray, positions: np.ndarray) -> None:
         check_k(self.k, len(features))
-        head = self._given
-        if head is None:
-            head = fit_head(features, positions, len(self.classes_))
-        self.head_ = check_head(head, len(self.classes_), features.shape[1])
+        self.head_ = self._head(features, positions)
         energy = [logsumexp(logits(self.head_, features[rows])) for rows in blocks(features.shape)]
         self.bank_ = Neighbours(features, self.index, weight=np.concatenate(energy))
 

@@ -129,8 +129,8 @@ class Event:
 def gpu(monkeypatch):
     generator = torch.Generator
     monkeypatch.setattr(torch, "Generator", lambda device="cpu": GPUGenerator() if device == GPU else generator(device))
-    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: torch.get_rng_state())
-    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: torch.set_rng_state(state))
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device=GPU: torch.get_rng_state())
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device=GPU: torch.set_rng_state(state))
     monkeypatch.setattr(torch.cuda, "Event", Event)
     waits.clear()
     with PretendedGPU():

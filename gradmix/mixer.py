@@ -4,8 +4,8 @@ A batch holds two views of each of B images, view-major: view v of image i is ro
 A mixer gives every row a partner, the *other* view of *another* image, and says which fraction of the row's own
 pixels it kept.
 
-Nothing here should make the host wait for a GPU. Two habits keep it so: no ``torch.where`` with a Python number (it becomes
-a tensor on the host, whose copy to the device waits), and sizes multiplied as numbers, not as tensors.
+Nothing here should make the host wait for a GPU. Two habits keep it so: no ``torch.where`` with a Python number (it
+becomes a tensor on the host, whose copy to the device waits), and sizes multiplied as numbers, not as tensors.
 """
 
 from collections.abc import Callable, Iterable, Sequence

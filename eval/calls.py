@@ -183,7 +183,7 @@ def score(
     from gradmix.eval.scoring.sheets import write_sheets
     from gradmix.ssl.runs.files import write_atomically
 
-    items: list[Any] = find_images(config.images) if named else list(images)
+    items: list[Any] = find_images(config.images) if isinstance(images, str | Path) else list(images)
     scorer = Scorer(config.detector)
     rows = [
         replace(row, path=str(item) if isinstance(item, str | Path) else f"image {number}")

@@ -12,7 +12,7 @@ import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -39,7 +39,8 @@ from gradmix.ssl.runs.tensors import opened_tensors
 LARGEST_LIST = 2**30  # bytes of scorer.json, which names every training image
 THUMBNAILS = "thumbnails.safetensors"
 THUMBNAIL_SIZE = 32
-T, R = TypeVar("T"), TypeVar("R")
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 @dataclass
@@ -92,7 +93,7 @@ def save_scorer(folder: Path, detector: Detector, run_dir: Path, data: OpenSetDa
     train, shows = data.train, isinstance(detector, DeepKNN) and space == "features"
     if shows and train.files is None:
         small = train.size <= THUMBNAIL_SIZE
-        images = train.images if small else torch.cat([_shrink(part) for part in train.images.split(1024)])
+        images = train.pixels if small else torch.cat([_shrink(part) for part in train.pixels.split(1024)])
         write_tensors(folder / THUMBNAILS, {"images": images})
     else:
         (folder / THUMBNAILS).unlink(missing_ok=True)
@@ -144,17 +145,16 @@ class Scorer:
     def _check(self) -> None:
         """See that the files belong together: one class name and one training image for every one of the detector's."""
         detector, where = self.detector, self.folder / "scorer.json"
-        head = self.model.head
-        width = self.backbone.num_features if self.space == "features" or head is None else head[-1].out_features
+        width = self.model.widths[self.space]
         if detector.width_ != width:
             wide = f"{self.space} {width} wide, the detector's are {detector.width_}"
             raise ValueError(f"{self.folder / 'backbone.safetensors'}: {wide}")
         if detector.classes_ is not None and detector.classes_[-1] >= len(self.classes):
             last = f"the detector's last is number {detector.classes_[-1]}"
             raise ValueError(f"{where}: classes: {len(self.classes)} names, {last}")
-        if not self.knows_images:
+        if self.knn is None:
             return
-        rows = len(detector.bank_)
+        rows = len(self.knn.bank_)
         if self.train_files is not None and len(self.train_files) != rows:
             raise ValueError(f"{where}: train_files: {len(self.train_files)} names, the detector has {rows} images")
         if self.train_files is None:
@@ -184,7 +184,7 @@ class Scorer:
                 for batch, features in ahead(network, self._look_at, batches, 1):
                     scored = iter(() if features is None else self._score(features))
                     for path, image in zip(islice(names, len(batch)), batch, strict=True):
-                        yield Score(path, error=image) if isinstance(image, str) else next(scored)(path)
+                        yield Score(path, error=image) if isinstance(image, str) else replace(next(scored), path=path)
                     bar.update(len(batch))
         finally:
             for pool in (network, decoders):
@@ -197,30 +197,31 @@ class Scorer:
         Raises:
             ValueError: the detector knows no training images.
         """
-        self.check_neighbours()
-        similarity, rows = self.detector.neighbours(self.look(images), k)
+        similarity, rows = map(torch.as_tensor, self.check_neighbours().neighbours(self.look(images), k))
         return (2 - 2 * similarity).clamp(min=0).sqrt(), rows
 
     @property
-    def knows_images(self) -> bool:
-        """Whether it can say which training image is nearest: deep_knn on features."""
-        return isinstance(self.detector, DeepKNN) and self.space == "features"
+    def knn(self) -> DeepKNN | None:
+        """The detector, where it can say which training image is nearest: deep_knn on features."""
+        return self.detector if isinstance(self.detector, DeepKNN) and self.space == "features" else None
 
-    def check_neighbours(self) -> None:
-        """
+    def check_neighbours(self) -> DeepKNN:
+        """The detector, which knows the nearest training images.
+
         Raises:
             ValueError: the detector knows no training images.
         """
-        if not self.knows_images:
+        if self.knn is None:
             raise ValueError(
                 f"explain: {self.detector.NAME} knows no training images to show; deep_knn on features does"
             )
+        return self.knn
 
     @torch.inference_mode()
     def look(self, images: Tensor) -> Tensor:
         """What the detector looks at, of ``[N, 3, S, S]`` uint8: features or projections, on the CPU."""
         features = self.backbone(images.to(self.device))
-        if self.space == "projections":
+        if self.space == "projections" and self.model.head is not None:
             features = F.normalize(self.model.head(features), dim=1)
         return features.cpu()
 
@@ -241,8 +242,10 @@ class Scorer:
         return f"training image {row}" if self.train_files is None else self.train_files[row]
 
     def training_class(self, row: int) -> str:
-        positions = self.detector.positions_
-        return "" if positions is None else self.classes[int(self.detector.classes_[positions[row]])]
+        knn = self.check_neighbours()
+        if knn.classes_ is None or knn.positions_ is None:
+            return ""
+        return self.classes[int(knn.classes_[knn.positions_[row]])]
 
     def _decode(self, path: str) -> torch.Tensor | str:
         try:
@@ -255,19 +258,18 @@ class Scorer:
         readable = [image for image in batch if isinstance(image, Tensor)]
         return batch, self.look(torch.stack(readable)) if readable else None
 
-    def _score(self, features: Tensor) -> Iterator[Callable[[str], Score]]:
-        detector = self.detector
-        verdict, missing, nearest = detector.judge(features), [None] * len(features), [""] * len(features)
-        if self.knows_images:
-            nearest = [self.training_name(row) for row in detector.neighbours(features, 1)[1][:, 0].tolist()]
+    def _score(self, features: Tensor) -> Iterator[Score]:
+        """Of each image, without its path."""
+        verdict, missing, nearest = self.detector.judge(features), [None] * len(features), [""] * len(features)
+        if self.knn is not None:
+            nearest = [self.training_name(row) for row in self.knn.neighbours(features, 1)[1][:, 0].tolist()]
         columns = (missing if column is None else column.tolist() for column in verdict)
         for score, label, threshold, p_value, near in zip(*columns, nearest, strict=True):
             prediction = "" if label is None else self.classes[int(label)]
             if threshold is not None and score > threshold:
                 prediction = UNKNOWN_NAME
             margin = None if threshold is None else score - threshold
-            seen = score, prediction, margin, p_value, near
-            yield lambda path, seen=seen: Score(path, *seen)
+            yield Score("", score, prediction, margin, p_value, near)
 
 
 def ahead(pool: Executor, function: Callable[[T], R], items: Iterable[T], count: int) -> Iterator[R]:

@@ -25,8 +25,9 @@ def write_sheets(scorer: Scorer, paths: Sequence[str], folder: Path, limit: int 
     Returns:
         Numbers of images and of sheets.
     """
-    k = min(k, scorer.detector.bank_.shape[0])
-    rows, shown, sheets = [], 0, 0
+    k = min(k, len(scorer.check_neighbours().bank_))
+    rows: list[list[Image.Image]] = []
+    shown = sheets = 0
     for score in scorer.score(paths, batch_size=PER_PAGE):
         if not score.error:
             rows.append(_row(scorer, score, k))

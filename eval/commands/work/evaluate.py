@@ -49,10 +49,12 @@ def find_run(config: EvalConfig) -> tuple[Path, Path, list[str], Foreign | None]
         raise ValueError("run: missing; give run=DIR, or checkpoint=FILE with encoder=, data= and out=")
     if config.out is not None:
         check_out(config, Path(config.out).expanduser())
-    foreign = read_foreign(config) if config.run is None else None
-    if foreign is not None:
-        check_free(Path(foreign[0].run_dir), foreign[0], "out")
-    run_dir = Path(config.run if foreign is None else foreign[0].run_dir).expanduser()
+    if config.run is not None:
+        foreign, run_dir = None, Path(config.run).expanduser()
+    else:
+        foreign = read_foreign(config)
+        run_dir = Path(foreign[0].run_dir).expanduser()
+        check_free(run_dir, foreign[0], "out")
     out = run_dir / f"transfer-{config.data.name}" if config.run and config.data.name else run_dir
     out = out if config.out is None else Path(config.out).expanduser()
     parts = [path.name for path in sorted(run_dir.glob("split-*"))] if not (run_dir / "config.yaml").exists() else []

@@ -49,13 +49,14 @@ def pretrain(config: Config) -> dict | None:
         check_output("run_dir", weights, files=[Path(config.encoder.init).expanduser()])
     if config.data.split != "all":
         return pretrain_one(config)
-    results = []
+    results: list[dict | None] = []
     for split in range(len(splits_of(config.data))):
         one = replace(config, data=replace(config.data, split=split), run_dir=f"{config.run_dir}/split-{split}")
         results.append(pretrain_one(one))
-    if None in results:
+    finished = [result for result in results if result is not None]
+    if len(finished) < len(results):
         return None
-    summary, folder = over_splits(results), Path(config.run_dir)
+    summary, folder = over_splits(finished), Path(config.run_dir)
     write_json(folder / "metrics.json", summary)
     write_comparison(find_runs([folder]), folder / "report.html")
     return summary

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from sklearn.metrics import average_precision_score
 
 Scores = np.ndarray | torch.Tensor | Sequence[float]
 Rows = slice | np.ndarray
@@ -35,8 +36,6 @@ def aupr(known_scores: Scores, unknown_scores: Scores, positive: str = "unknown"
     scores = np.r_[known, unknown]
     if positive == "known":
         target, scores = 1 - target, -scores
-    from sklearn.metrics import average_precision_score  # only here: scoring needs no scikit-learn, which takes seconds
-
     return float(average_precision_score(target, scores))
 
 

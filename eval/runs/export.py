@@ -3,6 +3,7 @@
 import logging
 import warnings
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -41,10 +42,8 @@ def _safetensors(backbone: Backbone, path: Path) -> None:
 
 
 def _onnx(backbone: Backbone, path: Path) -> None:
-    try:
-        import onnxscript  # noqa: F401  what torch.onnx writes with
-    except ImportError as error:
-        raise ValueError("export: onnx needs two more packages, pip install 'gradmix[export]'") from error
+    if not find_spec("onnxscript"):  # what torch.onnx writes with
+        raise ValueError("export: onnx needs two more packages, pip install 'gradmix[export]'")
     if torch.__version__ < ONNX_TORCH:
         raise ValueError(f"export: onnx needs torch {ONNX_TORCH} or newer, this is {torch.__version__}")
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)

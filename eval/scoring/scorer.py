@@ -16,10 +16,12 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL.Image import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -29,16 +31,19 @@ from gradmix.eval.features.extraction import Model
 from gradmix.ssl.data.images import decode
 from gradmix.ssl.data.listing import list_images
 from gradmix.ssl.data.names import UNKNOWN_NAME, check_class_names
-from gradmix.ssl.data.open_set import OpenSetData
 from gradmix.ssl.keys import Key
 from gradmix.ssl.machine import usable_cpus
 from gradmix.ssl.runs.documents import as_schema, read_document
 from gradmix.ssl.runs.files import hash_file, hash_json, write_atomically, write_json, write_tensors
 from gradmix.ssl.runs.tensors import opened_tensors
 
+if TYPE_CHECKING:  # it reads data sets, for which it imports scikit-learn: seconds, and scoring needs none
+    from gradmix.ssl.data.open_set import OpenSetData
+
 LARGEST_LIST = 2**30  # bytes of scorer.json, which names every training image
 THUMBNAILS = "thumbnails.safetensors"
 THUMBNAIL_SIZE = 32
+Picture = str | Path | Image | np.ndarray  # a file; or an image, as Backbone.transform takes it
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -59,7 +64,7 @@ class Score:
     """One scored image; the columns of ``scores.csv``, where text that a spreadsheet would run has a ' before it.
 
     Attributes:
-        path: the file.
+        path: the file; of an image that is none, ``image`` and its number.
         score: higher is more unknown; None when the file could not be read.
         prediction: ``"unknown"`` above the threshold, else the class's name (``""`` where there are no classes).
         margin: score minus threshold; above 0 is unknown.
@@ -78,7 +83,7 @@ class Score:
     error: str = ""
 
 
-def save_scorer(folder: Path, detector: Detector, run_dir: Path, data: OpenSetData, space: str = "features") -> None:
+def save_scorer(folder: Path, detector: Detector, run_dir: Path, data: "OpenSetData", space: str = "features") -> None:
     """Write the folder that :class:`Scorer` loads.
 
     Args:
@@ -168,8 +173,8 @@ class Scorer:
             if kind != "U8" or shape != [rows, 3, side, side] or not 1 <= side <= THUMBNAIL_SIZE:
                 raise ValueError(f"{path}: images: expected [{rows}, 3, S, S] bytes, S at most {THUMBNAIL_SIZE}")
 
-    def score(self, paths: Sequence[str], batch_size: int = 256, progress: bool = False) -> Iterator[Score]:
-        """Score image files one batch at a time, in order. Unreadable files get a row with the error.
+    def score(self, images: Sequence[Picture], batch_size: int = 256, progress: bool = False) -> Iterator[Score]:
+        """Score images one batch at a time, in order. Unreadable files get a row with the error.
 
         While the detector looks at a batch, the network is at the next one, and the files of up to three more are
         decoded. How far they get changes no bit of a score.
@@ -177,10 +182,10 @@ class Scorer:
         hidden = None if progress else True  # None: where the output is no terminal
         decoders, network = ThreadPoolExecutor(usable_cpus()), ThreadPoolExecutor(1)
         try:
-            decoded = ahead(decoders, self._decode, paths, 2 * batch_size)
+            decoded = ahead(decoders, self._decode, images, 2 * batch_size)
             batches = iter(lambda: list(islice(decoded, batch_size)), [])
-            names = iter(paths)
-            with tqdm(total=len(paths), unit="image", disable=hidden) as bar:
+            names = (str(x) if isinstance(x, str | Path) else f"image {number}" for number, x in enumerate(images))
+            with tqdm(total=len(images), unit="image", disable=hidden) as bar:
                 for batch, features in ahead(network, self._look_at, batches, 1):
                     scored = iter(() if features is None else self._score(features))
                     for path, image in zip(islice(names, len(batch)), batch, strict=True):
@@ -247,9 +252,9 @@ class Scorer:
             return ""
         return self.classes[int(knn.classes_[knn.positions_[row]])]
 
-    def _decode(self, path: str) -> torch.Tensor | str:
+    def _decode(self, image: Picture) -> Tensor | str:
         try:
-            return self.backbone.transform(path)
+            return self.backbone.transform(image)
         except ValueError as error:
             return str(error)
 

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from sklearn.datasets import load_digits
 from torch import Tensor
+from torchvision import datasets
 
 from gradmix.registry import Registry
 from gradmix.ssl.config import DataConfig
@@ -38,8 +40,6 @@ class Source:
 
 def digits(config: DataConfig, seed: int) -> Source:
     """scikit-learn's 1,797 real handwritten digits, 8 x 8; a fixed third of each class is the test set."""
-    from sklearn.datasets import load_digits
-
     data = load_digits()
     images = from_array((data.images * (255 / 16)).round().astype(np.uint8), config.image_size)
     everything = ImageSet(torch.from_numpy(data.target).long(), images.shape[-1], images)
@@ -113,8 +113,6 @@ def tinyimagenet(config: DataConfig, seed: int) -> Source:
 
 def _torchvision(name: str) -> Callable[[DataConfig, int], Source]:
     def load(config: DataConfig, seed: int) -> Source:
-        from torchvision import datasets
-
         if config.root is not None and (Path(config.root).expanduser() / "train").is_dir():
             return imagefolder(config, seed)  # the same classes as folders of image files, in the same order
         kind = getattr(datasets, name)

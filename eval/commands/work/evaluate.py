@@ -43,6 +43,12 @@ def run_eval(config: EvalConfig) -> None:
     print(f"\n{path}: every number{over}")
 
 
+def evaluated(config: EvalConfig) -> tuple[Path, dict, str]:
+    """For :func:`gradmix.evaluate`: the folder of the results, the numbers, and the table of them."""
+    numbers, path = measure_parts(config, *find_run(config))
+    return path.parent, numbers, as_text(numbers, config)
+
+
 def find_run(config: EvalConfig) -> tuple[Path, Path, list[str], Foreign | None]:
     """The run's folder, that of the results, those of its splits (if any) in both, and a run that is none yet."""
     if (config.run is None) == (config.checkpoint is None):

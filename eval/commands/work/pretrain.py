@@ -39,6 +39,14 @@ def run_pretrain(config: Config) -> None:
         print(f"\n{over}; {config.run_dir}: report.html, and the runs in split-*")
 
 
+def trained(config: Config) -> tuple[Path, dict, str]:
+    """For :func:`gradmix.pretrain`: the run's folder, its numbers, and the table of them."""
+    numbers = pretrain(config)
+    if numbers is None:
+        raise RuntimeError("only the first process of a distributed run has its numbers")
+    return Path(config.run_dir), numbers, table(numbers)
+
+
 def pretrain(config: Config) -> dict | None:
     """The run's numbers, or the mean of its splits'; None on all but the first process."""
     choose_measures(config)

@@ -141,8 +141,18 @@ def upright(image: Image.Image) -> Image.Image:
 
 
 def rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16 bit: convert("RGB") would clip everything above 255
+    """To 8 bits of red, green and blue; 16 bits and fractions are scaled, where ``convert("RGB")`` would clip them.
+
+    Raises:
+        ValueError: the pixels are fractions, and not all of them between 0 and 1.
+    """
+    if image.mode.startswith("I"):  # 16 bits, see opened_image
         image = Image.fromarray((np.asarray(image) // 257).clip(0, 255).astype(np.uint8))
+    elif image.mode == "F":
+        pixels = np.asarray(image)
+        if not 0 <= pixels.min() <= pixels.max() <= 1:  # nor where one is not a number
+            raise ValueError(f"pixels from {pixels.min():g} to {pixels.max():g}; floats go from 0 to 1")
+        image = Image.fromarray((pixels * 255).round().astype(np.uint8))
     return image if image.mode == "RGB" else image.convert("RGB")
 
 

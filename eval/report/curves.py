@@ -14,6 +14,7 @@ WATCHED = tuple(metric.key for metric in (*SESSION, *QUALITY) if metric.key not 
 
 
 def training(run: Run) -> Section:
+    """What was logged while training, against the step."""
     charts, why = [], ""
     if not run.scalars:
         why = "There are no TensorBoard events in this folder."
@@ -33,6 +34,7 @@ def training(run: Run) -> Section:
 
 
 def open_set(run: Run) -> Section:
+    """How far scores tell unknown from known test images: ROC, OSCR, precision and recall, a histogram."""
     known = run.features["test"]["labels"] >= 0 if "test" in run.features else np.zeros(0, bool)
     name, heading = "curves", "Unknown against known"
     if not run.scores:

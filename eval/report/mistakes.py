@@ -16,6 +16,7 @@ NEAREST = 3
 
 
 def confusion(run: Run) -> Section:
+    """Which test classes are taken for which: a table, or of more than ``WIDEST`` classes a picture."""
     name, title, detector = "confusion", "Confusion", run.detector
     if "test" not in run.features or detector is None or detector.classes_ is None:
         return Section(name, title, render("confusion.html", why="There are no classes to confuse."))
@@ -39,6 +40,7 @@ def confusion(run: Run) -> Section:
 
 
 def mistakes(run: Run) -> Section:
+    """The mistakes that the detector is surest of, beside the nearest training images."""
     name, title, detector = "mistakes", "Surest mistakes", run.detector
     if "test" not in run.features or detector is None or detector.classes_ is None:
         why = "There are no classes, so there are no mistakes to show."

@@ -14,6 +14,7 @@ CLASSES = 25  # whose recall is shown
 
 
 def numbers(run: Run) -> Section:
+    """The numbers of metrics.json, each with what it means."""
     found = run.numbers
     accuracy, auroc = KNOWN[0], OPEN_SET[0]
     classifiers = [

@@ -25,6 +25,7 @@ class Chart(NamedTuple):
 
 
 def percent(value: float) -> str:
+    """A share as text, in per cent."""
     return f"{100 * value:.2f}"
 
 

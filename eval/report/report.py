@@ -58,6 +58,7 @@ def write_report(run_dir: Path, data: OpenSetData | None = None) -> Path:
 
 
 def what_was_run(run: Run) -> Section:
+    """The run's settings, data, hardware and versions, and the command that makes it again."""
     config, found = run.config, run.numbers
     changed = differences(config)
     counts = {"train": "training", "held_out": "held-out", "test": "test"}
@@ -93,6 +94,7 @@ def what_was_run(run: Run) -> Section:
 
 
 def mixing(run: Run) -> Section:
+    """Mixed images from the beginning, the middle and the end of the training."""
     name, title = "mixing", "Mixing"
     if not run.pictures:
         nothing = run.config.mix.name == "none"

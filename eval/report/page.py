@@ -40,6 +40,11 @@ def render(name: str, **values: Any) -> Markup:
     return Markup(TEMPLATES.get_template(name).render(values))
 
 
+def section(name: str, title: str, **values: Any) -> Section:
+    """A part of a page, of the template of its name."""
+    return Section(name, title, render(f"{name}.html", **values))
+
+
 def page(name: str, title: str, **values: Any) -> str:
     """A whole page that loads nothing: its style and its script are inside."""
     style, script = (Markup((HERE / file).read_text()) for file in ("page.css", "map.js"))

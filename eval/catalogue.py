@@ -72,6 +72,7 @@ class Metric:
 
     @property
     def arrow(self) -> str:
+        """Which way is better: ↑, ↓, or nothing."""
         return {"higher": "↑", "lower": "↓", "": ""}[self.better]
 
     def at(self, subject: str) -> str:

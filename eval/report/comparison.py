@@ -186,6 +186,7 @@ def _link(run: Run, folder: Path) -> str:
 
 
 def mean(values: list[float], scale: float) -> str:
+    """Mean and sample standard deviation of a group's values, scaled, as text."""
     if not values:
         return "–"
     digits = _digits(float(np.mean(values)), scale)

@@ -109,7 +109,11 @@ def read_run(path: Path, data: OpenSetData | None = None, images: bool = True) -
 
 
 def read_events(folder: Path, images: bool = True) -> tuple[dict, list[tuple[int, bytes]]]:
-    """TensorBoard's scalars and ``mixing`` pictures; where a resumed run wrote a step twice, the later one."""
+    """TensorBoard's scalars and ``mixing`` pictures; where a resumed run wrote a step twice, the later one.
+
+    Raises:
+        ValueError: damaged.
+    """
     if not any(folder.glob("events.out.tfevents.*")):
         return {}, []
     keep = {"scalars": 0, "images": 0 if images else 1}  # 0: all of them

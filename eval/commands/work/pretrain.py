@@ -21,13 +21,18 @@ from gradmix.ssl.data.open_set import OpenSetData, load_data, splits_of
 from gradmix.ssl.machine import check_precision
 from gradmix.ssl.processes import is_first, world_size
 from gradmix.ssl.runs.files import remove_strays, replacing, write_json
-from gradmix.ssl.runs.folder import check_free, got_anywhere, read_config
+from gradmix.ssl.runs.folder import check_free, has_begun, read_config
 from gradmix.ssl.runs.lock import alone_in
 from gradmix.ssl.runs.outputs import check_output, folders_read
 from gradmix.ssl.train import check, train
 
 
 def run_pretrain(config: Config) -> None:
+    """Train and evaluate, and print the numbers.
+
+    Raises:
+        ValueError: bad input, in one line.
+    """
     result = pretrain(config)
     if result is None:
         return
@@ -40,7 +45,11 @@ def run_pretrain(config: Config) -> None:
 
 
 def trained(config: Config) -> tuple[Path, dict, str]:
-    """For :func:`gradmix.pretrain`: the run's folder, its numbers, and the table of them."""
+    """For :func:`gradmix.pretrain`: the run's folder, its numbers, and the table of them.
+
+    Raises:
+        RuntimeError: this is not the first process of a distributed run, which alone has the numbers.
+    """
     numbers = pretrain(config)
     if numbers is None:
         raise RuntimeError("only the first process of a distributed run has its numbers")
@@ -76,7 +85,7 @@ def pretrain_one(config: Config) -> dict | None:
     check(config)
     check_precision(config)
     with alone_in(run_dir):
-        if config.data.image_size is None and got_anywhere(run_dir):  # chosen when the run began
+        if config.data.image_size is None and has_begun(run_dir):  # chosen when the run began
             config = replace(config, data=replace(config.data, image_size=read_config(run_dir).data.image_size))
         check_free(run_dir, config)  # before anything is written there
         if first:

@@ -15,6 +15,11 @@ from gradmix.ssl.runs.outputs import check_output
 
 
 def run_score(config: ScoreConfig) -> None:
+    """Score image files into a file, and print what there is to say of them as a whole.
+
+    Raises:
+        ValueError: bad input, in one line; or some of the images can't be read, and the others are scored.
+    """
     paths = find_images(config.images)
     out, folder, images = (Path(name).expanduser() for name in (config.out, config.detector, config.images))
     outputs = {"out": out} | ({} if config.explain is None else {"explain": Path(config.explain).expanduser()})

@@ -28,7 +28,7 @@ HYDRA_FLAGS = (
 )
 
 
-def run_command(name: str, summary: str, schema: type, run: Callable) -> None:
+def run_command(name: str, summary: str, schema: type, run: Callable[..., object]) -> None:
     """Compose the config, check its values and call ``run`` with it.
 
     Bad input: one line, exit code 2; --debug shows the traceback.

@@ -2,6 +2,7 @@
 
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 from gradmix.eval.config import EvalConfig
 from gradmix.eval.protocols.evaluate import device_of, evaluate
@@ -48,7 +49,7 @@ def run_eval(config: EvalConfig) -> None:
     print(f"\n{path}: every number{over}")
 
 
-def evaluated(config: EvalConfig) -> tuple[Path, dict, str]:
+def evaluated(config: EvalConfig) -> tuple[Path, dict[str, Any], str]:
     """For :func:`gradmix.evaluate`: the folder of the results, the numbers, and the table of them."""
     numbers, path = measure_parts(config, *find_run(config))
     return path.parent, numbers, as_text(numbers, config)
@@ -89,7 +90,7 @@ def check_out(config: EvalConfig, out: Path) -> None:
 
 def measure_parts(
     config: EvalConfig, run_dir: Path, out: Path, parts: list[str], foreign: Foreign | None
-) -> tuple[dict, Path]:
+) -> tuple[dict[str, Any], Path]:
     """Evaluate a run, or those of its splits: the numbers, or their mean, and the file that they are in."""
     path = out / ("metrics.json" if config.corruptions is None else "metrics_corruptions.json")
     results = [eval_one(config, run_dir / part, out / part, foreign) for part in parts or [""]]
@@ -101,12 +102,12 @@ def measure_parts(
     return result, path
 
 
-def as_text(result: dict, config: EvalConfig) -> str:
+def as_text(result: dict[str, Any], config: EvalConfig) -> str:
     """The numbers as the terminal shows them."""
     return table(result) if config.corruptions is None else corruption_table(result)
 
 
-def eval_one(config: EvalConfig, run_dir: Path, out: Path, foreign: Foreign | None = None) -> dict:
+def eval_one(config: EvalConfig, run_dir: Path, out: Path, foreign: Foreign | None = None) -> dict[str, Any]:
     """
     Args:
         foreign: what is to become the run in ``run_dir``, once everything that can be checked was checked.

@@ -154,14 +154,14 @@ def _quoted(schema: type, argument: str) -> str:
     survive it. Any argument of Lightning's Trainer may be given, also one that configs/pretrain.yaml does not list."""
     key, equals, value = argument.partition("=")
     if equals and _is_path(schema, key.lstrip("+")) and not value.startswith(("'", '"')) and value != "null":
-        return f"{key}={_quote(value)}"
+        return f"{key}={quote(value)}"
     if key == "data.known" and value.startswith("[") and not {"'", '"'} & set(value):
         names = r"(?<=[\[,])(?!\d+[\],])[^\[\],]+"  # but no indices
-        return "data.known=" + re.sub(names, lambda name: _quote(name[0].strip()), value)
+        return "data.known=" + re.sub(names, lambda name: quote(name[0].strip()), value)
     if equals and key.startswith(tuple(f"{name}." for name, about in keys_of(schema).items() if about.is_dict)):
         return "++" + argument
     return argument
 
 
-def _quote(value: str) -> str:
+def quote(value: str) -> str:
     return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"

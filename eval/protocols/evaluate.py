@@ -98,7 +98,8 @@ def save_detectors(out: Path, run_dir: Path, subject: Subject) -> None:
                 raise ValueError(f"primary: {entry} can't be had, {why}")
             continue
         folder = out / "detector" if key == chosen else out / "detectors" / key
-        save_scorer(folder, subject.detector(kind.NAME, space), run_dir, subject.data, space)
+        detector = subject.detector(kind.NAME, space)
+        save_scorer(folder, detector, run_dir, subject.data, space, out / "features")
 
 
 def device_of(config: Config, asked: str = "auto") -> str:

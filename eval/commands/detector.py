@@ -7,12 +7,13 @@ from gradmix.eval.commands import later
 from gradmix.eval.commands.command_line import quote, run_command
 from gradmix.eval.config import DetectorConfig
 
-ACTIONS = ("info", "add", "remove")
-SUMMARY = """look into a saved detector, or make one with more images or a class less.
+ACTIONS = ("info", "add", "remove", "export")
+SUMMARY = """look into a saved detector, make one with more images or a class less, or an ONNX file.
 
 gradmix-detector info DETECTOR
 gradmix-detector add DETECTOR images=FOLDER class=NAME out=NEW
-gradmix-detector remove DETECTOR class=NAME out=NEW"""
+gradmix-detector remove DETECTOR class=NAME out=NEW
+gradmix-detector export DETECTOR out=scorer.onnx"""
 
 
 def main() -> None:

@@ -2,9 +2,11 @@
 
 import logging
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from gradmix.ssl.networks.backbones import Backbone, load_backbone
 from gradmix.ssl.runs.files import write_atomically, write_tensors
@@ -40,6 +42,17 @@ def _safetensors(backbone: Backbone, path: Path) -> None:
 
 
 def _onnx(backbone: Backbone, path: Path) -> None:
+    write_onnx(backbone, backbone.image_size, ["features"], path)
+
+
+def write_onnx(
+    model: nn.Module, side: int, outputs: list[str], path: Path, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a module that takes ``images`` float32 ``[N, 3, side, side]``, any N, as ONNX.
+
+    Raises:
+        ValueError: a package that ONNX needs is missing, or too old.
+    """
     try:
         import onnxscript  # noqa: F401  what torch.onnx writes with
     except ImportError as error:
@@ -47,23 +60,24 @@ def _onnx(backbone: Backbone, path: Path) -> None:
     if torch.__version__ < ONNX_TORCH:
         raise ValueError(f"export: onnx needs torch {ONNX_TORCH} or newer, this is {torch.__version__}")
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    names = {"input_names": ["images"], "output_names": ["features"]}
+    names = {"input_names": ["images"], "output_names": outputs}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecations inside torch's own exporter
         program = torch.onnx.export(
-            backbone, (_example(backbone),), **names, dynamo=True, verbose=False, dynamic_shapes=_any_batch()
+            model, (_example(side),), **names, dynamo=True, verbose=False, dynamic_shapes=_any_batch()
         )
+        program.model.metadata_props.update(metadata or {})
         program.save(path)
 
 
 def _torch_export(backbone: Backbone, path: Path) -> None:
-    program = torch.export.export(backbone, (_example(backbone),), dynamic_shapes=_any_batch())
+    program = torch.export.export(backbone, (_example(backbone.image_size),), dynamic_shapes=_any_batch())
     with open(path, "wb") as file:
         torch.export.save(program, file)
 
 
-def _example(backbone: Backbone) -> torch.Tensor:
-    return torch.zeros(2, 3, backbone.image_size, backbone.image_size)
+def _example(side: int) -> torch.Tensor:
+    return torch.zeros(2, 3, side, side)
 
 
 def _any_batch() -> dict:

@@ -7,14 +7,15 @@ import numpy as np
 
 from gradmix.eval.config import DetectorConfig
 from gradmix.eval.detectors.store import read_manifest
+from gradmix.eval.runs.portable import export_scorer
 from gradmix.eval.scoring.growth import add_images, read_space, without_class, write_grown
 from gradmix.eval.scoring.scorer import FITTED_TO, Scorer, find_images
 from gradmix.ssl.machine import pick_device
 from gradmix.ssl.runs.outputs import check_output
 from gradmix.ssl.runs.whole_folder import whole_folder
 
-TAKES = {"info": (), "add": ("images", "class_name", "out"), "remove": ("class_name", "out")}
-NEEDS = {"info": (), "add": ("images", "out"), "remove": ("class_name", "out")}
+TAKES = {"info": (), "add": ("images", "class_name", "out"), "remove": ("class_name", "out"), "export": ("out",)}
+NEEDS = TAKES | {"add": ("images", "out")}
 
 
 def run_detector(config: DetectorConfig) -> None:
@@ -30,6 +31,14 @@ def run_detector(config: DetectorConfig) -> None:
         return
     paths = find_images(config.images) if config.action == "add" else []
     folder, out = Path(config.detector).expanduser(), Path(config.out).expanduser()
+    if config.action == "export":
+        check_output("out", out, folders=[folder])
+        scorer = Scorer(folder)
+        if config.accept is not None or config.per_class is not None:
+            scorer.detector.accept(config.accept, config.per_class)
+        export_scorer(scorer, out)
+        print(f"{out}: written; images [N, 3, S, S] in [0, 1] to score, class_index, is_unknown")
+        return
     if not (out.exists() and folder.exists() and out.samefile(folder)):
         if out.exists():
             raise ValueError(f"out: {out} is there already; give a new name, or the detector's own to replace it")

@@ -55,6 +55,7 @@ class EvalConfig:
     unknown_root: str | None = key(
         None, "folder of images, any depth: the unknown images, instead of the run's own", path=True
     )
+    unknown_roots: dict[str, Any] = key({}, "several such folders by name, {near: A, far: B}", path=True)
     knn_k: list[int] = key([], "beside the run's own k: one search, many answers", at_least=1)
     knn_temperature: list[float] = key([], "beside the run's own; every k with every temperature", above=0)
     protocols: list[str] = key([], "beside the cached probe: augmented, finetune")
@@ -93,9 +94,9 @@ class ScoreConfig:
 
 @dataclass
 class DetectorConfig:
-    action: str = key("info", "what to do; the first word says it", choices=("info", "add", "remove"))
+    action: str = key("info", "what to do; the first word says it", choices=("info", "add", "remove", "export"))
     detector: str = key(MISSING, "a run's detector/ folder, or one in its detectors/; the second word", path=True)
-    out: str | None = key(None, "folder of the changed detector; the detector's own: it is replaced", path=True)
+    out: str | None = key(None, "the changed detector's folder, new or its own; export: a file.onnx", path=True)
     class_name: str | None = key(None, "add: the images' class, new or not; remove: the one to leave out; class=")
     images: str | None = key(None, "add: an image, a folder or a pattern", path=True)
     holdout: float = key(0.1, "add: share of the images kept aside, for the threshold", at_least=0, at_most=1)

@@ -146,7 +146,8 @@ def _names(schema: type) -> list[str]:
 
 
 def _is_path(schema: type, name: str) -> bool:
-    return name in keys_of(schema) and keys_of(schema)[name].path
+    about = keys_of(schema).get(name)
+    return about is not None and about.path and not about.is_dict
 
 
 def _quoted(schema: type, argument: str) -> str:
@@ -158,8 +159,12 @@ def _quoted(schema: type, argument: str) -> str:
     if key == "data.known" and value.startswith("[") and not {"'", '"'} & set(value):
         names = r"(?<=[\[,])(?!\d+[\],])[^\[\],]+"  # but no indices
         return "data.known=" + re.sub(names, lambda name: quote(name[0].strip()), value)
-    if equals and key.startswith(tuple(f"{name}." for name, about in keys_of(schema).items() if about.is_dict)):
-        return "++" + argument
+    for name, about in keys_of(schema).items():
+        if about.is_dict and key == name and value.startswith("{"):
+            return f"++{argument}"
+        if equals and about.is_dict and key.startswith(f"{name}."):
+            bare = about.path and not value.startswith(("'", '"'))
+            return f"++{key}={quote(value)}" if bare else f"++{argument}"
     return argument
 
 

@@ -73,6 +73,8 @@ def evaluate(
         result["detector_options"] = dict(config.detector_options)
     if config.data.unknown_root is not None:
         result["data/unknown_root"] = config.data.unknown_root
+    if config.data.unknown_roots:
+        result["data/unknown_roots"] = dict(config.data.unknown_roots)
     result |= {key: value for key, value in said.items() if key not in result} | provenance()  # what is measured counts
     write_json(out / "metrics.json", result)
     return result

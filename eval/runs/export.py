@@ -3,6 +3,8 @@
 import logging
 import warnings
 from collections.abc import Mapping
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -33,7 +35,7 @@ def export_backbone(run_dir: Path, formats: list[str], folder: Path) -> list[Pat
     backbone = load_backbone(run_dir)
     writers = {"safetensors": _safetensors, "onnx": _onnx, "torch_export": _torch_export}
     for name in formats:
-        write_atomically(folder / FORMATS[name], lambda temporary, name=name: writers[name](backbone, temporary))
+        write_atomically(folder / FORMATS[name], partial(writers[name], backbone))
     return [folder / FORMATS[name] for name in formats]
 
 
@@ -53,19 +55,23 @@ def write_onnx(
     Raises:
         ValueError: a package that ONNX needs is missing, or too old.
     """
-    try:
-        import onnxscript  # noqa: F401  what torch.onnx writes with
-    except ImportError as error:
-        raise ValueError("export: onnx needs two more packages, pip install 'gradmix[export]'") from error
+    if not find_spec("onnxscript"):  # what torch.onnx writes with
+        raise ValueError("export: onnx needs two more packages, pip install 'gradmix[export]'")
     if torch.__version__ < ONNX_TORCH:
         raise ValueError(f"export: onnx needs torch {ONNX_TORCH} or newer, this is {torch.__version__}")
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    names = {"input_names": ["images"], "output_names": outputs}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecations inside torch's own exporter
         program = torch.onnx.export(
-            model, (_example(side),), **names, dynamo=True, verbose=False, dynamic_shapes=_any_batch()
+            model,
+            (_example(side),),
+            input_names=["images"],
+            output_names=outputs,
+            dynamo=True,
+            verbose=False,
+            dynamic_shapes=_any_batch(),
         )
+        assert program is not None  # with dynamo
         program.model.metadata_props.update(metadata or {})
         program.save(path)
 

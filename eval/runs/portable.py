@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize as unit_length
 from torch.nn.functional import one_hot
 
-from gradmix.eval.detectors import Detector
+from gradmix.eval.detectors import NCI, ClassKNN, DeepKNN, Detector, Energy, MeanShift, NNGuide
 from gradmix.eval.features.search import Neighbours
 from gradmix.eval.runs.export import write_onnx
 from gradmix.eval.scoring.scorer import Scorer
@@ -48,6 +49,9 @@ def export_scorer(scorer: Scorer, path: Path) -> None:
 
 class Portable(nn.Module):
     """What :meth:`Scorer.score` does with an image, in operations that other runtimes have."""
+
+    classes: Tensor
+    limits: Tensor
 
     def __init__(self, scorer: Scorer) -> None:
         super().__init__()
@@ -114,19 +118,19 @@ def _logits(a: Arrays, features: Tensor) -> Tensor:
     return features.double() @ a["head_"][:, :-1].T + a["head_"][:, -1]
 
 
-def deep_knn(a: Arrays, detector: Detector, features: Tensor) -> Answer:
+def deep_knn(a: Arrays, detector: DeepKNN, features: Tensor) -> Answer:
     unit = unit_length(features, dim=1)
     similarity, rows = (unit @ a["bank_"].T).topk(detector.k)
     return _length(unit - a["bank_"][rows[:, -1]]), _voted(a, detector, similarity, rows)
 
 
-def mean_shift(a: Arrays, detector: Detector, features: Tensor) -> Answer:
+def mean_shift(a: Arrays, detector: MeanShift, features: Tensor) -> Answer:
     unit = unit_length(features, dim=1)
     similarity, rows = (unit @ a["bank_"].T).topk(detector.k)
     return _length(unit.double() - a["bank_"][rows].double().mean(1)), _voted(a, detector, similarity, rows)
 
 
-def class_knn(a: Arrays, detector: Detector, features: Tensor) -> Answer:
+def class_knn(a: Arrays, detector: ClassKNN, features: Tensor) -> Answer:
     every, starts = unit_length(features, dim=1) @ a["rows_"].T, detector.starts_.tolist()
     parts = []
     for start, end in pairwise(starts):
@@ -162,7 +166,7 @@ def vim(a: Arrays, detector: Detector, features: Tensor) -> Answer:
     return residual, position
 
 
-def nnguide(a: Arrays, detector: Detector, features: Tensor) -> Answer:
+def nnguide(a: Arrays, detector: NNGuide, features: Tensor) -> Answer:
     values = _logits(a, features)
     guidance = (unit_length(features, dim=1) @ a["bank_"].T).topk(detector.k)[0].double().mean(1)
     return -values.logsumexp(1) * guidance, values.argmax(1)
@@ -170,7 +174,7 @@ def nnguide(a: Arrays, detector: Detector, features: Tensor) -> Answer:
 
 def msp(a: Arrays, detector: Detector, features: Tensor) -> Answer:
     values = _logits(a, features)
-    shares = (values - values.logsumexp(1, keepdim=True)).exp().topk(len(detector.classes_))[0]
+    shares = (values - values.logsumexp(1, keepdim=True)).exp().topk(len(a["head_"]))[0]
     return shares[:, 1:].sum(1), values.argmax(1)
 
 
@@ -179,7 +183,7 @@ def max_logit(a: Arrays, detector: Detector, features: Tensor) -> Answer:
     return -values.amax(1), values.argmax(1)
 
 
-def energy(a: Arrays, detector: Detector, features: Tensor) -> Answer:
+def energy(a: Arrays, detector: Energy, features: Tensor) -> Answer:
     values = _logits(a, features)
     return -detector.temperature * (values / detector.temperature).logsumexp(1), values.argmax(1)
 
@@ -196,7 +200,7 @@ def fdbd(a: Arrays, detector: Detector, features: Tensor) -> Answer:
     return -distance / _length(features.double() - a["mean_"]).clamp(min=1e-12), position
 
 
-def nci(a: Arrays, detector: Detector, features: Tensor) -> Answer:
+def nci(a: Arrays, detector: NCI, features: Tensor) -> Answer:
     position, away = _logits(a, features).argmax(1), features.double() - a["mean_"]
     along = (a["head_"][position, :-1] * away).sum(1) / _length(away).clamp(min=1e-12)
     return -along - detector.alpha * features.double().abs().sum(1), position
@@ -206,4 +210,4 @@ KNOWN = (
     *(deep_knn, mean_shift, class_knn, class_mean, mahalanobis, relative_mahalanobis, vim, nnguide),
     *(msp, max_logit, energy, react, fdbd, nci),
 )
-SCORES: dict[str, Callable[[Arrays, Detector, Tensor], Answer]] = {function.__name__: function for function in KNOWN}
+SCORES: dict[str, Callable[[Arrays, Any, Tensor], Answer]] = {function.__name__: function for function in KNOWN}

@@ -122,9 +122,8 @@ def write_grown(
         if parts:
             write_parts(folder / "fitted_to" / name, scorer.space, parts)
     old = scorer.detector
-    features, labels = read_space(folder / "fitted_to" / TRAIN, scorer.space)
-    if features.nbytes <= IN_MEMORY:
-        features = np.array(features)
+    mapped, labels = read_space(folder / "fitted_to" / TRAIN, scorer.space)
+    features = np.array(mapped) if mapped.nbytes <= IN_MEMORY else mapped
     classes = None if old.classes_ is None else labels
     head = {}
     if "head" in inspect.signature(old.fit).parameters and getattr(old, "head_", None) is not None:
@@ -134,6 +133,10 @@ def write_grown(
     detector = dataclasses.replace(old).fit(features, classes, **head)
     if kept.held_out:
         said = old.calibration_
+        if said is None:
+            raise ValueError(
+                f"{scorer.folder / 'fitted_to' / HELD_OUT}: the detector was not calibrated on these images"
+            )
         accept = said.accept if accept is None else accept
         per_class = said.per_class if per_class is None else per_class
         detector.calibrate(read_space(folder / "fitted_to" / HELD_OUT, scorer.space)[0], accept, per_class)
@@ -205,7 +208,7 @@ def look_at(scorer: Scorer, paths: Sequence[str], batch_size: int) -> tuple[np.n
             continue
         found.append(features.numpy())
         if side:
-            small.append(shrunk(torch.stack(batch), side))
+            small.append(shrunk(torch.stack([image for image in batch if isinstance(image, Tensor)]), side))
     if wrong:
         raise ValueError(f"images: {len(wrong)} of {len(paths)} can't be read, take them out; the first: {wrong[0]}")
     return np.concatenate(found), torch.cat(small) if side else None

@@ -2,6 +2,7 @@
 
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -76,11 +77,14 @@ def load_data(config: DataConfig, seed: int, look: bool = False, pixels: bool = 
     source = SOURCES.pick("data.name", config.name)(config, seed)
     source, photographs, notes = of_its_size(source, config)
     limit = int(config.memory_gib * 2**30) if not photographs else -1
+    known: list[int] = []
+    unknown: Sequence[int] = []
+    empty: list[str] = []
     if not source.classes:
         for key in ("known", "unknown_root", "unknown_roots"):
             if getattr(config, key):
                 raise ValueError(f"data.{key}: the images in data.root have no classes, so that none is known")
-        train, test, known, unknown, empty = source.train, source.test, [], [], []
+        train, test = source.train, source.test
     else:
         known = known_classes(config, source)
         unknown = range(len(source.classes)) if source.unknown is None else source.unknown
@@ -114,20 +118,19 @@ def load_data(config: DataConfig, seed: int, look: bool = False, pixels: bool = 
         scan.refuse_bad()
     check_present(train, classes, config)  # now of what can be read
     kept, aside = stratified(train.labels, config.holdout, seed)
-    sets = train.select(kept), train.select(aside), test
+    sets = [train.select(kept), train.select(aside), test]
     looked_at = look or config.scan or all(part.images is not None for part in sets)
     if look or config.scan:
-        sets = tuple(part if part.bytes <= limit else scan.read(part, -1) for part in sets)
+        sets = [part if part.bytes <= limit else scan.read(part, -1) for part in sets]
         if config.on_bad_image == "error":
             scan.refuse_bad()
         check_present(sets[0], classes, config)
     elif config.on_bad_image == "skip":
-        sets = tuple(replace(part, lenient=True) for part in sets)
-    *others, test = sets
-    of_set = {name: test.labels == -number for number, name in enumerate(config.unknown_roots, start=1)}
-    test = replace(test, labels=test.labels.clamp(min=-1))
+        sets = [replace(part, lenient=True) for part in sets]
+    of_set = {name: sets[2].labels == -number for number, name in enumerate(config.unknown_roots, start=1)}
+    test = replace(sets[2], labels=sets[2].labels.clamp(min=-1))
     notes = [*source.notes, *notes]
-    return OpenSetData(*others, test, classes, names, known, empty, scan.bad, notes, looked_at, of_set)
+    return OpenSetData(sets[0], sets[1], test, classes, names, known, empty, scan.bad, notes, looked_at, of_set)
 
 
 def unknown_folders(config: DataConfig) -> dict[str, str]:
@@ -158,8 +161,10 @@ def of_its_size(source: Source, config: DataConfig) -> tuple[Source, bool, list[
     size = config.image_size or usual_image_size(sizes)
     larger = (sizes > size).any(axis=1).mean() if len(sizes) else 0.0
     photographs = config.views == "files" or (config.views == "auto" and larger > 0)
-    same = {"size": size, "fit": config.fit, "photographs": photographs}
-    source = replace(source, train=replace(source.train, **same), test=replace(source.test, **same))
+    train, test = (
+        replace(part, size=size, fit=config.fit, photographs=photographs) for part in (source.train, source.test)
+    )
+    source = replace(source, train=train, test=test)
     how = "the files" if photographs else "squares"
     why = f"of {len(sizes)} looked at, {100 * larger:.0f} % are larger than {size} x {size}"
     return source, photographs, [f"training views are cut from {how}: {why} (data.views={config.views})"]
@@ -177,7 +182,11 @@ def check_present(train: ImageSet, classes: list[str], config: DataConfig) -> No
 
 
 def known_classes(config: DataConfig, source: Source) -> list[int]:
-    """Indices of the known classes: ``data.known``, else the data set's split, else all that have training images."""
+    """Indices of the known classes: ``data.known``, else the data set's split, else all that have training images.
+
+    Raises:
+        ValueError: no such class or split, or a class is named twice.
+    """
     if config.known is not None:
         by_name = {name: index for index, name in enumerate(source.classes)}
         known = []

@@ -29,8 +29,8 @@ def run_detector(config: DetectorConfig) -> None:
     if config.action == "info":
         print("\n".join(about(Scorer(config.detector))))
         return
-    paths = find_images(config.images) if config.action == "add" else []
-    folder, out = Path(config.detector).expanduser(), Path(config.out).expanduser()
+    paths = find_images(config.images or "") if config.action == "add" else []
+    folder, out = Path(config.detector).expanduser(), Path(config.out or "").expanduser()
     if config.action == "export":
         check_output("out", out, folders=[folder])
         scorer = Scorer(folder)
@@ -42,15 +42,15 @@ def run_detector(config: DetectorConfig) -> None:
     if not (out.exists() and folder.exists() and out.samefile(folder)):
         if out.exists():
             raise ValueError(f"out: {out} is there already; give a new name, or the detector's own to replace it")
-        images = [Path(config.images).expanduser()] if paths else []
-        check_output("out", out, paths, [folder, *(path for path in images if path.is_dir())])
+        images = Path(config.images or "").expanduser()
+        check_output("out", out, paths, [folder, *([images] if paths and images.is_dir() else [])])
     with whole_folder(out) as new:
         scorer = Scorer(folder, pick_device(config.device))
         if config.action == "add":
             name, share = config.class_name, config.holdout
             kept = add_images(scorer, paths, name, share, config.seed, config.batch_size)
         else:
-            kept = without_class(scorer, config.class_name)
+            kept = without_class(scorer, config.class_name or "")
         write_grown(scorer, kept, new, config.accept, config.per_class, config.seed)
     grown = Scorer(out)
     print("\n".join(about(grown)))

@@ -19,6 +19,9 @@ def describe(config: Config, data: OpenSetData) -> str:
     others = f"{len(data.unknown)} unknown"
     if config.data.unknown_root is not None:
         others = f"unknown: {config.data.unknown_root}"
+    if config.data.unknown_roots:
+        sets = (f"{name} ({int(rows.sum())} images)" for name, rows in data.unknown_sets.items())
+        others = f"unknown: {', '.join(sets)}"
     lines = [
         f"{config.data.name}: {len(data.train)} training, {len(data.held_out)} held-out, {len(data.test)} test images"
         + (f" ({unknown} of unknown classes)" if unknown else ""),

@@ -117,8 +117,13 @@ def _labels(configs: list[dict[str, Any]], alone: Sequence[str]) -> list[str]:
 
 def _config(run: Run) -> dict[str, Any]:
     """A run's config, flat; what an evaluation may have been told otherwise is taken from its numbers."""
-    usual = {k: v for k, v in flat(asdict(run.config)).items() if not k.startswith("detector_options.")}
+    usual = {
+        k: v
+        for k, v in flat(asdict(run.config)).items()
+        if not k.startswith(("detector_options.", "data.unknown_roots."))
+    }
     asked = flat({"detector_options": run.numbers.get("detector_options", {})})
+    asked |= flat({"data": {"unknown_roots": run.numbers.get("data/unknown_roots", {})}})
     asked["data.unknown_root"] = run.numbers.get("data/unknown_root")
     return {key: _frozen(value) for key, value in (usual | asked).items()}
 

@@ -82,8 +82,9 @@ def check_out(config: EvalConfig, out: Path) -> None:
     Raises:
         ValueError: what would be written there is something that is read.
     """
-    read = [name for name in (config.against, config.unknown_root, config.corruptions, config.root) if name is not None]
-    check_output("out", out, folders=[*(Path(name).expanduser() for name in read), *folders_read(config.data)])
+    named = (config.against, config.unknown_root, *config.unknown_roots.values(), config.corruptions, config.root)
+    read = [Path(str(name)).expanduser() for name in named if name is not None]
+    check_output("out", out, folders=[*read, *folders_read(config.data)])
     if config.checkpoint is not None:
         check_output("out", out / "backbone.safetensors", files=[Path(config.checkpoint).expanduser()])
 
@@ -122,9 +123,9 @@ def eval_one(config: EvalConfig, run_dir: Path, out: Path, foreign: Foreign | No
     run.accept = run.accept if config.accept is None else config.accept
     run.per_class = run.per_class if config.per_class is None else config.per_class
     transfer(run, config)
-    for key in ("root", "unknown_root"):
-        if getattr(config, key) is not None:
-            setattr(run.data, key, getattr(config, key))
+    if config.unknown_root is not None or config.unknown_roots:
+        run.data.unknown_root, run.data.unknown_roots = config.unknown_root, config.unknown_roots
+    run.data.root = run.data.root if config.root is None else config.root
     check_root(run.data, "root" if config.root is not None else "data.root")
     choose_measures(run, config)
     device = device_of(run, config.device)

@@ -19,7 +19,7 @@ import numpy as np
 
 from gradmix.eval.scoring.scorer import UNKNOWN_NAME, Score, Scorer
 from gradmix.ssl.runs.files import put_in_place, write_atomically
-from gradmix.ssl.runs.lock import lock
+from gradmix.ssl.runs.parts import add_files, opened
 
 NUMBER = re.compile(r"[+-]\d+(\.\d+)?(e[+-]?\d+)?")  # of a row that was read back
 COLUMNS = [field.name for field in fields(Score)]
@@ -93,34 +93,8 @@ def scoring_key(scorer: Scorer, paths: Sequence[str], batch_size: int) -> str:
     calibration = scorer.detector.calibration_
     asked = [] if calibration is None else [calibration.accept, calibration.per_class]
     digest = hashlib.sha256(json.dumps([scorer.sha256, batch_size, str(scorer.device), *asked, *COLUMNS]).encode())
-    for path in paths:
-        try:
-            state = os.stat(path)
-            seen = path, state.st_size, state.st_mtime_ns
-        except OSError:
-            seen = (path,)
-        digest.update(json.dumps(seen).encode())
+    add_files(digest, paths)
     return digest.hexdigest()[:8]
-
-
-@contextmanager
-def opened(part: Path) -> Iterator[BinaryIO]:
-    """The part, to be read and then appended to by this process alone; one that stays empty is removed again.
-
-    Raises:
-        ValueError: another process is writing it.
-    """
-    with open(part, "a+b") as file:
-        lock(file.fileno(), part)
-        if not (part.exists() and os.path.samestat(os.stat(part), os.fstat(file.fileno()))):
-            raise ValueError(f"{part}: another process has just completed it")  # to write on would change its scores
-        file.seek(0)
-        try:
-            yield file
-        finally:
-            if not os.fstat(file.fileno()).st_size:
-                with suppress(OSError):  # Windows removes no open file
-                    part.unlink(missing_ok=True)
 
 
 def whole_batches(file: BinaryIO, as_json: bool, images: int, batch_size: int) -> tuple[np.ndarray, int]:

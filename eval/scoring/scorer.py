@@ -9,29 +9,26 @@ scorer.json                           class names, names of the training images,
 
 import glob
 import shutil
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from gradmix.eval import detectors
 from gradmix.eval.detectors import DeepKNN, Detector
 from gradmix.eval.features.extraction import Model
+from gradmix.eval.features.files import looked_at
 from gradmix.ssl.data.images import decode
 from gradmix.ssl.data.listing import list_images
 from gradmix.ssl.data.names import UNKNOWN_NAME, check_class_names
 from gradmix.ssl.data.open_set import OpenSetData
 from gradmix.ssl.keys import Key
-from gradmix.ssl.machine import usable_cpus
 from gradmix.ssl.runs.documents import as_schema, read_document
 from gradmix.ssl.runs.files import hash_file, hash_json, write_atomically, write_json, write_tensors
 from gradmix.ssl.runs.tensors import opened_tensors
@@ -39,7 +36,6 @@ from gradmix.ssl.runs.tensors import opened_tensors
 LARGEST_LIST = 2**30  # bytes of scorer.json, which names every training image
 THUMBNAILS = "thumbnails.safetensors"
 THUMBNAIL_SIZE = 32
-T, R = TypeVar("T"), TypeVar("R")
 
 
 @dataclass
@@ -171,24 +167,13 @@ class Scorer:
     def score(self, paths: Sequence[str], batch_size: int = 256, progress: bool = False) -> Iterator[Score]:
         """Score image files one batch at a time, in order. Unreadable files get a row with the error.
 
-        While the detector looks at a batch, the network is at the next one, and the files of up to three more are
-        decoded. How far they get changes no bit of a score.
+        Decoding, network and detector overlap, see :func:`gradmix.eval.features.files.looked_at`.
         """
-        hidden = None if progress else True  # None: where the output is no terminal
-        decoders, network = ThreadPoolExecutor(usable_cpus()), ThreadPoolExecutor(1)
-        try:
-            decoded = ahead(decoders, self._decode, paths, 2 * batch_size)
-            batches = iter(lambda: list(islice(decoded, batch_size)), [])
-            names = iter(paths)
-            with tqdm(total=len(paths), unit="image", disable=hidden) as bar:
-                for batch, features in ahead(network, self._look_at, batches, 1):
-                    scored = iter(() if features is None else self._score(features))
-                    for path, image in zip(islice(names, len(batch)), batch, strict=True):
-                        yield Score(path, error=image) if isinstance(image, str) else next(scored)(path)
-                    bar.update(len(batch))
-        finally:
-            for pool in (network, decoders):
-                pool.shutdown(cancel_futures=True)
+        names = iter(paths)
+        for batch, features in looked_at(paths, self._decode, self.look, batch_size, progress):
+            scored = iter(() if features is None else self._score(features))
+            for path, image in zip(islice(names, len(batch)), batch, strict=True):
+                yield Score(path, error=image) if isinstance(image, str) else next(scored)(path)
 
     @torch.inference_mode()
     def neighbours(self, images: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -250,11 +235,6 @@ class Scorer:
         except ValueError as error:
             return str(error)
 
-    def _look_at(self, batch: list[Tensor | str]) -> tuple[list[Tensor | str], Tensor | None]:
-        """The batch, and the features of those that could be read."""
-        readable = [image for image in batch if isinstance(image, Tensor)]
-        return batch, self.look(torch.stack(readable)) if readable else None
-
     def _score(self, features: Tensor) -> Iterator[Callable[[str], Score]]:
         detector = self.detector
         verdict, missing, nearest = detector.judge(features), [None] * len(features), [""] * len(features)
@@ -268,17 +248,6 @@ class Scorer:
             margin = None if threshold is None else score - threshold
             seen = score, prediction, margin, p_value, near
             yield lambda path, seen=seen: Score(path, *seen)
-
-
-def ahead(pool: Executor, function: Callable[[T], R], items: Iterable[T], count: int) -> Iterator[R]:
-    """``map(function, items)`` in a pool, up to ``count`` results ahead of whoever asks for them."""
-    waiting: deque[Future[R]] = deque()
-    for item in items:
-        waiting.append(pool.submit(function, item))
-        if len(waiting) > count:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
 
 
 def find_images(where: str) -> list[str]:

@@ -1,4 +1,5 @@
-"""The commands as functions: ``gradmix.pretrain``, ``gradmix.evaluate``, ``gradmix.score``.
+"""The commands as functions: ``gradmix.pretrain``, ``gradmix.evaluate``, ``gradmix.score``,
+``gradmix.embed``.
 
 Keys have the names of the command line. One with a dot is an entry of a dict, ``encoder={"width": 16}``, or stands in
 the mapping that may come first, ``gradmix.pretrain({"encoder.width": 16}, epochs=10)``. ``data="digits"`` and
@@ -18,7 +19,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from gradmix.eval.commands.command_line import checked, explain, folder_as_data
-from gradmix.eval.config import EvalConfig, ScoreConfig
+from gradmix.eval.config import EmbedConfig, EvalConfig, ScoreConfig
 from gradmix.ssl.config import Config, flat, register_configs
 from gradmix.ssl.keys import key_of
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:  # torch takes seconds
     import numpy as np
     from PIL.Image import Image
 
+    from gradmix.eval.features.embeddings import Embeddings
     from gradmix.eval.scoring.scorer import Score
     from gradmix.ssl.networks.backbones import Backbone
 
@@ -197,6 +199,42 @@ def score(
     if config.explain is not None:
         write_sheets(scorer, items, Path(config.explain).expanduser(), config.explain_limit)
     return Scores(rows, scorer.detector.threshold)
+
+
+def embed(
+    run: str | Path | Run | None,
+    images: "str | Path | Sequence[str | Path | Image | np.ndarray]",
+    settings: Mapping[str, Any] | None = None,
+    /,
+    **keys: Any,
+) -> "Embeddings":
+    """Features of images: what ``gradmix-embed`` does. A file is written only where ``out`` says.
+
+    Args:
+        run: its folder, or what :func:`pretrain` gave; None with ``checkpoint=`` and ``encoder=``.
+        images: as in :func:`score`.
+        settings, keys: as in :func:`pretrain`.
+
+    Returns:
+        ``features`` ``[N, F]``, ``labels`` ``[N]`` that count ``classes`` (-1: none), ``paths``, and ``projections``
+        ``[N, D]`` or None. With ``out`` they are mapped from that file, without the images that can't be read.
+
+    Raises:
+        ValueError: bad input, in one line; without ``out`` also an image that can't be read.
+    """
+    named = isinstance(images, str | Path)
+    given = {"images": images if named else "a list", **(settings or {}), **keys}
+    given |= {} if run is None else {"run": run.path if isinstance(run, Run) else run}
+    config = configured("embed", EmbedConfig, given)
+    from gradmix.eval.commands.work import embed as work
+    from gradmix.eval.features.embeddings import read_embeddings
+
+    if "out" not in given:
+        return work.embed_here(config, None if named else images)
+    if not named:
+        raise ValueError("out: a list of images is embedded in memory; write the features that it gives yourself")
+    work.embed(config)
+    return read_embeddings(Path(config.out).expanduser(), "out")
 
 
 def configured(name: str, schema: type, given: Mapping[str, Any]) -> Any:

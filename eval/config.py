@@ -1,4 +1,4 @@
-"""Configuration of gradmix-eval and gradmix-score: every key, and all that is true of it."""
+"""Configuration of gradmix-eval, gradmix-embed and gradmix-score: every key, and all that is true of it."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -69,6 +69,25 @@ class EvalConfig:
     corruptions: str | None = key(
         None, "folder in CIFAR-10-C's or TinyImageNet-C's layout; make: the 15 kinds made here", path=True
     )
+
+
+@dataclass
+class EmbedConfig:
+    run: str | None = key(None, "folder of a trained run, or a detector/ folder: its network", path=True)
+    checkpoint: str | None = key(None, "instead of a run, weights trained anywhere; needs encoder=", path=True)
+    encoder: EncoderName = field(default_factory=EncoderName)
+    image_size: int | None = key(
+        None, "of a checkpoint: side in pixels of every image; null: 32, 64, 128 or 224, by the images", at_least=1
+    )
+    fit: str = key(
+        "crop",
+        "of a checkpoint: the middle of an image, with black borders, or squashed",
+        choices=("crop", "pad", "squash"),
+    )
+    images: str = key(MISSING, "an image, a folder or a pattern", path=True)
+    out: str = key("features.npy", ".npy (paths and labels in a .csv beside it), .safetensors or .parquet", path=True)
+    batch_size: int = key(256, "images per forward pass", at_least=1)
+    device: str = key("auto", "where the network runs; auto: the GPU, where there is one", choices=DEVICES)
 
 
 @dataclass

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from gradmix.attribution import layercam
-    from gradmix.eval.calls import evaluate, pretrain, score
+    from gradmix.eval.calls import embed, evaluate, pretrain, score
     from gradmix.eval.features.transformer import Features
     from gradmix.gradmix import GradMix
     from gradmix.mixer import Mixed, Mixer
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 WHERE = {
     **dict.fromkeys(("MIXERS", "CutMix", "FMix", "GradMix", "MixUp", "Mixed", "Mixer", "ResizeMix"), "gradmix.mixing"),
     "layercam": "gradmix.attribution",
-    **dict.fromkeys(("pretrain", "evaluate", "score"), "gradmix.eval.calls"),
+    **dict.fromkeys(("embed", "evaluate", "pretrain", "score"), "gradmix.eval.calls"),
     "Features": "gradmix.eval.features.transformer",
 }
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "Mixed",
     "Mixer",
     "ResizeMix",
+    "embed",
     "evaluate",
     "layercam",
     "load",

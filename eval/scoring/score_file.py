@@ -5,7 +5,6 @@ import hashlib
 import io
 import json
 import os
-import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -18,10 +17,10 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from gradmix.eval.scoring.scorer import UNKNOWN_NAME, Score, Scorer
+from gradmix.ssl.runs.cells import guarded
 from gradmix.ssl.runs.files import put_in_place, write_atomically
 from gradmix.ssl.runs.parts import add_files, opened
 
-NUMBER = re.compile(r"[+-]\d+(\.\d+)?(e[+-]?\d+)?")  # of a row that was read back
 COLUMNS = [field.name for field in fields(Score)]
 
 
@@ -156,13 +155,6 @@ def count(row: Mapping[str, Any]) -> np.ndarray:
     return np.array([1, row["prediction"] == UNKNOWN_NAME, bool(row["error"])])
 
 
-def _cell(value: Any) -> Any:
-    """Text that a spreadsheet would take for a formula gets an apostrophe before it, as spreadsheets mark text."""
-    if not isinstance(value, str) or not value.startswith(("=", "+", "-", "@", "\t", "\r")):
-        return value
-    return value if NUMBER.fullmatch(value) else "'" + value
-
-
 def encode(rows: Sequence[Mapping[str, Any]], as_json: bool, header: bool, columns: Sequence[str] = COLUMNS) -> bytes:
     """Rows as they stand in the file."""
     text = io.StringIO(newline="")
@@ -172,5 +164,5 @@ def encode(rows: Sequence[Mapping[str, Any]], as_json: bool, header: bool, colum
         table = csv.DictWriter(text, columns)
         if header:
             table.writeheader()
-        table.writerows({name: _cell(value) for name, value in row.items()} for row in rows)
+        table.writerows({name: guarded(value) for name, value in row.items()} for row in rows)
     return text.getvalue().encode("utf-8", "surrogateescape")  # a name that is no UTF-8: the bytes that it is

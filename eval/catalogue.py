@@ -145,7 +145,7 @@ OPEN_SET = (
         "osr/{detector}/balanced_accuracy",
         "Balanced decisions",
         "Mean of the shares of known images accepted and of unknown ones rejected, at the calibrated threshold.",
-        compute=lambda s: None if s.flagged is None else metrics.balanced_accuracy(*s.flagged, 0.5),
+        compute=lambda s: None if s.flagged is None else metrics.balanced_accuracy(s.flagged[0], s.flagged[1], 0.5),
     ),
     Metric(
         "osr/{detector}/false_alarms",
@@ -297,6 +297,18 @@ def match(key: str) -> tuple[Metric, str] | None:
         if found:
             return metric, next(iter(found.groups()), "")
     return None
+
+
+def metric_of(key: str) -> Metric:
+    """The metric whose key this is.
+
+    Raises:
+        KeyError: it is no metric's.
+    """
+    found = match(key)
+    if found is None:
+        raise KeyError(key)
+    return found[0]
 
 
 def title(key: str) -> str:

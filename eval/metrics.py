@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from sklearn.metrics import average_precision_score
 
 Scores = np.ndarray | torch.Tensor | Sequence[float]
 Rows = slice | np.ndarray
@@ -35,8 +36,6 @@ def aupr(known_scores: Scores, unknown_scores: Scores, positive: str = "unknown"
     scores = np.r_[known, unknown]
     if positive == "known":
         target, scores = 1 - target, -scores
-    from sklearn.metrics import average_precision_score  # only here: scoring needs no scikit-learn, which takes seconds
-
     return float(average_precision_score(target, scores))
 
 
@@ -138,7 +137,7 @@ def bootstrap(
         metric: one of this module's functions, or any that takes the same arrays.
         correct: with `oscr`, its third argument.
     """
-    run = _run(known_scores, unknown_scores, correct)
+    run = _run((known_scores, unknown_scores, *correct))
     return _interval(lambda *rows: _evaluate(metric, run, *rows), run, samples, level, seed)
 
 
@@ -156,15 +155,15 @@ def paired_bootstrap(
         first, second: `(known_scores, unknown_scores)`, with `oscr` `(known_scores, unknown_scores,
             correct)`. A drawn image is drawn for both, so what makes images easy or hard cancels out.
     """
-    first, second = _run(*first[:2], first[2:]), _run(*second[:2], second[2:])
-    for name, ours, theirs in zip(("known_scores", "unknown_scores"), first, second, strict=False):
-        if len(ours) != len(theirs):
-            raise ValueError(f"{name}: {len(ours)} in the first run, {len(theirs)} in the second")
+    ours, theirs = _run(first), _run(second)
+    for name, one, other in zip(("known_scores", "unknown_scores"), ours, theirs, strict=False):
+        if len(one) != len(other):
+            raise ValueError(f"{name}: {len(one)} in the first run, {len(other)} in the second")
 
     def difference(*rows: Rows) -> float:
-        return _evaluate(metric, second, *rows) - _evaluate(metric, first, *rows)
+        return _evaluate(metric, theirs, *rows) - _evaluate(metric, ours, *rows)
 
-    return _interval(difference, first, samples, level, seed)
+    return _interval(difference, ours, samples, level, seed)
 
 
 def threshold_for(scores: np.ndarray, share: float) -> np.floating:
@@ -204,7 +203,8 @@ def _check_side(positive: str) -> None:
         raise ValueError(f"positive: expected unknown or known, got {positive!r}")
 
 
-def _run(known_scores: Scores, unknown_scores: Scores, correct: Sequence[Scores]) -> tuple[np.ndarray, ...]:
+def _run(arrays: Sequence[Scores]) -> tuple[np.ndarray, ...]:
+    known_scores, unknown_scores, *correct = arrays
     return *_scores(known_scores, unknown_scores), *(_array(part) for part in correct)
 
 

@@ -25,8 +25,9 @@ class TwoViews(nn.Module):
         self.views, self.constants = views, constants
         c = config
         # Resampling through grid_sample crops the whole batch at once; "slice" would go image by image.
-        self.crop = K.RandomResizedCrop((size, size), tuple(c.crop), tuple(c.ratio), cropping_mode="resample")
-        self.crop._param_generator = CropSizes((size, size), tuple(c.crop), tuple(c.ratio))
+        area, ratio = (c.crop[0], c.crop[1]), (c.ratio[0], c.ratio[1])  # a list, out of a file
+        self.crop = K.RandomResizedCrop((size, size), area, ratio, cropping_mode="resample")
+        self.crop._param_generator = CropSizes((size, size), area, ratio)
         steps: list[nn.Module] = []
         if c.rotate:
             steps.append(K.RandomRotation(c.rotate, p=1.0))

@@ -247,7 +247,7 @@ class TimmEncoders(ConfigSource):
     def list(self, config_path: str, results_filter: ObjectType | None) -> list[str]:
         if config_path != "encoder" or results_filter == ObjectType.GROUP or not find_spec("timm"):
             return []
-        import timm
+        import timm  # only here: it takes seconds, and only --help and Tab ask for the names
 
         return [f"timm/{name}" for name in timm.list_models()]
 

@@ -228,8 +228,7 @@ def compile_stages(backbone: nn.Module, watched: Sequence[str]) -> None:
     """
     torch._functorch.config.donated_buffer = False  # attribution walks the graph before the backward pass does
     # To torch all stages are one function, compiled eight times at most: with and without attribution, for evaluation.
-    import torch._dynamo.config as dynamo  # only here: it takes seconds
-
+    dynamo = torch._dynamo.config  # torch imports it, which takes seconds, when it is asked for it
     dynamo.cache_size_limit = max(dynamo.cache_size_limit, 64)  # recompile_limit, as torch 2.6 knows it too
     stages = find_stages(backbone)
     if not stages:

@@ -47,7 +47,7 @@ def safe_terminal() -> Iterator[None]:
             os.open(os.devnull, os.O_RDWR)
     before = sys.stdout, sys.stderr
     out, err = (stream or open(os.devnull, "w") for stream in before)
-    sys.stdout, sys.stderr = Safe(out), Safe(err, may_fail=True)  # type: ignore[assignment]
+    sys.stdout, sys.stderr = Safe(out), Safe(err, may_fail=True)
     try:
         yield
     finally:

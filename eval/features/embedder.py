@@ -26,12 +26,9 @@ class Embedder:
     """
 
     backbone: Backbone
-    head: nn.Sequential | None
+    head: nn.Module | None
+    widths: tuple[int, int]
     device: str
-
-    @property
-    def widths(self) -> tuple[int, int]:
-        return self.backbone.num_features, 0 if self.head is None else int(self.head[-1].out_features)
 
     @torch.inference_mode()
     def look(self, images: Tensor) -> Tensor:
@@ -66,7 +63,9 @@ def find_embedder(config: EmbedConfig, files: Sequence[str]) -> Embedder:
                 f"run: {folder} is no finished run's folder and no detector's, backbone.safetensors is missing"
             )
         model = Model(folder, device)
-        return Embedder(model.backbone, model.head, device)
+        return Embedder(
+            model.backbone, model.head, (model.widths["features"], model.widths.get("projections", 0)), device
+        )
     assert config.checkpoint is not None
     asked = config.encoder
     if not asked.name:
@@ -74,4 +73,4 @@ def find_embedder(config: EmbedConfig, files: Sequence[str]) -> Embedder:
     size = config.image_size or usual_image_size(sample_sizes(files))
     weights = str(Path(config.checkpoint).expanduser())
     encoder = build_backbone(EncoderConfig(asked.name, asked.width, asked.stem, weights, asked.part), size)
-    return Embedder(Backbone(encoder, size, config.fit).to(device), None, device)
+    return Embedder(Backbone(encoder, size, config.fit).to(device), None, (encoder.num_features, 0), device)

@@ -12,7 +12,8 @@ from tqdm.auto import tqdm
 
 from gradmix.ssl.machine import usable_cpus
 
-T, R = TypeVar("T"), TypeVar("R")
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 def looked_at(

@@ -7,7 +7,7 @@ memory-mapped, are read in blocks (`gradmix.eval.features.arrays`).
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import faiss
 import numpy as np
@@ -132,14 +132,14 @@ class Neighbours:
             raise ValueError(f"index: {self.factory!r} is not saved with a detector; {SAVED_KINDS} are")
         inverted = faiss.try_extract_index_ivf(self.index)
         if inverted is None:
-            return SavedIndex(self.factory, self.index.hnsw.efSearch), {}
+            return SavedIndex(self.factory, cast(faiss.IndexHNSW, self.index).hnsw.efSearch), {}
         about = SavedIndex(self.factory, inverted.nprobe)
         if type(self.index) is not faiss.IndexIVFFlat:
             return about, {}
         lists = np.empty(len(self), np.int64)
         for number in range(inverted.nlist):
-            size = inverted.invlists.list_size(number)
-            lists[faiss.rev_swig_ptr(inverted.invlists.get_ids(number), size)] = number
+            inside = cast(faiss.InvertedLists, inverted.invlists)
+            lists[faiss.rev_swig_ptr(inside.get_ids(number), inside.list_size(number))] = number
         return about, {"centres_": inverted.quantizer.reconstruct_n(0, inverted.nlist), "lists_": lists}
 
     @classmethod
@@ -171,7 +171,7 @@ class Neighbours:
         if inverted is not None:
             inverted.nprobe = about.effort
         else:
-            neighbours.index.hnsw.efSearch = about.effort
+            cast(faiss.IndexHNSW, neighbours.index).hnsw.efSearch = about.effort
         return neighbours
 
     @property
@@ -200,7 +200,8 @@ class Neighbours:
         """
         check_k(k, len(self))
         parts = [self._search(unit_rows(queries[rows]), k) for rows in blocks(queries.shape)]
-        return tuple(np.concatenate(part) for part in zip(*parts, strict=True))
+        values, numbers = (np.concatenate(part) for part in zip(*parts, strict=True))
+        return values, numbers
 
     def _search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         if self.index is None:

@@ -303,11 +303,14 @@ def measure_all(measures: list[Measure], subject: Subject) -> tuple[dict[str, An
     """
     skipped: dict[str, str] = {}
     for need in NEEDS:
-        stopped = [m for m in measures if need in m.needs] if (why := subject.lacks(need)) else []
+        why = subject.lacks(need)
+        stopped = [m for m in measures if need in m.needs]
+        if why is None or not stopped:
+            continue
         measures = [m for m in measures if m not in stopped]
         kinds = ", ".join(dict.fromkeys(m.KIND for m in stopped))
         names = {"projections": [m.name for m in stopped], "pixels": ["raw pixels"]}.get(need, [kinds])
-        skipped |= dict.fromkeys(names, why) if stopped else {}
+        skipped |= dict.fromkeys(names, why)
     result: dict[str, Any] = {}
     for measure in measures:
         for name, value in measure.measure(subject):

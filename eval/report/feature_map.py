@@ -32,6 +32,7 @@ def feature_map(run: Run) -> Section:
     order = np.argsort(labels >= 0, kind="stable")  # known ones are drawn on top
     rows, places, labels = rows[order], places[order], labels[order]
     size = min(48, run.images["test"].size) if run.images else 0
+    pictures = sheet(run.images["test"], rows.tolist(), COLUMNS, 48) if run.images else None
     body = render(
         "map.html",
         why="",
@@ -39,7 +40,7 @@ def feature_map(run: Run) -> Section:
         no_images="" if run.images else run.why_no_images,
         side=SIDE,
         marks=[(_class(label), _shape(label), x, y) for (x, y), label in zip(places, labels, strict=True)],
-        sprite=data_uri(sheet(run.images["test"], rows, COLUMNS, 48), lossless=size <= 16) if run.images else "",
+        sprite=data_uri(pictures, lossless=size <= 16) if pictures else "",
         sharp=0 < size <= SHARP,
         about={
             "columns": COLUMNS,

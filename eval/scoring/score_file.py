@@ -90,7 +90,7 @@ def check_replaceable(out: Path) -> None:
 def scoring_key(scorer: Scorer, paths: Sequence[str], batch_size: int) -> str:
     """Eight digits that change with detector, threshold, batch size, device and images (name, size, time of change)."""
     calibration = scorer.detector.calibration_
-    asked = [] if calibration is None else [calibration.accept, calibration.per_class]
+    asked: list[float] = [] if calibration is None else [calibration.accept, calibration.per_class]
     digest = hashlib.sha256(json.dumps([scorer.sha256, batch_size, str(scorer.device), *asked, *COLUMNS]).encode())
     add_files(digest, paths)
     return digest.hexdigest()[:8]

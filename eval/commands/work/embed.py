@@ -9,7 +9,7 @@ from gradmix.eval.config import EmbedConfig
 from gradmix.eval.features.embed import Done, check_replaceable, embed_files, embed_images
 from gradmix.eval.features.embedder import find_embedder
 from gradmix.eval.features.embedding_file import check_format
-from gradmix.eval.features.embeddings import Embeddings, beside
+from gradmix.eval.features.embeddings import Embeddings, beside, read_embeddings
 from gradmix.eval.scoring.scorer import find_images
 from gradmix.ssl.data.listing import Files
 from gradmix.ssl.runs.outputs import check_output
@@ -39,10 +39,20 @@ def embed(config: EmbedConfig, progress: bool = False) -> Done:
     return done
 
 
-def embed_here(config: EmbedConfig, images: Sequence[Any] | None = None) -> Embeddings:
-    """The same in memory, of ``images``, or of what ``config.images`` names."""
+def embedded(config: EmbedConfig, images: Sequence[Any] | None, write: bool) -> Embeddings:
+    """For :func:`gradmix.embed`: features of every image.
+
+    Args:
+        images: instead of those that ``config.images`` names.
+        write: whether to write ``config.out``.
+    """
+    if write and images is not None:
+        raise ValueError("out: a list of images is embedded in memory; write the features that it gives yourself")
+    if write:
+        embed(config)
+        return read_embeddings(Path(config.out).expanduser(), "out")
     folder = Path(config.images).expanduser()
-    items = find_images(config.images) if images is None else images
-    names = [str(item) for item in items if isinstance(item, str | Path)]
     inside = folder if images is None and folder.is_dir() else None
-    return embed_images(find_embedder(config, names), items, inside, config.batch_size)
+    images = find_images(config.images) if images is None else images
+    files = [str(image) for image in images if isinstance(image, str | Path)]
+    return embed_images(find_embedder(config, files), images, inside, config.batch_size)

@@ -39,6 +39,14 @@ def run_pretrain(config: Config) -> None:
         print(f"\n{over}; {config.run_dir}: report.html, and the runs in split-*")
 
 
+def trained(config: Config) -> tuple[Path, dict, str]:
+    """For :func:`gradmix.pretrain`: the run's folder, its numbers, and the table of them."""
+    numbers = pretrain(config)
+    if numbers is None:
+        raise RuntimeError("only the first process of a distributed run has its numbers")
+    return Path(config.run_dir), numbers, table(numbers)
+
+
 def pretrain(config: Config) -> dict | None:
     """The run's numbers, or the mean of its splits'; None on all but the first process."""
     choose_measures(config)
@@ -49,13 +57,14 @@ def pretrain(config: Config) -> dict | None:
         check_output("run_dir", weights, files=[Path(config.encoder.init).expanduser()])
     if config.data.split != "all":
         return pretrain_one(config)
-    results = []
+    results: list[dict | None] = []
     for split in range(len(splits_of(config.data))):
         one = replace(config, data=replace(config.data, split=split), run_dir=f"{config.run_dir}/split-{split}")
         results.append(pretrain_one(one))
-    if None in results:
+    finished = [result for result in results if result is not None]
+    if len(finished) < len(results):
         return None
-    summary, folder = over_splits(results), Path(config.run_dir)
+    summary, folder = over_splits(finished), Path(config.run_dir)
     write_json(folder / "metrics.json", summary)
     write_comparison(find_runs([folder]), folder / "report.html")
     return summary

@@ -1,5 +1,5 @@
-"""The commands as functions: ``gradmix.pretrain``, ``gradmix.evaluate``, ``gradmix.score`` and
-``gradmix.embed``.
+"""The commands as functions: ``gradmix.pretrain``, ``gradmix.evaluate``, ``gradmix.score``, ``gradmix.embed``;
+and ``gradmix.evaluate_features`` for arrays.
 
 Keys have the names of the command line. One with a dot is an entry of a dict, ``encoder={"width": 16}``, or stands in
 the mapping that may come first, ``gradmix.pretrain({"encoder.width": 16}, epochs=10)``. ``data="digits"`` and
@@ -144,6 +144,40 @@ def evaluate(run: "str | Path | Run | None" = None, settings: Mapping[str, Any] 
         if getattr(config, key):
             raise ValueError(f"{key}: measures nothing; gradmix-eval run=... {key}=... does it")
     return Run(*later("evaluate:evaluated")(config))
+
+
+def evaluate_features(
+    train_features: Any,
+    train_labels: Any = None,
+    test_features: Any = None,
+    test_labels: Any = None,
+    unknown_features: Any = None,
+    *,
+    settings: Mapping[str, Any] | None = None,
+    held_out_features: Any = None,
+    held_out_labels: Any = None,
+    **keys: Any,
+) -> Run:
+    """Evaluate features from anywhere, without an image: what ``gradmix-eval features=`` does.
+
+    Args:
+        train_features: ``[N, F]``, numpy arrays (memory-mapped ones too) or tensors, as all features.
+        train_labels: ``[N]``, names of classes or integers from 0; None: there are no classes.
+        test_features, test_labels: classes that only they have are unknown, and so is -1 or an empty name. None: a part
+            of each class of the training features (``data.test_fraction``), the rest trains.
+        unknown_features: of no known class, added to the test set.
+        held_out_features, held_out_labels: of known classes, for the threshold; None: ``data={"holdout": 0.1}`` takes
+            a tenth of the training features.
+        settings, keys: as in :func:`pretrain`; ``out`` is needed.
+
+    Raises:
+        ValueError: bad input, in one line.
+    """
+    config = configured("eval", EvalConfig, {**(settings or {}), **keys})
+    arrays = {"train_features": train_features, "train_labels": train_labels}
+    arrays |= {"test_features": test_features, "test_labels": test_labels, "unknown_features": unknown_features}
+    arrays |= {"held_out_features": held_out_features, "held_out_labels": held_out_labels}
+    return Run(*later("evaluate:evaluated_arrays")(config, arrays))
 
 
 def score(

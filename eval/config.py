@@ -40,6 +40,14 @@ class EvalConfig:
     checkpoint: str | None = key(
         None, "instead of a run, weights trained anywhere; needs encoder=, data= and out=", path=True
     )
+    features: str | None = key(
+        None,
+        "instead of a run, features from anywhere, without an image: what gradmix-embed writes, or an .npz file with "
+        "train_features, train_labels, test_features, ...; needs out=",
+        path=True,
+    )
+    test_features: str | None = key(None, "of features=: the test set; null: a part of features=", path=True)
+    unknown_features: str | None = key(None, "of features=: rows of no known class, added to the test set", path=True)
     encoder: EncoderName = field(default_factory=EncoderName)
     # other data than the run's own: features trained there, evaluated here
     data: DataConfig = field(default_factory=lambda: DataConfig(name="", holdout=0.0))
@@ -93,7 +101,8 @@ class EmbedConfig:
 @dataclass
 class ScoreConfig:
     detector: str = key(MISSING, "a run's detector/ folder, or one in its detectors/", path=True)
-    images: str = key(MISSING, "an image, a folder or a pattern", path=True)
+    images: str | None = key(None, "an image, a folder or a pattern", path=True)
+    features: str | None = key(None, "instead of images, a file that gradmix-embed writes, or .npy", path=True)
     out: str = key("scores.csv", ".csv, or .jsonl for JSON lines", path=True)
     batch_size: int = key(256, "images per forward pass", at_least=1)
     device: str = key("auto", "where the network runs; auto: the GPU, where there is one", choices=DEVICES)

@@ -26,7 +26,7 @@ from gradmix.ssl.data.open_set import OpenSetData
 from gradmix.ssl.networks.backbones import Backbone
 
 # classes: of the images, with test images among the known ones. All have features.
-NEEDS = ("features", "projections", "classes", "pixels", "unknown images")
+NEEDS = ("features", "projections", "classes", "images", "pixels", "unknown images")
 
 
 class Skipped(NamedTuple):
@@ -142,7 +142,7 @@ class TrainedProbe(Measure):
     """``linear_augmented/top1`` or ``finetune/top1``: a probe that is trained on augmented images."""
 
     KIND = "linear"
-    needs = ("classes",)
+    needs = ("classes", "images")
 
     def __init__(self, protocol: str, probe: ImageProbe):
         self.metric, self.probe = "finetune" if protocol == "finetune" else f"linear_{protocol}", probe
@@ -152,8 +152,13 @@ class TrainedProbe(Measure):
         protocols = [protocol for protocol in asked.protocols if protocol != "cached"]
         return [cls(p, ImageProbe(p, asked.probe, config.data.augment, config.seed)) for p in protocols]
 
+    @property
+    def name(self) -> str:
+        return self.metric
+
     def measure(self, subject: Subject) -> Iterator[tuple[str, Any]]:
         data, workers = subject.data, subject.config.data.workers
+        assert subject.encoder is not None
         test = data.test.select(subject.known.nonzero()[:, 0])
         self.probe.fit(Backbone(subject.encoder, data.train.size), data.train, len(data.classes), workers)
         predicted = self.probe.predict(test, workers)
@@ -198,7 +203,8 @@ class Quality(Measure):
             spread = quality.class_spread(features, subject.data.train.labels)
             infinite = Skipped("the class means coincide, which makes it infinite")  # JSON can't say that
             yield "quality/class_spread", spread if math.isfinite(spread) else infinite
-        yield "quality/alignment", quality.alignment(*subject.two_views())
+        why = subject.lacks("images")
+        yield "quality/alignment", quality.alignment(*subject.two_views()) if why is None else Skipped(why)
 
 
 class OpenSet(Measure):
@@ -309,7 +315,12 @@ def measure_all(measures: list[Measure], subject: Subject) -> tuple[dict[str, An
             continue
         measures = [m for m in measures if m not in stopped]
         kinds = ", ".join(dict.fromkeys(m.KIND for m in stopped))
-        names = {"projections": [m.name for m in stopped], "pixels": ["raw pixels"]}.get(need, [kinds])
+        named = {
+            "projections": [m.name for m in stopped],
+            "images": [m.name for m in stopped],
+            "pixels": ["raw pixels"],
+        }
+        names = named.get(need, [kinds])
         skipped |= dict.fromkeys(names, why)
     result: dict[str, Any] = {}
     for measure in measures:

@@ -1,7 +1,7 @@
 """What is measured: a frozen network, the images, and what the network makes of them."""
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +15,7 @@ from gradmix.eval.config import EvalConfig
 from gradmix.eval.detectors import Detector
 from gradmix.eval.detectors.options import build_detector
 from gradmix.eval.features.extraction import Model, extract, raw_pixels, raw_pixels_bytes
+from gradmix.eval.features.feature_sets import Parts, write_space
 from gradmix.ssl.augment import TwoViews
 from gradmix.ssl.config import Config
 from gradmix.ssl.data.images import normalize
@@ -31,7 +32,7 @@ class Subject:
     """What every measure is given.
 
     Attributes:
-        encoder: normalised images to features, in eval mode.
+        encoder: normalised images to features, in eval mode; None where there are features alone, and no images.
         spaces: the images as ``features``, and where there is a head as ``projections`` (L2-normalised). A training
             set of features beyond ``data.memory_gib`` is memory-mapped.
         asked: what gradmix-eval was asked for beside the usual.
@@ -41,7 +42,7 @@ class Subject:
 
     config: Config
     data: OpenSetData
-    encoder: Encoder
+    encoder: Encoder | None
     device: torch.device
     spaces: dict[str, Space]
     asked: EvalConfig = field(default_factory=EvalConfig)
@@ -50,6 +51,8 @@ class Subject:
 
     def lacks(self, need: str) -> str | None:
         """Why a need (one of :data:`gradmix.eval.protocols.measures.NEEDS`) can't be met; None: it can be."""
+        if need in ("images", "pixels") and self.encoder is None:
+            return "there are features, and no images"
         if need == "projections" and need not in self.spaces:
             return "the checkpoint has no projection head"
         if need == "classes" and not self.data.classes:
@@ -103,16 +106,18 @@ class Subject:
 
     def look(self, images: Tensor) -> Tensor:
         """Images ``[n, 3, S, S]`` uint8 to features ``[n, F]``, on the images' device."""
+        assert self.encoder is not None
         return self.encoder(normalize(images, self.encoder.constants))
 
     def two_views(self) -> tuple[Tensor, Tensor]:
         """Features of two random views of up to ``MOST_VIEWED`` evenly spaced training images, always the same."""
-        images = self.data.train
+        images, encoder = self.data.train, self.encoder
+        assert encoder is not None
         rows = torch.linspace(0, len(images) - 1, min(len(images), MOST_VIEWED)).long()
-        views = TwoViews(self.config.data.augment, images.size, views=1, constants=self.encoder.constants)
+        views = TwoViews(self.config.data.augment, images.size, views=1, constants=encoder.constants)
 
         def features(seed: int) -> Tensor:
-            return extract(lambda batch: self.encoder(views(batch, seed)), images.select(rows), self.device)
+            return extract(lambda batch: encoder(views(batch, seed)), images.select(rows), self.device)
 
         return features(0), features(1)
 
@@ -134,3 +139,22 @@ def subject_of(
         for space in spaces:
             spaces[space][name] = arrays[space]
     return Subject(config, data, model.backbone.encoder, model.device, spaces, asked)
+
+
+def subject_of_features(
+    out: Path, config: Config, data: OpenSetData, device: str, asked: EvalConfig, parts: Mapping[str, Parts]
+) -> Subject:
+    """Features from elsewhere, without network and images; they are written to ``features/`` of ``out``.
+
+    Args:
+        data, parts: as :func:`gradmix.eval.features.feature_sets.divide` gives them.
+    """
+    limit, spaces = int(config.data.memory_gib * 2**30), dict[str, Space]()
+    for name, images in data.sets().items():
+        arrays = write_space(out / "features" / f"{name}.safetensors", parts[name], images.labels)
+        for space in set(arrays) - {"labels"}:
+            large = name == "train" and arrays[space].nbytes > limit
+            spaces.setdefault(space, {})[name] = arrays[space] if large else torch.from_numpy(arrays[space])
+    if any(set(one) != set(data.sets()) for one in spaces.values()):
+        del spaces["projections"]  # of some sets only
+    return Subject(config, data, None, torch.device(device), spaces, asked)

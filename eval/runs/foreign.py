@@ -4,6 +4,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from gradmix.eval.config import EvalConfig
+from gradmix.eval.features.feature_sets import FEATURES
 from gradmix.ssl.config import Config, EncoderConfig, MethodConfig, MixConfig, OptimizerConfig, flat
 from gradmix.ssl.data.open_set import OpenSetData, load_data
 from gradmix.ssl.networks.backbones import Encoder, backbone_metadata, build_backbone
@@ -94,3 +95,33 @@ def check_transfer_classes(run: Config, data: OpenSetData) -> None:
             f"data.root: the classes of training and test set differ: {'; '.join(differences)}; "
             "data.known=[...] names the classes to evaluate, and all others are unknown"
         )
+
+
+def features_run(config: EvalConfig) -> Config:
+    """The config of a run that is nothing but features from elsewhere.
+
+    Raises:
+        ValueError: ``out`` is missing, or what needs images or a network is asked for.
+    """
+    if config.out is None:
+        raise ValueError("out: missing; features= needs it, out=DIR")
+    given = {
+        "data": config.data.name, "root": config.root, "unknown_root": config.unknown_root, "export": config.export,
+        "corruptions": config.corruptions, "against": config.against, "encoder": config.encoder.name,
+        "data.split": config.data.split,
+    }  # fmt: skip
+    for key, value in given.items():
+        if value:
+            raise ValueError(f"{key}: features= has no images and no network; leave it out")
+    root = None if config.features is None else str(Path(config.features).expanduser())
+    data = replace(config.data, name=FEATURES, root=root, image_size=1)
+    encoder, method = EncoderConfig(FEATURES, width=None), MethodConfig(ELSEWHERE)
+    out = str(Path(config.out).expanduser())
+    return Config(
+        run_dir=out,
+        data=data,
+        encoder=encoder,
+        method=method,
+        mix=MixConfig("none"),
+        optimizer=OptimizerConfig("unknown"),
+    )

@@ -25,13 +25,23 @@ COLUMNS = [field.name for field in fields(Score)]
 
 
 def write_scores(
-    scorer: Scorer, paths: Sequence[str], out: Path, batch_size: int = 256, progress: bool = False
+    scorer: Scorer,
+    paths: Sequence[str],
+    out: Path,
+    batch_size: int = 256,
+    progress: bool = False,
+    features: np.ndarray | None = None,
+    files: Sequence[str] = (),
 ) -> tuple[int, int, int]:
     """Score image files into a CSV file, or JSON lines when ``out`` ends in ``.jsonl``.
 
     Every batch is forced to disk in ``OUT.KEY.part``, which becomes ``out`` when it is complete; KEY stands for
     detector, images and batch size. A part of the same key is gone on with after its last whole batch: then the bytes
     are those of a scoring that was never stopped (a feature's last digits depend on what else is in its batch).
+
+    Args:
+        features: of the images ``[N, F]``, which then need not be there; a row of them counts as its image.
+        files: what the features were read from.
 
     Returns:
         Numbers of rows, of images called unknown, and of files that could not be read.
@@ -42,7 +52,7 @@ def write_scores(
     """
     if out.is_dir():
         raise ValueError(f"out: {out} is a folder; give a file, such as {out / 'scores.csv'}")
-    part = out.with_name(f"{out.name}.{scoring_key(scorer, paths, batch_size)}.part")
+    part = out.with_name(f"{out.name}.{scoring_key(scorer, [*paths, *files], batch_size)}.part")
     for other in sorted(set(out.parent.glob(f"{escape(out.name)}.*.part")) - {part}):
         print(f"{other}: left alone; it is of another detector, other images or another batch_size")
     as_json = out.suffix == ".jsonl"
@@ -53,7 +63,11 @@ def write_scores(
             if end:
                 print(f"{part}: {counts[0]} of {len(paths)} images are scored already")
             file.truncate(end)
-            scores = scorer.score(paths[counts[0] :], batch_size, progress)
+            rest = paths[counts[0] :]
+            if features is None:
+                scores = scorer.score(rest, batch_size, progress)
+            else:
+                scores = scorer.score_features(features[counts[0] :], rest, batch_size)
             try:
                 while batch := [asdict(score) for score in islice(scores, batch_size)]:
                     file.write(encode(batch, as_json, header=not counts[0]))

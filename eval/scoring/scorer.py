@@ -30,6 +30,7 @@ from gradmix.ssl.data.images import decode
 from gradmix.ssl.data.listing import list_images
 from gradmix.ssl.data.names import UNKNOWN_NAME, check_class_names
 from gradmix.ssl.keys import Key
+from gradmix.ssl.networks.backbones import Backbone
 from gradmix.ssl.runs.documents import as_schema, read_document
 from gradmix.ssl.runs.files import hash_file, hash_json, write_atomically, write_json, write_tensors
 from gradmix.ssl.runs.tensors import opened_tensors
@@ -52,6 +53,7 @@ class About:
     files: dict[str, str]
     sha256: str
     space: Annotated[str, Key(choices=("features", "projections"))] = "features"  # what the detector looks at
+    network: bool = True  # False: none, and the detector is given features
 
 
 @dataclass(frozen=True)
@@ -78,29 +80,35 @@ class Score:
     error: str = ""
 
 
-def save_scorer(folder: Path, detector: Detector, run_dir: Path, data: "OpenSetData", space: str = "features") -> None:
+def save_scorer(
+    folder: Path, detector: Detector, run_dir: Path | None, data: "OpenSetData", space: str = "features"
+) -> None:
     """Write the folder that :class:`Scorer` loads.
 
     Args:
         detector: fitted to the training images of ``data``.
-        run_dir: the folder with the weights.
+        run_dir: the folder with the weights; None: there is no network, and it scores features.
         space: what it was fitted to, ``features`` or ``projections``.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    names = ["backbone.safetensors", *(["head.safetensors"] if space == "projections" else [])]
-    for name in names:
-        write_atomically(folder / name, partial(shutil.copyfile, run_dir / name))
+    names: list[str] = []
+    if run_dir is not None:
+        names = ["backbone.safetensors", *(["head.safetensors"] if space == "projections" else [])]
+        for name in names:
+            write_atomically(folder / name, partial(shutil.copyfile, run_dir / name))
     train, shows = data.train, isinstance(detector, DeepKNN) and space == "features"
-    if shows and train.files is None:
+    thumbnails = shows and train.files is None and run_dir is not None
+    if thumbnails:
         small = train.size <= THUMBNAIL_SIZE
         images = train.pixels if small else torch.cat([_shrink(part) for part in train.pixels.split(1024)])
         write_tensors(folder / THUMBNAILS, {"images": images})
     else:
         (folder / THUMBNAILS).unlink(missing_ok=True)
     detector.save(folder)
-    names += ["detector.json", *([THUMBNAILS] if shows and train.files is None else [])]
+    names += ["detector.json", *([THUMBNAILS] if thumbnails else [])]
     about = {
         "classes": list(data.classes),
+        **({} if run_dir is not None else {"network": False}),
         "space": space,
         "train_files": list(train.files) if shows and train.files is not None else None,
         "files": {name: hash_file(folder / name) for name in names},
@@ -133,10 +141,10 @@ class Scorer:
                 raise ValueError(f"{folder / name}: damaged, it does not match scorer.json's hash")
         self.classes, self.train_files, self.files = about.classes, about.train_files, about.files
         self.detector = detectors.load(folder)
-        self.model = Model(folder, device)
-        self.backbone, self.device = self.model.backbone, device
+        self.network = Model(folder, device) if about.network else None
+        self.device = device
         self.space = about.space
-        if self.space == "projections" and self.model.head is None:
+        if self.network is not None and self.space == "projections" and self.network.head is None:
             raise ValueError(f"{folder / 'head.safetensors'}: missing, the detector looks at projections")
         self.folder = folder
         self.sha256 = about.sha256
@@ -145,7 +153,7 @@ class Scorer:
     def _check(self) -> None:
         """See that the files belong together: one class name and one training image for every one of the detector's."""
         detector, where = self.detector, self.folder / "scorer.json"
-        width = self.model.widths[self.space]
+        width = detector.width_ if self.network is None else self.network.widths[self.space]
         if detector.width_ != width:
             wide = f"{self.space} {width} wide, the detector's are {detector.width_}"
             raise ValueError(f"{self.folder / 'backbone.safetensors'}: {wide}")
@@ -157,7 +165,7 @@ class Scorer:
         rows = len(self.knn.bank_)
         if self.train_files is not None and len(self.train_files) != rows:
             raise ValueError(f"{where}: train_files: {len(self.train_files)} names, the detector has {rows} images")
-        if self.train_files is None:
+        if self.train_files is None and self.network is not None:
             path = self.folder / THUMBNAILS
             if THUMBNAILS not in self.files:
                 raise ValueError(f"{where}: files: {THUMBNAILS} is missing")
@@ -168,11 +176,40 @@ class Scorer:
             if kind != "U8" or shape != [rows, 3, side, side] or not 1 <= side <= THUMBNAIL_SIZE:
                 raise ValueError(f"{path}: images: expected [{rows}, 3, S, S] bytes, S at most {THUMBNAIL_SIZE}")
 
+    @property
+    def model(self) -> Model:
+        """
+        Raises:
+            ValueError: there is no network, the detector was fitted to features.
+        """
+        if self.network is None:
+            raise ValueError(
+                f"images: {self.folder} was fitted to features and has no network; features=FILE scores some"
+            )
+        return self.network
+
+    @property
+    def backbone(self) -> Backbone:
+        """The network's; see :attr:`model`."""
+        return self.model.backbone
+
+    def score_features(self, features: np.ndarray, names: Sequence[str], batch_size: int = 256) -> Iterator[Score]:
+        """Score features ``[N, F]`` (or projections, where the detector looks at those), one batch at a time, in order.
+
+        Args:
+            names: of the images, ``[N]``.
+        """
+        for first in range(0, len(features), batch_size):
+            batch = torch.from_numpy(np.array(features[first : first + batch_size], np.float32))
+            for row, score in enumerate(self._score(batch), first):
+                yield replace(score, path=names[row])
+
     def score(self, images: Sequence[Picture], batch_size: int = 256, progress: bool = False) -> Iterator[Score]:
         """Score images one batch at a time, in order. Unreadable files get a row with the error.
 
         Decoding, network and detector overlap, see :func:`gradmix.eval.features.files.looked_at`.
         """
+        _ = self.model  # without one, said once and not for each image
         names = (str(x) if isinstance(x, str | Path) else f"image {number}" for number, x in enumerate(images))
         for batch, features in looked_at(images, self._decode, self.look, batch_size, progress):
             scored = iter(() if features is None else self._score(features))
@@ -200,7 +237,7 @@ class Scorer:
         Raises:
             ValueError: the detector knows no training images.
         """
-        if self.knn is None:
+        if self.knn is None or self.network is None:
             raise ValueError(
                 f"explain: {self.detector.NAME} knows no training images to show; deep_knn on features does"
             )
@@ -292,7 +329,9 @@ def read_about(path: Path) -> About:
     del said["sha256"]
     if about.sha256 != hash_json(said):
         raise ValueError(f"{path}: damaged, its content does not match its hash")
-    names = {"backbone.safetensors", "detector.json", *(["head.safetensors"] if about.space == "projections" else [])}
+    names = {"detector.json"}
+    if about.network:
+        names |= {"backbone.safetensors", *(["head.safetensors"] if about.space == "projections" else [])}
     if not names <= set(about.files) <= names | {THUMBNAILS}:
         raise ValueError(f"{path}: files: expected {', '.join(sorted(names))}, got {sorted(about.files)!a:.80}")
     check_class_names(about.classes, f"{path}: classes")

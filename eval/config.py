@@ -38,7 +38,9 @@ class TrainedProbe:
 class EvalConfig:
     run: str | None = key(None, "folder of a trained run, or of a run with data.split=all", path=True)
     checkpoint: str | None = key(
-        None, "instead of a run, weights trained anywhere; needs encoder=, data= and out=", path=True
+        None,
+        "instead of a run, weights trained anywhere, or pretrained: timm's own; needs encoder=, data= and out=",
+        path=True,
     )
     features: str | None = key(
         None,
@@ -82,10 +84,14 @@ class EvalConfig:
 @dataclass
 class EmbedConfig:
     run: str | None = key(None, "folder of a trained run, or a detector/ folder: its network", path=True)
-    checkpoint: str | None = key(None, "instead of a run, weights trained anywhere; needs encoder=", path=True)
+    checkpoint: str | None = key(
+        None, "instead of a run, weights trained anywhere, or pretrained: timm's own; needs encoder=", path=True
+    )
     encoder: EncoderName = field(default_factory=EncoderName)
     image_size: int | None = key(
-        None, "of a checkpoint: side in pixels of every image; null: 32, 64, 128 or 224, by the images", at_least=1
+        None,
+        "of a checkpoint: side in pixels of every image; null: by the images, of timm's own weights timm's size",
+        at_least=1,
     )
     fit: str = key(
         "crop",

@@ -15,6 +15,7 @@ from gradmix.ssl.config import EncoderConfig
 from gradmix.ssl.data.sizes import sample_sizes, usual_image_size
 from gradmix.ssl.machine import pick_device
 from gradmix.ssl.networks.backbones import Backbone, build_backbone
+from gradmix.ssl.networks.timm_encoders import PREFIX, PRETRAINED, own_image_size
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,10 @@ def find_embedder(config: EmbedConfig, files: Sequence[str]) -> Embedder:
     asked = config.encoder
     if not asked.name:
         raise ValueError("encoder: missing; checkpoint= needs it, encoder=NAME")
-    size = config.image_size or usual_image_size(sample_sizes(files))
+    if config.image_size is None and config.checkpoint == PRETRAINED and asked.name.startswith(PREFIX):
+        size = own_image_size(asked.name)
+    else:
+        size = config.image_size or usual_image_size(sample_sizes(files))
     weights = str(Path(config.checkpoint).expanduser())
     encoder = build_backbone(EncoderConfig(asked.name, asked.width, asked.stem, weights, asked.part), size)
     return Embedder(Backbone(encoder, size, config.fit).to(device), None, (encoder.num_features, 0), device)

@@ -6,6 +6,7 @@ group ``gradmix.measures``, and ``gradmix-eval measures=[NAME]`` asks for it.
 
 import math
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -20,13 +21,14 @@ from gradmix.eval.config import EvalConfig
 from gradmix.eval.detectors import PRIMARY, Detector
 from gradmix.eval.detectors.options import build_detector, parse_detector
 from gradmix.eval.protocols.subject import Subject
+from gradmix.eval.runs.foreign import ELSEWHERE
 from gradmix.registry import Registry
 from gradmix.ssl.config import Config
 from gradmix.ssl.data.open_set import OpenSetData
 from gradmix.ssl.networks.backbones import Backbone
 
 # classes: of the images, with test images among the known ones. All have features.
-NEEDS = ("features", "projections", "classes", "images", "pixels", "unknown images")
+NEEDS = ("features", "projections", "classes", "images", "pixels", "start", "unknown images")
 
 
 class Skipped(NamedTuple):
@@ -257,6 +259,18 @@ class OpenSet(Measure):
         yield from ((f"{self.name}/{name}", value) for name, value in values.items())
 
 
+class AtTheStart(OpenSet):
+    """``osr/KEY_start/...``: the same detector on the network that training began with, ``encoder.init``."""
+
+    @classmethod
+    def asked_for(cls, config: Config, asked: EvalConfig) -> list[Measure]:
+        if config.encoder.init is None or config.method.name == ELSEWHERE:
+            return []
+        entries = [parse_detector(entry) for entry in config.detectors]
+        build = partial(build_detector, options=dict(config.detector_options))
+        return [cls(f"{key}_start", build(kind.NAME), "start") for key, kind, space in entries if space == "features"]
+
+
 # In the order that metrics.json has them.
 MEASURES: Registry[type[Measure]] = Registry(
     "gradmix.measures",
@@ -269,6 +283,7 @@ MEASURES: Registry[type[Measure]] = Registry(
         "majority": Majority,
         "quality": Quality,
         "open_set": OpenSet,
+        "start": AtTheStart,
     },
 )
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gradmix.eval.classifiers.linear import LinearProbe
 from gradmix.eval.config import EvalConfig
@@ -16,11 +16,12 @@ from gradmix.eval.detectors import Detector
 from gradmix.eval.detectors.options import build_detector
 from gradmix.eval.features.extraction import Model, extract, raw_pixels, raw_pixels_bytes
 from gradmix.eval.features.feature_sets import Parts, write_space
+from gradmix.eval.runs.foreign import ELSEWHERE
 from gradmix.ssl.augment import TwoViews
 from gradmix.ssl.config import Config
 from gradmix.ssl.data.images import normalize
 from gradmix.ssl.data.open_set import OpenSetData
-from gradmix.ssl.networks.backbones import Encoder
+from gradmix.ssl.networks.backbones import Backbone, Encoder, build_backbone
 
 MOST_VIEWED = 2048  # images whose two views are compared
 ALL = 2**62  # bytes
@@ -53,6 +54,8 @@ class Subject:
         """Why a need (one of :data:`gradmix.eval.protocols.measures.NEEDS`) can't be met; None: it can be."""
         if need in ("images", "pixels") and self.encoder is None:
             return "there are features, and no images"
+        if need == "start":
+            return self.start if isinstance(self.start, str) else None
         if need == "projections" and need not in self.spaces:
             return "the checkpoint has no projection head"
         if need == "classes" and not self.data.classes:
@@ -67,10 +70,29 @@ class Subject:
         return None
 
     def space(self, name: str) -> Space:
-        """The images as ``features``, ``projections`` or ``pixels`` (in [0, 1], at most 32 x 32)."""
+        """The images as ``features``, ``projections``, ``pixels`` (in [0, 1], at most 32 x 32), or as ``start``: the
+        features of the network that training began with.
+        """
+        if name == "start" and name not in self.spaces:
+            encoder, workers = self.start, self.config.data.workers
+            assert isinstance(encoder, nn.Module)
+            backbone = Backbone(encoder, self.data.train.size).to(self.device)
+            sets = self.data.sets().items()
+            self.spaces[name] = {part: extract(backbone, images, self.device, workers) for part, images in sets}
         if name == "pixels" and name not in self.spaces:
             self.spaces[name] = {part: raw_pixels(images) for part, images in self.data.sets().items()}
         return self.spaces[name]
+
+    @cached_property
+    def start(self) -> Encoder | str:
+        """The network that training began with, ``encoder.init``; or why it can't be had."""
+        config = self.config.encoder
+        if config.init is None or self.config.method.name == ELSEWHERE or self.config.data.image_size is None:
+            return "it was random, or there was no training here"
+        try:
+            return build_backbone(config, self.config.data.image_size)
+        except (ValueError, OSError) as error:
+            return str(error)
 
     @cached_property
     def known(self) -> Tensor:

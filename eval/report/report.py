@@ -25,6 +25,7 @@ HEADLINE = (
     "knn/top1",
     "knn_pixels/top1",
     f"osr/{PRIMARY}/auroc",
+    f"osr/{PRIMARY}_start/auroc",
     "osr/pixels/auroc",
     f"osr/{PRIMARY}/oscr",
 )

@@ -8,6 +8,7 @@ from gradmix.eval.features.feature_sets import FEATURES
 from gradmix.ssl.config import Config, EncoderConfig, MethodConfig, MixConfig, OptimizerConfig, flat
 from gradmix.ssl.data.open_set import OpenSetData, load_data
 from gradmix.ssl.networks.backbones import Encoder, backbone_metadata, build_backbone
+from gradmix.ssl.networks.timm_encoders import PREFIX, PRETRAINED, own_image_size
 from gradmix.ssl.runs.files import write_json, write_tensors
 from gradmix.ssl.runs.folder import claim
 
@@ -31,7 +32,8 @@ def read_foreign(config: EvalConfig) -> Foreign:
     asked, size = config.encoder, config.data.image_size
     encoder = EncoderConfig(asked.name, asked.width, asked.stem, init=str(checkpoint), part=asked.part)
     if size is None:
-        size = load_data(config.data, 0).train.size
+        own = config.checkpoint == PRETRAINED and asked.name.startswith(PREFIX)
+        size = own_image_size(asked.name) if own else load_data(config.data, 0).train.size
         config.data = replace(config.data, image_size=size)
     backbone = build_backbone(encoder, size)
     encoder.width, encoder.stem = (backbone.description.get(key) for key in ("width", "stem"))

@@ -334,6 +334,7 @@ def measure_all(measures: list[Measure], subject: Subject) -> tuple[dict[str, An
             "projections": [m.name for m in stopped],
             "images": [m.name for m in stopped],
             "pixels": ["raw pixels"],
+            "start": ["the network at the start"],
         }
         names = named.get(need, [kinds])
         skipped |= dict.fromkeys(names, why)

@@ -72,6 +72,7 @@ class Metric:
 
     @property
     def arrow(self) -> str:
+        """Which way is better: ↑, ↓, or nothing."""
         return {"higher": "↑", "lower": "↓", "": ""}[self.better]
 
     def at(self, subject: str) -> str:
@@ -79,7 +80,7 @@ class Metric:
         return re.sub(r"\{\w+\}", lambda _: subject, self.key)
 
     @cached_property
-    def pattern(self) -> re.Pattern:
+    def pattern(self) -> re.Pattern[str]:
         """The keys, with what is measured as the group."""
         parts = re.split(r"(\{\w+\})", self.key)
         inside = {"{classifier}": "(.+)", "{detector}": "([^/]+)", "{kind}": "(.+)"}

@@ -36,6 +36,8 @@ class TrainedProbe:
 
 @dataclass
 class EvalConfig:
+    """The keys of gradmix-eval."""
+
     run: str | None = key(None, "folder of a trained run, or of a run with data.split=all", path=True)
     checkpoint: str | None = key(
         None,
@@ -106,6 +108,8 @@ class EmbedConfig:
 
 @dataclass
 class ScoreConfig:
+    """The keys of gradmix-score."""
+
     detector: str = key(MISSING, "a run's detector/ folder, or one in its detectors/", path=True)
     images: str | None = key(None, "an image, a folder or a pattern", path=True)
     features: str | None = key(None, "instead of images, a file that gradmix-embed writes, or .npy", path=True)

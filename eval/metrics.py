@@ -51,6 +51,9 @@ def fpr_at_tpr(known_scores: Scores, unknown_scores: Scores, tpr: float = 0.95, 
     as positive; OpenOOD since August 2023 and pytorch-ood take the unknown ones, as the default here.
 
     An image whose score equals the threshold counts as positive.
+
+    Raises:
+        ValueError: empty or non-finite scores, an unknown side, or a ``tpr`` that is no share.
     """
     known, unknown = _scores(known_scores, unknown_scores)
     _check_side(positive)
@@ -70,6 +73,9 @@ def oscr(known_scores: Scores, unknown_scores: Scores, correct: Scores) -> float
 
     Args:
         correct: `[N_known]` booleans, whether the closed-set class of each known image is right.
+
+    Raises:
+        ValueError: empty or non-finite scores, or other than one boolean for each known image.
     """
     known, unknown = _scores(known_scores, unknown_scores)
     correct = _array(correct)
@@ -81,7 +87,11 @@ def oscr(known_scores: Scores, unknown_scores: Scores, correct: Scores) -> float
 
 
 def closed_set_accuracy(predicted: Scores, labels: Scores) -> float:
-    """Share of known images whose closest known class is their own."""
+    """Share of known images whose closest known class is their own.
+
+    Raises:
+        ValueError: no labels, or another number of predictions.
+    """
     predicted, labels = _array(predicted), _array(labels)
     if labels.ndim != 1 or len(labels) == 0:
         raise ValueError(f"labels: expected [N], got shape {labels.shape}")
@@ -154,6 +164,9 @@ def paired_bootstrap(
     Args:
         first, second: `(known_scores, unknown_scores)`, with `oscr` `(known_scores, unknown_scores,
             correct)`. A drawn image is drawn for both, so what makes images easy or hard cancels out.
+
+    Raises:
+        ValueError: bad scores, or runs of different numbers of images.
     """
     ours, theirs = _run(first), _run(second)
     for name, one, other in zip(("known_scores", "unknown_scores"), ours, theirs, strict=False):

@@ -167,6 +167,7 @@ class Pretraining(LightningModule):
         return Crops(count, augment.crop, augment.ratio)
 
     def train_dataloader(self) -> TrainLoader:
+        """The run's batches from the step on that it has reached; this process's share of each."""
         self.loader = TrainLoader(
             self.train_set,
             self.config.batch_size,
@@ -183,6 +184,7 @@ class Pretraining(LightningModule):
         return self.loader
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
+        """The optimizer and its schedule, a step of which is one of the optimizer's."""
         optimizer = build_optimizer(self.config, self.parameters())
         per_epoch = len(self.train_set) // self.config.batch_size / self.trainer.accumulate_grad_batches
         schedule = build_schedule(self.config, optimizer, per_epoch)

@@ -1,6 +1,7 @@
 import os
 import platform
 import shutil
+import signal
 import socket
 import sys
 import tempfile
@@ -12,6 +13,10 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="gradmix-tests-")  # not the answers kept for the user's own runs
+# Who runs the tests in the background or under nohup ignores these, and so would every process that a test starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def pytest_unconfigure():

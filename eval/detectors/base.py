@@ -59,6 +59,9 @@ class Detector:
         """Fit to known training features `[N, F]` and labels `[N]`, integers >= 0, gaps allowed.
 
         Only some detectors do without labels (`NEEDS_LABELS`); then they cannot `classify`.
+
+        Raises:
+            ValueError: bad arrays, or no labels where they are needed.
         """
         features = check_features("features", features)
         if not isinstance(features, np.memmap):
@@ -83,7 +86,11 @@ class Detector:
         return like(self._assess_all(features)[0], features)
 
     def classify(self, features: Array) -> Array:
-        """The closest known class of each image, `[N]` int64 training labels, however unknown it is."""
+        """The closest known class of each image, `[N]` int64 training labels, however unknown it is.
+
+        Raises:
+            ValueError: bad features, or the detector was fitted without labels.
+        """
         if self.classes_ is None:
             raise ValueError(f"{type(self).__name__} was fitted without labels and cannot name a class")
         return like(self.classes_[self._assess_all(features)[1]], features)

@@ -35,6 +35,8 @@ ELDER = "detector.faiss"  # of earlier versions; FAISS can be made to open any f
 
 @dataclass
 class Size:
+    """What the manifest says of a file."""
+
     bytes: Annotated[int, Key(at_least=0)]
     sha256: str
 

@@ -49,6 +49,9 @@ class ViM(Detector):
         Args:
             head: `(weight [K, F], bias [K])` on these features, classes in the order of the sorted labels,
                 which it needs.
+
+        Raises:
+            ValueError: bad arrays, a head without labels, or a ``dimension`` that the features don't span.
         """
         if head is not None and labels is None:
             raise ValueError("labels: with a head they are needed, got None")

@@ -156,6 +156,7 @@ def raw_pixels(images: ImageSet, path: Path | None = None, limit: int = 2**62) -
 
 
 def fill_pixels(images: ImageSet, pixels: np.ndarray) -> None:
+    """Write what :func:`raw_pixels` returns into ``pixels`` ``[N, P]``."""
     for first in range(0, len(images), 1024):
         last = min(first + 1024, len(images))
         if images.images is not None:

@@ -7,6 +7,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -74,7 +75,7 @@ def read_sets(config: EvalConfig) -> FeatureSets:
     return sets_of(arrays, f"features: {path}: ")
 
 
-def sets_of(arrays: dict, where: str = "") -> FeatureSets:
+def sets_of(arrays: dict[str, Any], where: str = "") -> FeatureSets:
     """Arrays by name: ``train_features``, ``train_labels``, ``test_features``, ...
 
     Raises:

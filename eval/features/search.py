@@ -23,7 +23,11 @@ TRAINED_ON = 2**16  # rows that an index is trained on, or 40 per inverted list 
 
 
 def limit_threads(count: int) -> None:
-    """Let FAISS use at most `count` threads in this process (its default: every core it sees)."""
+    """Let FAISS use at most `count` threads in this process (its default: every core it sees).
+
+    Raises:
+        ValueError: fewer than one.
+    """
     if count < 1:
         raise ValueError(f"threads: expected at least 1, got {count}")
     faiss.omp_set_num_threads(count)
@@ -45,6 +49,9 @@ def nearest_rows(queries: Array, bank: Array, k: int, metric: str = "cosine") ->
 
     Returns:
         Similarities or squared distances `[N, k]` float32, and row numbers in the bank `[N, k]` int64.
+
+    Raises:
+        ValueError: bad arrays, k above M, or an unknown metric.
     """
     reference = queries
     bank = check_features("bank", bank)
@@ -176,10 +183,12 @@ class Neighbours:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """``(M, F)``."""
         return self.features.shape
 
     @property
     def dtype(self) -> np.dtype:
+        """Of the prepared rows."""
         return np.dtype(np.float32)
 
     def __len__(self) -> int:

@@ -146,6 +146,9 @@ def read_cifar_layout(root: Path, data: OpenSetData, size: int) -> Batches:
     """CIFAR-10-C's layout: per kind one array [5 * n, 32, 32, 3], severity by severity; ``labels.npy`` alike.
 
     Labels count the classes in the data set's own order, as they do in CIFAR-10.
+
+    Raises:
+        ValueError: an array is missing, unreadable or of another shape.
     """
     numbers = _load(root / "labels.npy").astype(np.int64)
     present = [kind for kind in CORRUPTIONS if (root / f"{kind}.npy").is_file()]

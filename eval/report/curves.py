@@ -6,7 +6,7 @@ from sklearn.metrics import precision_recall_curve, roc_curve
 from gradmix.eval.catalogue import QUALITY, SESSION, metric_of, name_of, title
 from gradmix.eval.detectors import PRIMARY
 from gradmix.eval.report.charts import COLOURS, INK, Line, Points, histogram, line_chart, smooth, thin
-from gradmix.eval.report.page import Chart, Section, percent, render
+from gradmix.eval.report.page import Chart, Section, percent, section
 from gradmix.eval.runs.folder import Run
 
 LOSSES = ("train/loss", "train/supervised", "train/selfsup", "train/targets", "train/mixed")  # of one chart
@@ -14,6 +14,7 @@ WATCHED = tuple(metric.key for metric in (*SESSION, *QUALITY) if metric.key not 
 
 
 def training(run: Run) -> Section:
+    """What was logged while training, against the step."""
     charts, why = [], ""
     if not run.scalars:
         why = "There are no TensorBoard events in this folder."
@@ -29,16 +30,17 @@ def training(run: Run) -> Section:
         steps, values = smooth(*run.scalars[tag])
         drawing = line_chart(metric.title, [Line(steps, metric.scale * values)], "step", "%" * metric.share)
         charts.append(Chart(drawing, metric.sentence))
-    return Section("training", "Training", render("training.html", charts=charts, why=why))
+    return section("training", "Training", charts=charts, why=why)
 
 
 def open_set(run: Run) -> Section:
+    """How far scores tell unknown from known test images: ROC, OSCR, precision and recall, a histogram."""
     known = run.features["test"]["labels"] >= 0 if "test" in run.features else np.zeros(0, bool)
     name, heading = "curves", "Unknown against known"
     if not run.scores:
         side = "unknown" if known.any() else "known"
         why = f"no test images of {side} classes" if run.classes else "no classes"
-        return Section(name, heading, render("curves.html", why=f"There are {why}, so there is nothing to tell apart."))
+        return section(name, heading, why=f"There are {why}, so there is nothing to tell apart.")
     lines: dict[str, list[Line]] = {"roc": [], "oscr": [], "pr": []}
     for number, (detector, (score, correct)) in enumerate(run.scores.items()):
         colour = INK if detector == "pixels" else COLOURS[number % len(COLOURS)]
@@ -58,15 +60,15 @@ def open_set(run: Run) -> Section:
     limit = run.detector.threshold if run.detector is not None and shown == PRIMARY else None
     marks: dict[str, float] = {} if limit is None else {"threshold": limit}
     primary = "Scores of the primary detector: distance to a near training image"
-    body = render(
-        "curves.html",
+    return section(
+        name,
+        heading,
         why="",
         charts=[Chart(chart) for chart in charts],
         histogram=histogram("Scores of the test images", parts, f"{shown} score", marks),
         what=primary if shown == PRIMARY else f"Scores of {shown}",
         threshold=limit is not None,
     )
-    return Section(name, heading, body)
 
 
 def roc(known: np.ndarray, unknown: np.ndarray, correct: np.ndarray) -> Points:

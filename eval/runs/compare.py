@@ -41,7 +41,11 @@ def compare(first: Path, second: Path) -> dict[str, metrics.Interval]:
 
 
 def load_scores(run: Path) -> dict[str, Tensor]:
-    """A run's scores: ``labels``, ``images``, ``<detector>/score`` and ``<detector>/correct``, all ``[N]``."""
+    """A run's scores: ``labels``, ``images``, ``<detector>/score`` and ``<detector>/correct``, all ``[N]``.
+
+    Raises:
+        ValueError: missing or damaged.
+    """
     path = run / "features" / "scores.safetensors"
     if not path.is_file():
         raise ValueError(f"{run}: no scores of an open-set evaluation there; gradmix-eval run={run} writes them")

@@ -72,6 +72,6 @@ def _example(backbone: Backbone) -> torch.Tensor:
     return torch.zeros(2, 3, backbone.image_size, backbone.image_size)
 
 
-def _any_batch() -> dict:
+def _any_batch() -> dict[str, dict[int, torch.export.Dim]]:
     # The bound is for torch 2.6: it cannot rule out N = 2**63 - 1, its slices' "to the end", in a ViT.
     return {"images": {0: torch.export.Dim("N", max=2**31)}}

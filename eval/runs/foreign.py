@@ -37,14 +37,8 @@ def read_foreign(config: EvalConfig) -> Foreign:
         config.data = replace(config.data, image_size=size)
     backbone = build_backbone(encoder, size)
     encoder.width, encoder.stem = (backbone.description.get(key) for key in ("width", "stem"))
-    run = Config(
-        run_dir=str(out),
-        data=config.data,
-        encoder=encoder,
-        method=MethodConfig(ELSEWHERE),
-        mix=MixConfig("none"),
-        optimizer=OptimizerConfig("unknown"),
-    )
+    method, mix, optimizer = MethodConfig(ELSEWHERE), MixConfig("none"), OptimizerConfig("unknown")
+    run = Config(run_dir=str(out), data=config.data, encoder=encoder, method=method, mix=mix, optimizer=optimizer)
     return run, backbone
 
 

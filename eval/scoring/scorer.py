@@ -265,9 +265,15 @@ class Scorer:
             return file.get_slice("images")[row]
 
     def training_name(self, row: int) -> str:
+        """A training image's file, or its row where it never was one."""
         return f"training image {row}" if self.train_files is None else self.train_files[row]
 
     def training_class(self, row: int) -> str:
+        """The class of a training image, by row; empty where there are no classes.
+
+        Raises:
+            ValueError: the detector knows no training images.
+        """
         knn = self.check_neighbours()
         if knn.classes_ is None or knn.positions_ is None:
             return ""

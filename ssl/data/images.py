@@ -59,7 +59,11 @@ class ImageSet(Dataset[tuple[Tensor, int, int]]):
         return self.image(index), int(self.labels[index]), index
 
     def image(self, index: int) -> Tensor:
-        """``[3, S, S]`` uint8."""
+        """``[3, S, S]`` uint8.
+
+        Raises:
+            ValueError: its file can't be read, and the set is not ``lenient``.
+        """
         if self.images is not None:
             return self.images[index]
         try:
@@ -157,6 +161,7 @@ def rgb(image: Image.Image) -> Image.Image:
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
+    """Turned as EXIF says, and in RGB."""
     return rgb(upright(image))
 
 

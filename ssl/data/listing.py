@@ -76,4 +76,5 @@ def list_folders(root: Path) -> list[str]:
 
 
 def is_hidden(name: str) -> bool:
+    """Whether a name is passed over: it begins with a dot, or systems put it there."""
     return name.startswith(".") or name in NO_CLASSES

@@ -17,6 +17,8 @@ VIEWS = 0xC809  # what is drawn for views has nothing to do with what else is dr
 
 
 class Batch(NamedTuple):
+    """What a training step is given."""
+
     images: Tensor  # uint8 [b, 3, S, S]: whole images; or [b, V, 3, S, S]: V views of each, cut already
     labels: Tensor  # int64 [b]
     index: Tensor  # type: ignore[assignment]  # int64 [b], rows of the training set; a tuple's own `index` is not used
@@ -152,6 +154,7 @@ class Stream(Dataset["Batch | str"]):
 
 
 def refusal(bad: tuple[str, ...]) -> str:
+    """What to say of files that can't be read."""
     return (
         f"data: {len(bad)} image files can't be read; replace or remove them, or leave them out with "
         f"data.on_bad_image=skip (data.scan=true looks at all files first): {'; '.join(sorted(bad))}"

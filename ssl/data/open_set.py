@@ -156,7 +156,11 @@ def check_present(train: ImageSet, classes: list[str], config: DataConfig) -> No
 
 
 def known_classes(config: DataConfig, source: Source) -> list[int]:
-    """Indices of the known classes: ``data.known``, else the data set's split, else all that have training images."""
+    """Indices of the known classes: ``data.known``, else the data set's split, else all that have training images.
+
+    Raises:
+        ValueError: no such class or split, or a class is named twice.
+    """
     if config.known is not None:
         by_name = {name: index for index, name in enumerate(source.classes)}
         known = []

@@ -51,6 +51,9 @@ def imagefolder(config: DataConfig, seed: int) -> Source:
     """``root/train/<class>/`` and ``root/test/<class>/``; or ``root/<class>/``; or ``root/`` with images alone.
 
     Instead of class folders there may be tar shards, ``root/train/*.tar`` or ``root/*.tar``.
+
+    Raises:
+        ValueError: a folder is missing, or has no images or one class only.
     """
     root, size = _root_of(config), config.image_size or UNKNOWN_SIZE
     if (root / "train").is_dir():
@@ -92,7 +95,11 @@ def _of_classes(images: ImageSet, own: list[str], classes: list[str]) -> ImageSe
 
 
 def tinyimagenet(config: DataConfig, seed: int) -> Source:
-    """TinyImageNet in its own layout; the validation images are the test set. Training folders may be missing."""
+    """TinyImageNet in its own layout; the validation images are the test set. Training folders may be missing.
+
+    Raises:
+        ValueError: the folder is not TinyImageNet's.
+    """
     root, size = _root_of(config), config.image_size or UNKNOWN_SIZE
     root = root / "tiny-imagenet-200" if (root / "tiny-imagenet-200").is_dir() else root
     for needed in ("wnids.txt", "train", "val/val_annotations.txt"):
@@ -177,6 +184,11 @@ def _root_of(config: DataConfig) -> Path:
 
 
 def existing_root(root: str, key: str) -> Path:
+    """The folder that the key ``key`` names.
+
+    Raises:
+        ValueError: it is none.
+    """
     path = Path(root).expanduser()
     if not path.is_dir():
         where = "" if path.is_absolute() else f" here, in {Path.cwd()}"
@@ -201,7 +213,11 @@ def _only_one(root: Path, only: str) -> ValueError:
 
 
 def images_below(key: str, root: Path, size: int) -> ImageSet:
-    """Images of ``root`` and below, labelled -1."""
+    """Images of ``root`` and below, labelled -1.
+
+    Raises:
+        ValueError: none there.
+    """
     files = list_images(root)
     if not files:
         raise ValueError(f"{key}: no images in {root}; expected .jpg, .png, ... files there")

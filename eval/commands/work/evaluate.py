@@ -29,6 +29,11 @@ from gradmix.ssl.runs.outputs import check_output, folders_read
 
 
 def run_eval(config: EvalConfig) -> None:
+    """Evaluate, compare or export, as the config says, and print what came of it.
+
+    Raises:
+        ValueError: bad input, in one line.
+    """
     if config.features is not None:
         print(as_text(evaluate_features(config), config))
         print(f"\n{Path(str(config.out)).expanduser()}: report.html, metrics.json, and the detector")
@@ -51,14 +56,18 @@ def run_eval(config: EvalConfig) -> None:
     print(f"\n{path}: every number{over}")
 
 
-def evaluated(config: EvalConfig) -> tuple[Path, dict, str]:
+def evaluated(config: EvalConfig) -> tuple[Path, dict[str, Any], str]:
     """For :func:`gradmix.evaluate`: the folder of the results, the numbers, and the table of them."""
     numbers, path = measure_parts(config, *find_run(config))
     return path.parent, numbers, as_text(numbers, config)
 
 
 def find_run(config: EvalConfig) -> tuple[Path, Path, list[str], Foreign | None]:
-    """The run's folder, that of the results, those of its splits (if any) in both, and a run that is none yet."""
+    """The run's folder, that of the results, those of its splits (if any) in both, and a run that is none yet.
+
+    Raises:
+        ValueError: not exactly one of ``run`` and ``checkpoint``, or an ``out`` that is something else's.
+    """
     if (config.run is None) == (config.checkpoint is None):
         raise ValueError(
             "run: missing; give run=DIR, or checkpoint=FILE with encoder=, data= and out=, or features=FILE with out="
@@ -92,7 +101,7 @@ def check_out(config: EvalConfig, out: Path) -> None:
 
 def measure_parts(
     config: EvalConfig, run_dir: Path, out: Path, parts: list[str], foreign: Foreign | None
-) -> tuple[dict, Path]:
+) -> tuple[dict[str, Any], Path]:
     """Evaluate a run, or those of its splits: the numbers, or their mean, and the file that they are in."""
     path = out / ("metrics.json" if config.corruptions is None else "metrics_corruptions.json")
     results = [eval_one(config, run_dir / part, out / part, foreign) for part in parts or [""]]
@@ -104,14 +113,18 @@ def measure_parts(
     return result, path
 
 
-def as_text(result: dict, config: EvalConfig) -> str:
+def as_text(result: dict[str, Any], config: EvalConfig) -> str:
+    """The numbers as the terminal shows them."""
     return table(result) if config.corruptions is None else corruption_table(result)
 
 
-def eval_one(config: EvalConfig, run_dir: Path, out: Path, foreign: Foreign | None = None) -> dict:
+def eval_one(config: EvalConfig, run_dir: Path, out: Path, foreign: Foreign | None = None) -> dict[str, Any]:
     """
     Args:
         foreign: what is to become the run in ``run_dir``, once everything that can be checked was checked.
+
+    Raises:
+        ValueError: bad input, in one line.
     """
     run = read_config(run_dir) if foreign is None else deepcopy(foreign[0])
     if run.data.name == FEATURES:
@@ -156,7 +169,7 @@ def take_over(run: Config, config: EvalConfig) -> None:
     run.per_class = run.per_class if config.per_class is None else config.per_class
 
 
-def evaluate_features(config: EvalConfig, sets: FeatureSets | None = None) -> dict:
+def evaluate_features(config: EvalConfig, sets: FeatureSets | None = None) -> dict[str, Any]:
     """Evaluate features from elsewhere; ``config.out`` becomes a run's folder, without a network.
 
     Args:
@@ -191,7 +204,7 @@ def evaluate_features(config: EvalConfig, sets: FeatureSets | None = None) -> di
         return result
 
 
-def evaluated_arrays(config: EvalConfig, arrays: dict[str, Any]) -> tuple[Path, dict, str]:
+def evaluated_arrays(config: EvalConfig, arrays: dict[str, Any]) -> tuple[Path, dict[str, Any], str]:
     """For :func:`gradmix.evaluate_features`: folder, numbers, and the table."""
     result = evaluate_features(config, sets_of(arrays))
     return Path(str(config.out)).expanduser(), result, as_text(result, config)

@@ -16,6 +16,11 @@ from gradmix.ssl.runs.outputs import check_output
 
 
 def run_score(config: ScoreConfig) -> None:
+    """Score image files into a file, and print what there is to say of them as a whole.
+
+    Raises:
+        ValueError: bad input, in one line; or some of the images can't be read, and the others are scored.
+    """
     if (config.images is None) == (config.features is None):
         raise ValueError("images: missing; give images=PATH, or features=FILE for features of images")
     given = None if config.features is None else read_embeddings(Path(config.features).expanduser())

@@ -1,6 +1,6 @@
 """docs/photographs.png: views cut from the middle square of a photograph beside views cut from the photograph.
 
-    python benchmarks/views_picture.py PHOTOGRAPHS.tar [--out docs/photographs.png]
+python benchmarks/views_picture.py PHOTOGRAPHS.tar [--out docs/photographs.png]
 """
 
 import argparse

@@ -1,4 +1,5 @@
-"""The commands as functions: ``gradmix.pretrain``, ``gradmix.evaluate``, ``gradmix.score``.
+"""The commands as functions: ``gradmix.pretrain``, ``gradmix.evaluate``, ``gradmix.score``, ``gradmix.embed``;
+and ``gradmix.evaluate_features`` for arrays.
 
 Keys have the names of the command line. One with a dot is an entry of a dict, ``encoder={"width": 16}``, or stands in
 the mapping that may come first, ``gradmix.pretrain({"encoder.width": 16}, epochs=10)``. ``data="digits"`` and
@@ -21,13 +22,14 @@ from omegaconf.errors import OmegaConfBaseException
 import gradmix
 from gradmix.eval.commands import later
 from gradmix.eval.commands.command_line import checked, explain, folder_as_data
-from gradmix.eval.config import EvalConfig, ScoreConfig
+from gradmix.eval.config import EmbedConfig, EvalConfig, ScoreConfig
 from gradmix.ssl.config import Config, flat, register_configs
 from gradmix.ssl.keys import key_of
 
 if TYPE_CHECKING:  # torch takes seconds
     from PIL.Image import Image
 
+    from gradmix.eval.features.embeddings import Embeddings
     from gradmix.eval.scoring.scorer import Score
     from gradmix.ssl.networks.backbones import Backbone
 
@@ -144,6 +146,40 @@ def evaluate(run: "str | Path | Run | None" = None, settings: Mapping[str, Any] 
     return Run(*later("evaluate:evaluated")(config))
 
 
+def evaluate_features(
+    train_features: Any,
+    train_labels: Any = None,
+    test_features: Any = None,
+    test_labels: Any = None,
+    unknown_features: Any = None,
+    *,
+    settings: Mapping[str, Any] | None = None,
+    held_out_features: Any = None,
+    held_out_labels: Any = None,
+    **keys: Any,
+) -> Run:
+    """Evaluate features from anywhere, without an image: what ``gradmix-eval features=`` does.
+
+    Args:
+        train_features: ``[N, F]``, numpy arrays (memory-mapped ones too) or tensors, as all features.
+        train_labels: ``[N]``, names of classes or integers from 0; None: there are no classes.
+        test_features, test_labels: classes that only they have are unknown, and so is -1 or an empty name. None: a part
+            of each class of the training features (``data.test_fraction``), the rest trains.
+        unknown_features: of no known class, added to the test set.
+        held_out_features, held_out_labels: of known classes, for the threshold; None: ``data={"holdout": 0.1}`` takes
+            a tenth of the training features.
+        settings, keys: as in :func:`pretrain`; ``out`` is needed.
+
+    Raises:
+        ValueError: bad input, in one line.
+    """
+    config = configured("eval", EvalConfig, {**(settings or {}), **keys})
+    arrays = {"train_features": train_features, "train_labels": train_labels}
+    arrays |= {"test_features": test_features, "test_labels": test_labels, "unknown_features": unknown_features}
+    arrays |= {"held_out_features": held_out_features, "held_out_labels": held_out_labels}
+    return Run(*later("evaluate:evaluated_arrays")(config, arrays))
+
+
 def score(
     detector: str | Path | Run,
     images: "str | Path | Sequence[str | Path | Image | np.ndarray]",
@@ -167,6 +203,33 @@ def score(
     given["detector"] = detector.detector if isinstance(detector, Run) else detector
     config = configured("score", ScoreConfig, given)
     return Scores(*later("score:scored")(config, listed, "out" in given))
+
+
+def embed(
+    run: str | Path | Run | None,
+    images: "str | Path | Sequence[str | Path | Image | np.ndarray]",
+    settings: Mapping[str, Any] | None = None,
+    /,
+    **keys: Any,
+) -> "Embeddings":
+    """Features of images: what ``gradmix-embed`` does. A file is written only where ``out`` says.
+
+    Args:
+        run: its folder, or what :func:`pretrain` gave; None with ``checkpoint=`` and ``encoder=``.
+        images: as in :func:`score`.
+        settings, keys: as in :func:`pretrain`.
+
+    Returns:
+        ``features`` ``[N, F]``, ``labels`` ``[N]`` that count ``classes`` (-1: none), ``paths``, and ``projections``
+        ``[N, D]`` or None. With ``out`` they are mapped from that file, without the images that can't be read.
+
+    Raises:
+        ValueError: bad input, in one line; without ``out`` also an image that can't be read.
+    """
+    listed = None if isinstance(images, str | Path) else list(images)
+    given = {"images": images if listed is None else "a list", **(settings or {}), **keys}
+    given |= {} if run is None else {"run": run.path if isinstance(run, Run) else run}
+    return later("embed:embedded")(configured("embed", EmbedConfig, given), listed, "out" in given)
 
 
 def configured(name: str, schema: type, given: Mapping[str, Any]) -> Any:

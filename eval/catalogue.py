@@ -287,6 +287,7 @@ CLASSIFIERS = {
     "knn_pixels": ("kNN on raw pixels", "The same vote on the images themselves, without learning."),
     "majority": ("always the largest class", "Saying the largest class of the training images every time."),
 }
+START = "_start"  # after a detector's name: on the network that training began with
 BASELINES = ("pixels", "knn_pixels", "majority")  # what no method has a part in
 
 ENDS = re.compile(r"(_low|_high|_std|/std)$")  # of an interval, or a deviation: of the number before it
@@ -324,6 +325,8 @@ def title(key: str) -> str:
 
 def name_of(subject: str) -> str:
     """What a classifier or detector is called: ``knn/k=20,t=0.1`` is ``kNN, k=20,t=0.1``."""
+    if subject.endswith(START):
+        return f"{name_of(subject.removesuffix(START))}, network at the start"
     first, _, rest = subject.partition("/")
     name = "raw pixels" if first == "pixels" else CLASSIFIERS[first][0] if first in CLASSIFIERS else first
     return f"{name}, {rest}" if rest else name
@@ -334,7 +337,9 @@ def is_of_the_method(key: str) -> bool:
     found = match(key)
     if found is None:
         return not key.startswith(("train/", "data/"))
-    return found[0].of == "method" and found[1].split("/")[0] not in BASELINES
+    if found[0].of != "method" or found[1].endswith(START):
+        return False
+    return found[1].split("/")[0] not in BASELINES
 
 
 def subjects(numbers: Iterable[str], metric: Metric) -> list[str]:

@@ -1,4 +1,4 @@
-"""Configuration of gradmix-eval, gradmix-score and gradmix-detector: every key, and all that is true of it."""
+"""Configuration of gradmix-eval, -embed, -score and -detector: every key, and all that is true of it."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -40,8 +40,18 @@ class EvalConfig:
 
     run: str | None = key(None, "folder of a trained run, or of a run with data.split=all", path=True)
     checkpoint: str | None = key(
-        None, "instead of a run, weights trained anywhere; needs encoder=, data= and out=", path=True
+        None,
+        "instead of a run, weights trained anywhere, or pretrained: timm's own; needs encoder=, data= and out=",
+        path=True,
     )
+    features: str | None = key(
+        None,
+        "instead of a run, features from anywhere, without an image: what gradmix-embed writes, or an .npz file with "
+        "train_features, train_labels, test_features, ...; needs out=",
+        path=True,
+    )
+    test_features: str | None = key(None, "of features=: the test set; null: a part of features=", path=True)
+    unknown_features: str | None = key(None, "of features=: rows of no known class, added to the test set", path=True)
     encoder: EncoderName = field(default_factory=EncoderName)
     # other data than the run's own: features trained there, evaluated here
     data: DataConfig = field(default_factory=lambda: DataConfig(name="", holdout=0.0))
@@ -75,11 +85,35 @@ class EvalConfig:
 
 
 @dataclass
+class EmbedConfig:
+    run: str | None = key(None, "folder of a trained run, or a detector/ folder: its network", path=True)
+    checkpoint: str | None = key(
+        None, "instead of a run, weights trained anywhere, or pretrained: timm's own; needs encoder=", path=True
+    )
+    encoder: EncoderName = field(default_factory=EncoderName)
+    image_size: int | None = key(
+        None,
+        "of a checkpoint: side in pixels of every image; null: by the images, of timm's own weights timm's size",
+        at_least=1,
+    )
+    fit: str = key(
+        "crop",
+        "of a checkpoint: the middle of an image, with black borders, or squashed",
+        choices=("crop", "pad", "squash"),
+    )
+    images: str = key(MISSING, "an image, a folder or a pattern", path=True)
+    out: str = key("features.npy", ".npy (paths and labels in a .csv beside it), .safetensors or .parquet", path=True)
+    batch_size: int = key(256, "images per forward pass", at_least=1)
+    device: str = key("auto", "where the network runs; auto: the GPU, where there is one", choices=DEVICES)
+
+
+@dataclass
 class ScoreConfig:
     """The keys of gradmix-score."""
 
     detector: str = key(MISSING, "a run's detector/ folder, or one in its detectors/", path=True)
-    images: str = key(MISSING, "an image, a folder or a pattern", path=True)
+    images: str | None = key(None, "an image, a folder or a pattern", path=True)
+    features: str | None = key(None, "instead of images, a file that gradmix-embed writes, or .npy", path=True)
     out: str = key("scores.csv", ".csv, or .jsonl for JSON lines", path=True)
     batch_size: int = key(256, "images per forward pass", at_least=1)
     device: str = key("auto", "where the network runs; auto: the GPU, where there is one", choices=DEVICES)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gradmix.attribution import layercam
-    from gradmix.eval.calls import evaluate, pretrain, score
+    from gradmix.eval.calls import embed, evaluate, evaluate_features, pretrain, score
     from gradmix.eval.features.transformer import Features
     from gradmix.gradmix import GradMix
     from gradmix.mixer import Mixed, Mixer
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 WHERE = {
     **dict.fromkeys(("MIXERS", "CutMix", "FMix", "GradMix", "MixUp", "Mixed", "Mixer", "ResizeMix"), "gradmix.mixing"),
     "layercam": "gradmix.attribution",
-    **dict.fromkeys(("pretrain", "evaluate", "score"), "gradmix.eval.calls"),
+    **dict.fromkeys(("embed", "evaluate", "evaluate_features", "pretrain", "score"), "gradmix.eval.calls"),
     "Features": "gradmix.eval.features.transformer",
     "load": "gradmix.ssl.networks.backbones:load_backbone",
 }
@@ -34,7 +34,9 @@ __all__ = [
     "Mixed",
     "Mixer",
     "ResizeMix",
+    "embed",
     "evaluate",
+    "evaluate_features",
     "layercam",
     "load",
     "pretrain",

@@ -140,7 +140,11 @@ class EncoderConfig:
     stem: str | None = key(
         None, "small: 3x3 stride 1, no max-pool; imagenet; null: by image size (small up to 64), or init"
     )
-    init: str | None = key(None, "weights to start from, trained anywhere: safetensors or torch checkpoint", path=True)
+    init: str | None = key(
+        None,
+        "weights to start from, trained anywhere: safetensors or torch checkpoint; pretrained: timm's own of timm/NAME",
+        path=True,
+    )
     part: str | None = key(None, "of init with several networks, such as student; null: the teacher, or the first")
     head_dim: int = key(128, "of the projections", at_least=1)
 

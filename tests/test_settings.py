@@ -10,13 +10,13 @@ import pytest
 from omegaconf import MISSING, OmegaConf
 
 from gradmix.eval.commands.command_line import _quoted
-from gradmix.eval.config import DetectorConfig, EvalConfig, ScoreConfig
+from gradmix.eval.config import DetectorConfig, EmbedConfig, EvalConfig, ScoreConfig
 from gradmix.ssl.checks import check_values
 from gradmix.ssl.config import Config, DataConfig, EncoderConfig, MethodConfig, MixConfig, OptimizerConfig, flat
 from gradmix.ssl.keys import keys_of
 from gradmix.ssl.runs.folder import claim, read_config
 
-SCHEMAS = (Config, EvalConfig, ScoreConfig, DetectorConfig)
+SCHEMAS = (Config, EvalConfig, EmbedConfig, ScoreConfig, DetectorConfig)
 KEYS = [(schema, name) for schema in SCHEMAS for name in keys_of(schema)]
 BOUNDED = [
     (s, n) for s, n in KEYS if any(getattr(keys_of(s)[n], b) is not None for b in ("at_least", "above", "at_most"))

@@ -14,7 +14,12 @@ from gradmix.ssl.keys import Key
 from gradmix.ssl.runs.documents import as_schema, parse_json
 from gradmix.ssl.runs.files import write_atomically
 
-DTYPES: dict[str, np.dtype] = {"F64": np.dtype("<f8"), "F32": np.dtype("<f4"), "I64": np.dtype("<i8")}
+DTYPES: dict[str, np.dtype] = {
+    "F64": np.dtype("<f8"),
+    "F32": np.dtype("<f4"),
+    "I64": np.dtype("<i8"),
+    "U8": np.dtype("u1"),
+}
 Arrays = dict[str, np.memmap]
 LARGEST_HEADER = 2**20
 
@@ -37,7 +42,7 @@ def write_arrays(
     """Write a file without ever holding it in memory; it appears whole or not at all.
 
     Args:
-        shapes: name to (key of ``DTYPES``, shape); names of 8-byte types first, so that all stay aligned.
+        shapes: name to (key of ``DTYPES``, shape); names of wide types first, so that all stay aligned.
         fill: is given the arrays, by name, to write into.
         metadata: stands in the file's header.
 

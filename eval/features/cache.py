@@ -36,10 +36,17 @@ def images_key(images: ImageSet, constants: Constants) -> str:
     return digest.hexdigest()
 
 
-def image_hashes(images: ImageSet) -> Tensor:
-    """Which images these are, ``[N]`` int64: of the file's bytes, or of the pixels where there never was a file."""
-    if images.files is not None:
-        contents: Iterable[bytes] = map(content, images.files)
+def image_hashes(images: ImageSet, read: bool = True) -> Tensor:
+    """Which images these are, ``[N]`` int64: of the file's bytes, or of the pixels where there never was a file.
+
+    Args:
+        read: False where there are no images: of the paths, or only the row.
+    """
+    if not read:
+        names = range(len(images)) if images.files is None else images.files
+        contents: Iterable[bytes] = (str(name).encode(errors="surrogateescape") for name in names)
+    elif images.files is not None:
+        contents = map(content, images.files)
     else:
         contents = (image.numpy().tobytes() for image in images.pixels)
     return torch.tensor([int.from_bytes(hashlib.sha256(c).digest()[:8], "big", signed=True) for c in contents])

@@ -9,7 +9,7 @@ from gradmix.eval.detectors import PRIMARY
 from gradmix.eval.detectors.calibration import needed
 from gradmix.eval.detectors.options import parse_detector
 from gradmix.eval.features.cache import image_hashes
-from gradmix.eval.protocols.measures import choose_measures, measure_all
+from gradmix.eval.protocols.measures import Measure, choose_measures, measure_all
 from gradmix.eval.protocols.subject import Subject, subject_of
 from gradmix.eval.runs.numbers import read_training
 from gradmix.eval.scoring.scorer import save_scorer
@@ -52,13 +52,29 @@ def evaluate(
     training = run_dir / "training.json"
     said = read_training(training) if training.exists() else {}
     measures = choose_measures(config, asked, data)
-    subject = subject_of(run_dir, out, config, data, device, asked, data.sets())
+    return measured(subject_of(run_dir, out, config, data, device, asked, data.sets()), measures, out, run_dir, said)
+
+
+def measured(
+    subject: Subject,
+    measures: list[Measure],
+    out: Path,
+    run_dir: Path | None = None,
+    said: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """As :func:`evaluate`, of a subject.
+
+    Args:
+        run_dir: where the weights are; None: there are none.
+        said: what the training says of itself.
+    """
+    config, data, said = subject.config, subject.data, said or {}
     if data.bad:
         write_json(out / "bad_images.json", data.bad)
     numbers, skipped = measure_all(measures, subject)
     (out / "features" / "scores.safetensors").unlink(missing_ok=True)  # an earlier evaluation's, of other images
     if not subject.lacks("classes") and not subject.lacks("unknown images"):
-        about = {"labels": data.test.labels, "images": image_hashes(data.test)}
+        about = {"labels": data.test.labels, "images": image_hashes(data.test, read=subject.encoder is not None)}
         write_tensors(out / "features" / "scores.safetensors", about | subject.scores)
     if not len(data.held_out):
         skipped["threshold"] = "data.holdout=0 leaves no known images to calibrate on"
@@ -80,7 +96,7 @@ def evaluate(
     return result
 
 
-def save_detectors(out: Path, run_dir: Path, subject: Subject) -> None:
+def save_detectors(out: Path, run_dir: Path | None, subject: Subject) -> None:
     """Write the detector that ``primary`` names to ``detector/``, and those that were measured to ``detectors/KEY/``.
 
     The one that the report explains with, deep_knn on features, is always among them. One that lacks classes or

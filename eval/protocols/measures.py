@@ -6,6 +6,7 @@ group ``gradmix.measures``, and ``gradmix-eval measures=[NAME]`` asks for it.
 
 import math
 from collections.abc import Collection, Iterator, Mapping
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -20,13 +21,14 @@ from gradmix.eval.config import EvalConfig
 from gradmix.eval.detectors import PRIMARY, Detector
 from gradmix.eval.detectors.options import build_detector, parse_detector
 from gradmix.eval.protocols.subject import Subject
+from gradmix.eval.runs.foreign import ELSEWHERE
 from gradmix.registry import Registry
 from gradmix.ssl.config import Config
 from gradmix.ssl.data.open_set import OpenSetData
 from gradmix.ssl.networks.backbones import Backbone
 
 # classes: of the images, with test images among the known ones. All have features.
-NEEDS = ("features", "projections", "classes", "pixels", "unknown images")
+NEEDS = ("features", "projections", "classes", "images", "pixels", "start", "unknown images")
 GROUPS = ("near", "far")  # of named sets of unknown images
 
 
@@ -143,7 +145,7 @@ class TrainedProbe(Measure):
     """``linear_augmented/top1`` or ``finetune/top1``: a probe that is trained on augmented images."""
 
     KIND = "linear"
-    needs = ("classes",)
+    needs = ("classes", "images")
 
     def __init__(self, protocol: str, probe: ImageProbe):
         self.metric, self.probe = "finetune" if protocol == "finetune" else f"linear_{protocol}", probe
@@ -153,8 +155,13 @@ class TrainedProbe(Measure):
         protocols = [protocol for protocol in asked.protocols if protocol != "cached"]
         return [cls(p, ImageProbe(p, asked.probe, config.data.augment, config.seed)) for p in protocols]
 
+    @property
+    def name(self) -> str:
+        return self.metric
+
     def measure(self, subject: Subject) -> Iterator[tuple[str, Any]]:
         data, workers = subject.data, subject.config.data.workers
+        assert subject.encoder is not None
         test = data.test.select(subject.known.nonzero()[:, 0])
         self.probe.fit(Backbone(subject.encoder, data.train.size), data.train, len(data.classes), workers)
         predicted = self.probe.predict(test, workers)
@@ -199,7 +206,8 @@ class Quality(Measure):
             spread = quality.class_spread(features, subject.data.train.labels)
             infinite = Skipped("the class means coincide, which makes it infinite")  # JSON can't say that
             yield "quality/class_spread", spread if math.isfinite(spread) else infinite
-        yield "quality/alignment", quality.alignment(*subject.two_views())
+        why = subject.lacks("images")
+        yield "quality/alignment", quality.alignment(*subject.two_views()) if why is None else Skipped(why)
 
 
 class OpenSet(Measure):
@@ -276,6 +284,18 @@ def group_means(values: Mapping[str, float], names: Collection[str]) -> dict[str
     return means
 
 
+class AtTheStart(OpenSet):
+    """``osr/KEY_start/...``: the same detector on the network that training began with, ``encoder.init``."""
+
+    @classmethod
+    def asked_for(cls, config: Config, asked: EvalConfig) -> list[Measure]:
+        if config.encoder.init is None or config.method.name == ELSEWHERE:
+            return []
+        entries = [parse_detector(entry) for entry in config.detectors]
+        build = partial(build_detector, options=dict(config.detector_options))
+        return [cls(f"{key}_start", build(kind.NAME), "start") for key, kind, space in entries if space == "features"]
+
+
 # In the order that metrics.json has them.
 MEASURES: Registry[type[Measure]] = Registry(
     "gradmix.measures",
@@ -288,6 +308,7 @@ MEASURES: Registry[type[Measure]] = Registry(
         "majority": Majority,
         "quality": Quality,
         "open_set": OpenSet,
+        "start": AtTheStart,
     },
 )
 
@@ -334,7 +355,13 @@ def measure_all(measures: list[Measure], subject: Subject) -> tuple[dict[str, An
             continue
         measures = [m for m in measures if m not in stopped]
         kinds = ", ".join(dict.fromkeys(m.KIND for m in stopped))
-        names = {"projections": [m.name for m in stopped], "pixels": ["raw pixels"]}.get(need, [kinds])
+        named = {
+            "projections": [m.name for m in stopped],
+            "images": [m.name for m in stopped],
+            "pixels": ["raw pixels"],
+            "start": ["the network at the start"],
+        }
+        names = named.get(need, [kinds])
         skipped |= dict.fromkeys(names, why)
     result: dict[str, Any] = {}
     for measure in measures:

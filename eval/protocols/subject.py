@@ -1,25 +1,27 @@
 """What is measured: a frozen network, the images, and what the network makes of them."""
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gradmix.eval.classifiers.linear import LinearProbe
 from gradmix.eval.config import EvalConfig
 from gradmix.eval.detectors import Detector
 from gradmix.eval.detectors.options import build_detector
 from gradmix.eval.features.extraction import Model, extract, raw_pixels, raw_pixels_bytes
+from gradmix.eval.features.feature_sets import Parts, write_space
+from gradmix.eval.runs.foreign import ELSEWHERE
 from gradmix.ssl.augment import TwoViews
 from gradmix.ssl.config import Config
 from gradmix.ssl.data.images import normalize
 from gradmix.ssl.data.open_set import OpenSetData
-from gradmix.ssl.networks.backbones import Encoder
+from gradmix.ssl.networks.backbones import Backbone, Encoder, build_backbone
 
 MOST_VIEWED = 2048  # images whose two views are compared
 ALL = 2**62  # bytes
@@ -31,7 +33,7 @@ class Subject:
     """What every measure is given.
 
     Attributes:
-        encoder: normalised images to features, in eval mode.
+        encoder: normalised images to features, in eval mode; None where there are features alone, and no images.
         spaces: the images as ``features``, and where there is a head as ``projections`` (L2-normalised). A training
             set of features beyond ``data.memory_gib`` is memory-mapped.
         asked: what gradmix-eval was asked for beside the usual.
@@ -41,7 +43,7 @@ class Subject:
 
     config: Config
     data: OpenSetData
-    encoder: Encoder
+    encoder: Encoder | None
     device: torch.device
     spaces: dict[str, Space]
     asked: EvalConfig = field(default_factory=EvalConfig)
@@ -50,6 +52,10 @@ class Subject:
 
     def lacks(self, need: str) -> str | None:
         """Why a need (one of :data:`gradmix.eval.protocols.measures.NEEDS`) can't be met; None: it can be."""
+        if need in ("images", "pixels") and self.encoder is None:
+            return "there are features, and no images"
+        if need == "start":
+            return self.start if isinstance(self.start, str) else None
         if need == "projections" and need not in self.spaces:
             return "the checkpoint has no projection head"
         if need == "classes" and not self.data.classes:
@@ -64,10 +70,29 @@ class Subject:
         return None
 
     def space(self, name: str) -> Space:
-        """The images as ``features``, ``projections`` or ``pixels`` (in [0, 1], at most 32 x 32)."""
+        """The images as ``features``, ``projections``, ``pixels`` (in [0, 1], at most 32 x 32), or as ``start``: the
+        features of the network that training began with.
+        """
+        if name == "start" and name not in self.spaces:
+            encoder, workers = self.start, self.config.data.workers
+            assert isinstance(encoder, nn.Module)
+            backbone = Backbone(encoder, self.data.train.size).to(self.device)
+            sets = self.data.sets().items()
+            self.spaces[name] = {part: extract(backbone, images, self.device, workers) for part, images in sets}
         if name == "pixels" and name not in self.spaces:
             self.spaces[name] = {part: raw_pixels(images) for part, images in self.data.sets().items()}
         return self.spaces[name]
+
+    @cached_property
+    def start(self) -> Encoder | str:
+        """The network that training began with, ``encoder.init``; or why it can't be had."""
+        config = self.config.encoder
+        if config.init is None or self.config.method.name == ELSEWHERE or self.config.data.image_size is None:
+            return "it was random, or there was no training here"
+        try:
+            return build_backbone(config, self.config.data.image_size)
+        except (ValueError, OSError) as error:
+            return str(error)
 
     @cached_property
     def known(self) -> Tensor:
@@ -103,16 +128,18 @@ class Subject:
 
     def look(self, images: Tensor) -> Tensor:
         """Images ``[n, 3, S, S]`` uint8 to features ``[n, F]``, on the images' device."""
+        assert self.encoder is not None
         return self.encoder(normalize(images, self.encoder.constants))
 
     def two_views(self) -> tuple[Tensor, Tensor]:
         """Features of two random views of up to ``MOST_VIEWED`` evenly spaced training images, always the same."""
-        images = self.data.train
+        images, encoder = self.data.train, self.encoder
+        assert encoder is not None
         rows = torch.linspace(0, len(images) - 1, min(len(images), MOST_VIEWED)).long()
-        views = TwoViews(self.config.data.augment, images.size, views=1, constants=self.encoder.constants)
+        views = TwoViews(self.config.data.augment, images.size, views=1, constants=encoder.constants)
 
         def features(seed: int) -> Tensor:
-            return extract(lambda batch: self.encoder(views(batch, seed)), images.select(rows), self.device)
+            return extract(lambda batch: encoder(views(batch, seed)), images.select(rows), self.device)
 
         return features(0), features(1)
 
@@ -134,3 +161,22 @@ def subject_of(
         for space in spaces:
             spaces[space][name] = arrays[space]
     return Subject(config, data, model.backbone.encoder, model.device, spaces, asked)
+
+
+def subject_of_features(
+    out: Path, config: Config, data: OpenSetData, device: str, asked: EvalConfig, parts: Mapping[str, Parts]
+) -> Subject:
+    """Features from elsewhere, without network and images; they are written to ``features/`` of ``out``.
+
+    Args:
+        data, parts: as :func:`gradmix.eval.features.feature_sets.divide` gives them.
+    """
+    limit, spaces = int(config.data.memory_gib * 2**30), dict[str, Space]()
+    for name, images in data.sets().items():
+        arrays = write_space(out / "features" / f"{name}.safetensors", parts[name], images.labels)
+        for space in set(arrays) - {"labels"}:
+            large = name == "train" and arrays[space].nbytes > limit
+            spaces.setdefault(space, {})[name] = arrays[space] if large else torch.from_numpy(arrays[space])
+    if any(set(one) != set(data.sets()) for one in spaces.values()):
+        del spaces["projections"]  # of some sets only
+    return Subject(config, data, None, torch.device(device), spaces, asked)

@@ -8,6 +8,7 @@ import numpy as np
 
 from gradmix.eval.catalogue import title
 from gradmix.eval.detectors import PRIMARY
+from gradmix.eval.features.feature_sets import FEATURES
 from gradmix.eval.report.curves import open_set, training
 from gradmix.eval.report.feature_map import feature_map
 from gradmix.eval.report.mistakes import confusion, mistakes
@@ -15,6 +16,7 @@ from gradmix.eval.report.numbers import numbers
 from gradmix.eval.report.page import Section, page, section
 from gradmix.eval.report.pictures import data_uri, decode
 from gradmix.eval.runs.folder import Run, command, differences, read_run
+from gradmix.eval.runs.foreign import ELSEWHERE
 from gradmix.ssl.data.open_set import OpenSetData
 from gradmix.ssl.runs.files import write_text
 
@@ -23,6 +25,7 @@ HEADLINE = (
     "knn/top1",
     "knn_pixels/top1",
     f"osr/{PRIMARY}/auroc",
+    f"osr/{PRIMARY}_start/auroc",
     "osr/pixels/auroc",
     f"osr/{PRIMARY}/oscr",
 )
@@ -73,8 +76,12 @@ def what_was_run(run: Run) -> Section:
         + (f"; {found['data/bad_images']} unreadable files left out" if found.get("data/bad_images") else ""),
         "Known classes": _first(run.classes) or "none: the images have no classes",
         "Split, seed": f"{'-' if config.data.split is None else config.data.split}, {config.seed}",
-        "Network": f"{config.encoder}, {config.data.image_size} x {config.data.image_size} pixels",
-        "Training": f"{config.epochs} epochs, batch {config.batch_size}"
+        "Network": ""
+        if config.data.name == FEATURES
+        else f"{config.encoder}, {config.data.image_size} x {config.data.image_size} pixels",
+        "Training": "elsewhere"
+        if config.method.name == ELSEWHERE
+        else f"{config.epochs} epochs, batch {config.batch_size}"
         + (f", {_duration(seconds)}" if seconds is not None else ""),
         "Speed": f"{found['train/images_per_s']:.0f} images/s" if "train/images_per_s" in found else "",
         "Resumed": f"from step {found['train/resumed_from_step']}" if found.get("train/resumed_from_step") else "",

@@ -14,6 +14,7 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
 from gradmix.eval.catalogue import ENDS, KNOWN, OPEN_SET, match, metric_of
+from gradmix.eval.features.feature_sets import FEATURES
 from gradmix.eval.report.pictures import sheet
 from gradmix.ssl.config import Config, flat
 from gradmix.ssl.data.open_set import OpenSetData
@@ -42,7 +43,7 @@ def write_tensorboard(run_dir: Path, config: Config, numbers: dict[str, Any], da
             writer.add_scalar(key, value, numbers.get("train/steps", 0))
         for summary in hparams(hyperparameters(config), compared):
             writer.file_writer.add_summary(summary)
-    if len(data.test):
+    if len(data.test) and config.data.name != FEATURES:
         write_projector(folder, run_dir / "features/test.safetensors", data)
 
 

@@ -15,6 +15,7 @@ from gradmix.eval import detectors
 from gradmix.eval.detectors import PRIMARY, DeepKNN, Detector
 from gradmix.eval.features.array_file import Arrays, map_arrays
 from gradmix.eval.features.arrays import check_features, check_labels
+from gradmix.eval.features.feature_sets import FEATURES
 from gradmix.eval.runs.foreign import ELSEWHERE
 from gradmix.eval.runs.numbers import read_metrics
 from gradmix.eval.scoring.scorer import LARGEST_LIST
@@ -160,6 +161,8 @@ def read_scores(
 
 def find_images(run: Run, data: OpenSetData | None) -> tuple[dict[str, ImageSet], str]:
     """The images behind the saved features, or why they can't be shown."""
+    if run.config.data.name == FEATURES:
+        return {}, "There are features, and no images."
     if data is None:
         try:
             data = load_data(run.config.data, run.config.seed, look=True, pixels=False)
@@ -197,6 +200,8 @@ def command(config: Config, changed: list[tuple[str, Any, Any]]) -> str:
     Args:
         changed: `differences(config)`.
     """
+    if config.data.name == FEATURES:
+        return ""  # arrays of a call, perhaps
     if config.method.name == ELSEWHERE:
         parts = {"checkpoint": config.encoder.init, "encoder": config.encoder.name, "data": config.data.name}
         given = {"encoder.part": config.encoder.part, "data.root": config.data.root}

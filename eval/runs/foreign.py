@@ -4,9 +4,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from gradmix.eval.config import EvalConfig
+from gradmix.eval.features.feature_sets import FEATURES
 from gradmix.ssl.config import Config, EncoderConfig, MethodConfig, MixConfig, OptimizerConfig, flat
 from gradmix.ssl.data.open_set import OpenSetData, load_data
 from gradmix.ssl.networks.backbones import Encoder, backbone_metadata, build_backbone
+from gradmix.ssl.networks.timm_encoders import PREFIX, PRETRAINED, own_image_size
 from gradmix.ssl.runs.files import write_json, write_tensors
 from gradmix.ssl.runs.folder import claim
 
@@ -30,7 +32,8 @@ def read_foreign(config: EvalConfig) -> Foreign:
     asked, size = config.encoder, config.data.image_size
     encoder = EncoderConfig(asked.name, asked.width, asked.stem, init=str(checkpoint), part=asked.part)
     if size is None:
-        size = load_data(config.data, 0).train.size
+        own = config.checkpoint == PRETRAINED and asked.name.startswith(PREFIX)
+        size = own_image_size(asked.name) if own else load_data(config.data, 0).train.size
         config.data = replace(config.data, image_size=size)
     backbone = build_backbone(encoder, size)
     encoder.width, encoder.stem = (backbone.description.get(key) for key in ("width", "stem"))
@@ -92,3 +95,33 @@ def check_transfer_classes(run: Config, data: OpenSetData) -> None:
             f"data.root: the classes of training and test set differ: {'; '.join(differences)}; "
             "data.known=[...] names the classes to evaluate, and all others are unknown"
         )
+
+
+def features_run(config: EvalConfig) -> Config:
+    """The config of a run that is nothing but features from elsewhere.
+
+    Raises:
+        ValueError: ``out`` is missing, or what needs images or a network is asked for.
+    """
+    if config.out is None:
+        raise ValueError("out: missing; features= needs it, out=DIR")
+    given = {
+        "data": config.data.name, "root": config.root, "unknown_root": config.unknown_root, "export": config.export,
+        "corruptions": config.corruptions, "against": config.against, "encoder": config.encoder.name,
+        "data.split": config.data.split,
+    }  # fmt: skip
+    for key, value in given.items():
+        if value:
+            raise ValueError(f"{key}: features= has no images and no network; leave it out")
+    root = None if config.features is None else str(Path(config.features).expanduser())
+    data = replace(config.data, name=FEATURES, root=root, image_size=1)
+    encoder, method = EncoderConfig(FEATURES, width=None), MethodConfig(ELSEWHERE)
+    out = str(Path(config.out).expanduser())
+    return Config(
+        run_dir=out,
+        data=data,
+        encoder=encoder,
+        method=method,
+        mix=MixConfig("none"),
+        optimizer=OptimizerConfig("unknown"),
+    )

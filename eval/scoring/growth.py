@@ -142,7 +142,8 @@ def write_grown(
         detector.calibrate(read_space(folder / "fitted_to" / HELD_OUT, scorer.space)[0], accept, per_class)
     elif accept is not None or per_class is not None:
         raise ValueError("accept: the detector has no held-out images to calibrate on")
-    write_scorer(folder, detector, scorer.folder, kept.classes, scorer.space, kept.train_files, kept.thumbnails)
+    weights = None if scorer.network is None else scorer.folder
+    write_scorer(folder, detector, weights, kept.classes, scorer.space, kept.train_files, kept.thumbnails)
     return detector
 
 

@@ -5,7 +5,6 @@ import hashlib
 import io
 import json
 import os
-import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -18,21 +17,31 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from gradmix.eval.scoring.scorer import UNKNOWN_NAME, Score, Scorer
+from gradmix.ssl.runs.cells import guarded
 from gradmix.ssl.runs.files import put_in_place, write_atomically
-from gradmix.ssl.runs.lock import lock
+from gradmix.ssl.runs.parts import add_files, opened
 
-NUMBER = re.compile(r"[+-]\d+(\.\d+)?(e[+-]?\d+)?")  # of a row that was read back
 COLUMNS = [field.name for field in fields(Score)]
 
 
 def write_scores(
-    scorer: Scorer, paths: Sequence[str], out: Path, batch_size: int = 256, progress: bool = False
+    scorer: Scorer,
+    paths: Sequence[str],
+    out: Path,
+    batch_size: int = 256,
+    progress: bool = False,
+    features: np.ndarray | None = None,
+    files: Sequence[str] = (),
 ) -> tuple[int, int, int]:
     """Score image files into a CSV file, or JSON lines when ``out`` ends in ``.jsonl``.
 
     Every batch is forced to disk in ``OUT.KEY.part``, which becomes ``out`` when it is complete; KEY stands for
     detector, images and batch size. A part of the same key is gone on with after its last whole batch: then the bytes
     are those of a scoring that was never stopped (a feature's last digits depend on what else is in its batch).
+
+    Args:
+        features: of the images ``[N, F]``, which then need not be there; a row of them counts as its image.
+        files: what the features were read from.
 
     Returns:
         Numbers of rows, of images called unknown, and of files that could not be read.
@@ -43,7 +52,7 @@ def write_scores(
     """
     if out.is_dir():
         raise ValueError(f"out: {out} is a folder; give a file, such as {out / 'scores.csv'}")
-    part = out.with_name(f"{out.name}.{scoring_key(scorer, paths, batch_size)}.part")
+    part = out.with_name(f"{out.name}.{scoring_key(scorer, [*paths, *files], batch_size)}.part")
     for other in sorted(set(out.parent.glob(f"{escape(out.name)}.*.part")) - {part}):
         print(f"{other}: left alone; it is of another detector, other images or another batch_size")
     as_json = out.suffix == ".jsonl"
@@ -54,7 +63,11 @@ def write_scores(
             if end:
                 print(f"{part}: {counts[0]} of {len(paths)} images are scored already")
             file.truncate(end)
-            scores = scorer.score(paths[counts[0] :], batch_size, progress)
+            rest = paths[counts[0] :]
+            if features is None:
+                scores = scorer.score(rest, batch_size, progress)
+            else:
+                scores = scorer.score_features(features[counts[0] :], rest, batch_size)
             try:
                 while batch := [asdict(score) for score in islice(scores, batch_size)]:
                     file.write(encode(batch, as_json, header=not counts[0]))
@@ -93,34 +106,8 @@ def scoring_key(scorer: Scorer, paths: Sequence[str], batch_size: int) -> str:
     calibration = scorer.detector.calibration_
     asked: list[float] = [] if calibration is None else [calibration.accept, calibration.per_class]
     digest = hashlib.sha256(json.dumps([scorer.sha256, batch_size, str(scorer.device), *asked, *COLUMNS]).encode())
-    for path in paths:
-        try:
-            state = os.stat(path)
-            seen: tuple[str | int, ...] = (path, state.st_size, state.st_mtime_ns)
-        except OSError:
-            seen = (path,)
-        digest.update(json.dumps(seen).encode())
+    add_files(digest, paths)
     return digest.hexdigest()[:8]
-
-
-@contextmanager
-def opened(part: Path) -> Iterator[BinaryIO]:
-    """The part, to be read and then appended to by this process alone; one that stays empty is removed again.
-
-    Raises:
-        ValueError: another process is writing it.
-    """
-    with open(part, "a+b") as file:
-        lock(file.fileno(), part)
-        if not (part.exists() and os.path.samestat(os.stat(part), os.fstat(file.fileno()))):
-            raise ValueError(f"{part}: another process has just completed it")  # to write on would change its scores
-        file.seek(0)
-        try:
-            yield file
-        finally:
-            if not os.fstat(file.fileno()).st_size:
-                with suppress(OSError):  # Windows removes no open file
-                    part.unlink(missing_ok=True)
 
 
 def whole_batches(file: BinaryIO, as_json: bool, images: int, batch_size: int) -> tuple[np.ndarray, int]:
@@ -182,13 +169,6 @@ def count(row: Mapping[str, Any]) -> np.ndarray:
     return np.array([1, row["prediction"] == UNKNOWN_NAME, bool(row["error"])])
 
 
-def _cell(value: Any) -> Any:
-    """Text that a spreadsheet would take for a formula gets an apostrophe before it, as spreadsheets mark text."""
-    if not isinstance(value, str) or not value.startswith(("=", "+", "-", "@", "\t", "\r")):
-        return value
-    return value if NUMBER.fullmatch(value) else "'" + value
-
-
 def encode(rows: Sequence[Mapping[str, Any]], as_json: bool, header: bool, columns: Sequence[str] = COLUMNS) -> bytes:
     """Rows as they stand in the file."""
     text = io.StringIO(newline="")
@@ -198,5 +178,5 @@ def encode(rows: Sequence[Mapping[str, Any]], as_json: bool, header: bool, colum
         table = csv.DictWriter(text, columns)
         if header:
             table.writeheader()
-        table.writerows({name: _cell(value) for name, value in row.items()} for row in rows)
+        table.writerows({name: guarded(value) for name, value in row.items()} for row in rows)
     return text.getvalue().encode("utf-8", "surrogateescape")  # a name that is no UTF-8: the bytes that it is

@@ -12,30 +12,28 @@ fitted_to/                            the features that it was fitted to and cal
 import glob
 import os
 import shutil
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL.Image import Image
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from gradmix.eval import detectors
 from gradmix.eval.detectors import DeepKNN, Detector
 from gradmix.eval.features.extraction import Model
+from gradmix.eval.features.files import looked_at
 from gradmix.ssl.data.images import decode
 from gradmix.ssl.data.listing import list_images
 from gradmix.ssl.data.names import UNKNOWN_NAME, check_class_names
 from gradmix.ssl.keys import Key
-from gradmix.ssl.machine import usable_cpus
+from gradmix.ssl.networks.backbones import Backbone
 from gradmix.ssl.runs.documents import as_schema, read_document
 from gradmix.ssl.runs.files import hash_file, hash_json, write_atomically, write_json, write_tensors
 from gradmix.ssl.runs.tensors import opened_tensors
@@ -48,8 +46,6 @@ THUMBNAILS = "thumbnails.safetensors"
 THUMBNAIL_SIZE = 32
 FITTED_TO = ("train.safetensors", "held_out.safetensors")  # in fitted_to/, named as in a run's features/
 Picture = str | Path | Image | np.ndarray  # a file; or an image, as Backbone.transform takes it
-T = TypeVar("T")
-R = TypeVar("R")
 
 
 @dataclass
@@ -62,6 +58,7 @@ class About:
     sha256: str
     space: Annotated[str, Key(choices=("features", "projections"))] = "features"  # what the detector looks at
     fitted_to: dict[str, str] = field(default_factory=dict)  # SHA-256 of what is in that folder
+    network: bool = True  # False: none, and the detector is given features
 
 
 @dataclass(frozen=True)
@@ -91,7 +88,7 @@ class Score:
 def save_scorer(
     folder: Path,
     detector: Detector,
-    run_dir: Path,
+    run_dir: Path | None,
     data: "OpenSetData",
     space: str = "features",
     features: Path | None = None,
@@ -100,14 +97,14 @@ def save_scorer(
 
     Args:
         detector: fitted to the training images of ``data``.
-        run_dir: the folder with the weights.
+        run_dir: the folder with the weights; None: there is no network, and it scores features.
         space: what it was fitted to, ``features`` or ``projections``.
         features: the folder with ``train.safetensors`` and, where images were held out, ``held_out.safetensors``, which
             are linked into ``fitted_to/``, or copied; None: the detector can't grow.
     """
     train, small = data.train, None
     files = None if train.files is None else list(train.files)
-    if files is None and shows_images(detector, space):
+    if files is None and run_dir is not None and shows_images(detector, space):
         small = train.pixels if train.size <= THUMBNAIL_SIZE else shrunk(train.pixels)
     folder.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(folder / "fitted_to", ignore_errors=True)
@@ -124,7 +121,7 @@ def save_scorer(
 def write_scorer(
     folder: Path,
     detector: Detector,
-    weights: Path,
+    weights: Path | None,
     classes: list[str],
     space: str,
     train_files: list[str] | None,
@@ -133,12 +130,14 @@ def write_scorer(
     """Write all but ``fitted_to/``, whose files have to be there before.
 
     Args:
-        weights: the folder with ``backbone.safetensors`` and ``head.safetensors``.
+        weights: the folder with ``backbone.safetensors`` and ``head.safetensors``; None: it scores features.
         train_files, thumbnails: of the training images; only one that shows images has them.
     """
-    names = ["backbone.safetensors", *(["head.safetensors"] if space == "projections" else [])]
-    for name in names:
-        write_atomically(folder / name, partial(shutil.copyfile, weights / name))
+    names: list[str] = []
+    if weights is not None:
+        names = ["backbone.safetensors", *(["head.safetensors"] if space == "projections" else [])]
+        for name in names:
+            write_atomically(folder / name, partial(shutil.copyfile, weights / name))
     if thumbnails is not None:
         write_tensors(folder / THUMBNAILS, {"images": thumbnails})
     else:
@@ -147,6 +146,7 @@ def write_scorer(
     names += ["detector.json", *([] if thumbnails is None else [THUMBNAILS])]
     about = {
         "classes": classes,
+        **({} if weights is not None else {"network": False}),
         "space": space,
         "train_files": train_files if shows_images(detector, space) else None,
         "files": {name: hash_file(folder / name) for name in names},
@@ -186,10 +186,10 @@ class Scorer:
         self.classes, self.train_files, self.files = about.classes, about.train_files, about.files
         self.fitted_to = about.fitted_to
         self.detector = detectors.load(folder)
-        self.model = Model(folder, device)
-        self.backbone, self.device = self.model.backbone, device
+        self.network = Model(folder, device) if about.network else None
+        self.device = device
         self.space = about.space
-        if self.space == "projections" and self.model.head is None:
+        if self.network is not None and self.space == "projections" and self.network.head is None:
             raise ValueError(f"{folder / 'head.safetensors'}: missing, the detector looks at projections")
         self.folder = folder
         self.sha256 = about.sha256
@@ -198,7 +198,7 @@ class Scorer:
     def _check(self) -> None:
         """See that the files belong together: one class name and one training image for every one of the detector's."""
         detector, where = self.detector, self.folder / "scorer.json"
-        width = self.model.widths[self.space]
+        width = detector.width_ if self.network is None else self.network.widths[self.space]
         if detector.width_ != width:
             wide = f"{self.space} {width} wide, the detector's are {detector.width_}"
             raise ValueError(f"{self.folder / 'backbone.safetensors'}: {wide}")
@@ -210,7 +210,7 @@ class Scorer:
         rows = len(self.knn.bank_)
         if self.train_files is not None and len(self.train_files) != rows:
             raise ValueError(f"{where}: train_files: {len(self.train_files)} names, the detector has {rows} images")
-        if self.train_files is None:
+        if self.train_files is None and self.network is not None:
             path = self.folder / THUMBNAILS
             if THUMBNAILS not in self.files:
                 raise ValueError(f"{where}: files: {THUMBNAILS} is missing")
@@ -221,11 +221,38 @@ class Scorer:
             if kind != "U8" or shape != [rows, 3, side, side] or not 1 <= side <= THUMBNAIL_SIZE:
                 raise ValueError(f"{path}: images: expected [{rows}, 3, S, S] bytes, S at most {THUMBNAIL_SIZE}")
 
+    @property
+    def model(self) -> Model:
+        """
+        Raises:
+            ValueError: there is no network, the detector was fitted to features.
+        """
+        if self.network is None:
+            raise ValueError(
+                f"images: {self.folder} was fitted to features and has no network; features=FILE scores some"
+            )
+        return self.network
+
+    @property
+    def backbone(self) -> Backbone:
+        """The network's; see :attr:`model`."""
+        return self.model.backbone
+
+    def score_features(self, features: np.ndarray, names: Sequence[str], batch_size: int = 256) -> Iterator[Score]:
+        """Score features ``[N, F]`` (or projections, where the detector looks at those), one batch at a time, in order.
+
+        Args:
+            names: of the images, ``[N]``.
+        """
+        for first in range(0, len(features), batch_size):
+            batch = torch.from_numpy(np.array(features[first : first + batch_size], np.float32))
+            for row, score in enumerate(self._score(batch), first):
+                yield replace(score, path=names[row])
+
     def score(self, images: Sequence[Picture], batch_size: int = 256, progress: bool = False) -> Iterator[Score]:
         """Score images one batch at a time, in order. Unreadable files get a row with the error.
 
-        While the detector looks at a batch, the network is at the next one, and the files of up to three more are
-        decoded. How far they get changes no bit of a score.
+        Decoding, network and detector overlap, see :func:`gradmix.eval.features.files.looked_at`.
         """
         names = (str(x) if isinstance(x, str | Path) else f"image {number}" for number, x in enumerate(images))
         for batch, features in self.looks(images, batch_size, progress):
@@ -239,18 +266,8 @@ class Scorer:
         """Batch after batch: images ``[3, S, S]`` uint8, or why one can't be read; and what the detector looks at,
         ``[n, F]``, of those that can.
         """
-        hidden = None if progress else True  # None: where the output is no terminal
-        decoders, network = ThreadPoolExecutor(usable_cpus()), ThreadPoolExecutor(1)
-        try:
-            decoded = ahead(decoders, self._decode, images, 2 * batch_size)
-            batches = iter(lambda: list(islice(decoded, batch_size)), [])
-            with tqdm(total=len(images), unit="image", disable=hidden) as bar:
-                for batch, features in ahead(network, self._look_at, batches, 1):
-                    yield batch, features
-                    bar.update(len(batch))
-        finally:
-            for pool in (network, decoders):
-                pool.shutdown(cancel_futures=True)
+        _ = self.model  # without one, said once and not for each image
+        return looked_at(images, self._decode, self.look, batch_size, progress)
 
     @torch.inference_mode()
     def neighbours(self, images: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -273,7 +290,7 @@ class Scorer:
         Raises:
             ValueError: the detector knows no training images.
         """
-        if self.knn is None:
+        if self.knn is None or self.network is None:
             raise ValueError(
                 f"explain: {self.detector.NAME} knows no training images to show; deep_knn on features does"
             )
@@ -321,11 +338,6 @@ class Scorer:
         except ValueError as error:
             return str(error)
 
-    def _look_at(self, batch: list[Tensor | str]) -> tuple[list[Tensor | str], Tensor | None]:
-        """The batch, and the features of those that could be read."""
-        readable = [image for image in batch if isinstance(image, Tensor)]
-        return batch, self.look(torch.stack(readable)) if readable else None
-
     def _score(self, features: Tensor) -> Iterator[Score]:
         """Of each image, without its path."""
         verdict, missing, nearest = self.detector.judge(features), [None] * len(features), [""] * len(features)
@@ -338,17 +350,6 @@ class Scorer:
                 prediction = UNKNOWN_NAME
             margin = None if threshold is None else score - threshold
             yield Score("", score, prediction, margin, p_value, near)
-
-
-def ahead(pool: Executor, function: Callable[[T], R], items: Iterable[T], count: int) -> Iterator[R]:
-    """``map(function, items)`` in a pool, up to ``count`` results ahead of whoever asks for them."""
-    waiting: deque[Future[R]] = deque()
-    for item in items:
-        waiting.append(pool.submit(function, item))
-        if len(waiting) > count:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
 
 
 def find_images(where: str) -> list[str]:
@@ -388,7 +389,9 @@ def read_about(path: Path) -> About:
     del said["sha256"]
     if about.sha256 != hash_json(said):
         raise ValueError(f"{path}: damaged, its content does not match its hash")
-    names = {"backbone.safetensors", "detector.json", *(["head.safetensors"] if about.space == "projections" else [])}
+    names = {"detector.json"}
+    if about.network:
+        names |= {"backbone.safetensors", *(["head.safetensors"] if about.space == "projections" else [])}
     if not names <= set(about.files) <= names | {THUMBNAILS}:
         raise ValueError(f"{path}: files: expected {', '.join(sorted(names))}, got {sorted(about.files)!a:.80}")
     if not set(about.fitted_to) <= set(FITTED_TO):

@@ -15,7 +15,7 @@ from gradmix.ssl.checks import check_values
 from gradmix.ssl.config import EncoderConfig
 from gradmix.ssl.data.images import IMAGENET, Constants, decode, normalize, to_square
 from gradmix.ssl.keys import Key
-from gradmix.ssl.networks.timm_encoders import PREFIX, check_timm, timm_encoder
+from gradmix.ssl.networks.timm_encoders import PREFIX, PRETRAINED, check_timm, timm_encoder
 from gradmix.ssl.networks.weights import find_backbone, load_found, load_weights
 from gradmix.ssl.processes import is_first
 from gradmix.ssl.runs.documents import parse_json
@@ -98,6 +98,11 @@ def build_backbone(config: EncoderConfig, image_size: int) -> Encoder:
         ValueError: unknown encoder or stem, or weights that do not fit.
     """
     check_encoder(config)
+    if config.init == PRETRAINED:
+        if not config.name.startswith(PREFIX) or config.part is not None:
+            wrong = "encoder.part: chooses among the networks of a file" if config.part else f"encoder: {config.name}"
+            raise ValueError(f"{wrong}; only timm's networks have weights of their own, encoder={PREFIX}NAME")
+        return cast(Encoder, timm_encoder(config.name, image_size, pretrained=True))
     if config.init is not None:
         path = Path(config.init).expanduser()
         return read_backbone(path, config.name, config.width, config.stem, image_size, config.part)

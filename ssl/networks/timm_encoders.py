@@ -8,21 +8,25 @@ import torch
 from torch import nn
 
 PREFIX = "timm/"  # of their names
+PRETRAINED = "pretrained"  # instead of a file: timm's own weights
 
 
-def timm_encoder(name: str, image_size: int, mean: Any = None, std: Any = None) -> nn.Module:
-    """A network of timm's without its classifier, randomly initialised: images ``[N, 3, S, S]`` to features ``[N, F]``.
+def timm_encoder(name: str, image_size: int, mean: Any = None, std: Any = None, pretrained: bool = False) -> nn.Module:
+    """A network of timm's without its classifier: images ``[N, 3, S, S]`` to features ``[N, F]``.
 
     Args:
         name: ``timm/NAME`` or ``timm/NAME.TAG``.
         image_size: S; networks of one size, such as ViTs, are built for it.
         mean, std: of the images; what timm says of the name (and tag) unless given.
+        pretrained: with timm's own weights, from the hub's cache or the hub; else randomly initialised. Positions of
+            another image size are resampled.
 
     Returns:
         timm's module, with the attributes of :class:`gradmix.ssl.networks.backbones.Encoder`.
 
     Raises:
-        ValueError: timm is missing, has no such network, or the network does not work at this image size.
+        ValueError: timm is missing, has no such network, the network does not work at this image size, or its weights
+            can't be had.
     """
     timm, own = import_timm(), check_timm(name)
     sized = {"img_size": image_size} if own.fixed_input_size else {}
@@ -35,8 +39,37 @@ def timm_encoder(name: str, image_size: int, mean: Any = None, std: Any = None) 
             f"encoder.name: {name} does not work with data.image_size={image_size} ({reason}); "
             f"timm's own size of it is {own.input_size[-1]}"
         ) from error
+    if pretrained:
+        network = _with_weights(timm, name, sized, network.num_features)
     network.constants = tuple(mean or own.mean), tuple(std or own.std)
     network.description = {"name": name, **dict(zip(("mean", "std"), network.constants, strict=True))}
+    return network
+
+
+def _with_weights(timm: ModuleType, name: str, sized: dict[str, int], num_features: int) -> Any:
+    """The network again, with timm's own weights of it.
+
+    Raises:
+        ValueError: timm has none, or they can't be had.
+    """
+    own = check_timm(name)
+    if not own.has_weights:
+        raise ValueError(f"encoder.init: timm has no weights of {name}; timm.list_pretrained() names those it has")
+    try:
+        network = timm.create_model(name.removeprefix(PREFIX), pretrained=True, num_classes=0, **sized)
+    except Exception as error:  # of the hub, the network, a file: without a common base
+        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        where = (
+            f"the folder models--{own.hf_hub_id.replace('/', '--')} of another machine's cache"
+            if own.hf_hub_id
+            else "them"
+        )
+        raise ValueError(
+            f"encoder.init: timm's own weights of {name} can't be had ({type(error).__name__}: {reason}); run this "
+            f"where the hub can be reached, copy {where} into the hub's cache here (HF_HOME), or give a file instead "
+            f"of {PRETRAINED}"
+        ) from error
+    network.num_features = num_features
     return network
 
 
@@ -53,6 +86,11 @@ def check_timm(name: str) -> Any:
     if tag and f"{model}.{tag}" not in tags:
         raise ValueError(f"encoder.name: timm's {model} has no tag {tag!r}; {_near(f'{model}.{tag}', tags)}")
     return timm.get_pretrained_cfg(name.removeprefix(PREFIX))
+
+
+def own_image_size(name: str) -> int:
+    """Side of the images that timm trained a network on."""
+    return int(check_timm(name).input_size[-1])
 
 
 def import_timm() -> ModuleType:

@@ -5,22 +5,25 @@ from pathlib import Path
 from typing import Any
 
 from gradmix.eval.config import EvalConfig
-from gradmix.eval.protocols.evaluate import device_of, evaluate
+from gradmix.eval.features.feature_sets import FEATURES, FeatureSets, divide, read_sets, sets_of
+from gradmix.eval.protocols.evaluate import device_of, evaluate, measured
 from gradmix.eval.protocols.measures import choose_measures
 from gradmix.eval.protocols.robustness import corruption_table, evaluate_corruptions
+from gradmix.eval.protocols.subject import subject_of_features
 from gradmix.eval.report import write_report
 from gradmix.eval.report.comparison import write_comparison
 from gradmix.eval.report.summary import over_splits, table
 from gradmix.eval.report.tensorboard import write_tensorboard
 from gradmix.eval.runs.compare import compare, comparison_table
 from gradmix.eval.runs.export import export_backbone
-from gradmix.eval.runs.foreign import Foreign, adopt, check_transfer_classes, read_foreign, transfer
+from gradmix.eval.runs.foreign import Foreign, adopt, check_transfer_classes, features_run, read_foreign, transfer
 from gradmix.eval.runs.groups import find_runs
 from gradmix.ssl.checks import check_root
+from gradmix.ssl.config import Config
 from gradmix.ssl.data.names import check_names
 from gradmix.ssl.data.open_set import load_data
 from gradmix.ssl.runs.files import remove_strays, replacing, write_json
-from gradmix.ssl.runs.folder import check_classes, check_free, read_config
+from gradmix.ssl.runs.folder import check_classes, check_free, claim, read_config
 from gradmix.ssl.runs.lock import alone_in
 from gradmix.ssl.runs.outputs import check_output, folders_read
 
@@ -31,6 +34,10 @@ def run_eval(config: EvalConfig) -> None:
     Raises:
         ValueError: bad input, in one line.
     """
+    if config.features is not None:
+        print(as_text(evaluate_features(config), config))
+        print(f"\n{Path(str(config.out)).expanduser()}: report.html, metrics.json, and the detector")
+        return
     run_dir, out, parts, foreign = find_run(config)
     if config.against is not None or config.export:
         if foreign is not None:
@@ -62,7 +69,11 @@ def find_run(config: EvalConfig) -> tuple[Path, Path, list[str], Foreign | None]
         ValueError: not exactly one of ``run`` and ``checkpoint``, or an ``out`` that is something else's.
     """
     if (config.run is None) == (config.checkpoint is None):
-        raise ValueError("run: missing; give run=DIR, or checkpoint=FILE with encoder=, data= and out=")
+        raise ValueError(
+            "run: missing; give run=DIR, or checkpoint=FILE with encoder=, data= and out=, or features=FILE with out="
+        )
+    if config.test_features is not None or config.unknown_features is not None:
+        raise ValueError("test_features, unknown_features: belong to features=FILE, which is missing")
     if config.out is not None:
         check_out(config, Path(config.out).expanduser())
     if config.run is not None:
@@ -117,11 +128,9 @@ def eval_one(config: EvalConfig, run_dir: Path, out: Path, foreign: Foreign | No
         ValueError: bad input, in one line.
     """
     run = read_config(run_dir) if foreign is None else deepcopy(foreign[0])
-    run.detectors = run.detectors if config.detectors is None else config.detectors
-    run.detector_options |= config.detector_options
-    run.primary = run.primary if config.primary is None else config.primary
-    run.accept = run.accept if config.accept is None else config.accept
-    run.per_class = run.per_class if config.per_class is None else config.per_class
+    if run.data.name == FEATURES:
+        raise ValueError(f"run: {run_dir} was made of features=, with no network to evaluate; give features= and out=")
+    take_over(run, config)
     transfer(run, config)
     if config.unknown_root is not None or config.unknown_roots:
         run.data.unknown_root, run.data.unknown_roots = config.unknown_root, config.unknown_roots
@@ -150,3 +159,53 @@ def eval_one(config: EvalConfig, run_dir: Path, out: Path, foreign: Foreign | No
             write_tensorboard(run_dir, run, result, data)
             write_report(run_dir, data)
         return result
+
+
+def take_over(run: Config, config: EvalConfig) -> None:
+    """What gradmix-eval says of detectors counts instead of the run's own."""
+    run.detectors = run.detectors if config.detectors is None else config.detectors
+    run.detector_options |= config.detector_options
+    run.primary = run.primary if config.primary is None else config.primary
+    run.accept = run.accept if config.accept is None else config.accept
+    run.per_class = run.per_class if config.per_class is None else config.per_class
+
+
+def evaluate_features(config: EvalConfig, sets: FeatureSets | None = None) -> dict[str, Any]:
+    """Evaluate features from elsewhere; ``config.out`` becomes a run's folder, without a network.
+
+    Args:
+        sets: instead of those that ``config.features`` and its kin name.
+
+    Raises:
+        ValueError: features or settings that make no sense.
+    """
+    if config.run is not None or config.checkpoint is not None:
+        raise ValueError("features: beside run= or checkpoint=; give one of them")
+    run = features_run(config)
+    take_over(run, config)
+    choose_measures(run, config)
+    out = Path(run.run_dir)
+    names = [name for name in (config.features, config.test_features, config.unknown_features) if name is not None]
+    files = [Path(name).expanduser() for name in names]
+    for name in ("config.yaml", "metrics.json", "report.html"):
+        check_output("out", out / name, files)
+    check_free(out, run, "out")
+    sets = read_sets(config) if sets is None else sets
+    data, parts = divide(sets, run.data, run.seed)
+    check_names(data.classes)
+    measures = choose_measures(run, config, data)
+    with alone_in(out, "out"):
+        claim(out, run, "out")
+        remove_strays(out)
+        with replacing(out, "metrics.json") as new:
+            subject = subject_of_features(new, run, data, device_of(run, config.device), config, parts)
+            result = measured(subject, measures, new)
+        write_tensorboard(out, run, result, data)
+        write_report(out, data)
+        return result
+
+
+def evaluated_arrays(config: EvalConfig, arrays: dict[str, Any]) -> tuple[Path, dict[str, Any], str]:
+    """For :func:`gradmix.evaluate_features`: folder, numbers, and the table."""
+    result = evaluate_features(config, sets_of(arrays))
+    return Path(str(config.out)).expanduser(), result, as_text(result, config)

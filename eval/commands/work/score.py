@@ -6,6 +6,7 @@ from pathlib import Path
 
 from gradmix.eval.config import ScoreConfig
 from gradmix.eval.detectors.calibration import DRIFT, FEWEST, Calibration, discoveries, drift
+from gradmix.eval.features.embeddings import Embeddings, read_embeddings
 from gradmix.eval.scoring.score_file import add_discoveries, check_replaceable, encode, read_scores, write_scores
 from gradmix.eval.scoring.scorer import Picture, Score, Scorer, find_images
 from gradmix.eval.scoring.sheets import write_sheets
@@ -20,11 +21,16 @@ def run_score(config: ScoreConfig) -> None:
     Raises:
         ValueError: bad input, in one line; or some of the images can't be read, and the others are scored.
     """
-    paths = find_images(config.images)
-    out, folder, images = (Path(name).expanduser() for name in (config.out, config.detector, config.images))
+    if (config.images is None) == (config.features is None):
+        raise ValueError("images: missing; give images=PATH, or features=FILE for features of images")
+    given = None if config.features is None else read_embeddings(Path(config.features).expanduser())
+    paths = names_of(given) if config.images is None else find_images(config.images)
+    files = [] if config.features is None else [str(Path(config.features).expanduser())]
+    out, folder = (Path(name).expanduser() for name in (config.out, config.detector))
+    images = Path(config.images or config.features or "").expanduser()
     outputs = {"out": out} | ({} if config.explain is None else {"explain": Path(config.explain).expanduser()})
     for key, path in outputs.items():
-        check_output(key, path, paths, [folder, *([images] if images.is_dir() else [])])
+        check_output(key, path, [*paths, *files], [folder, *([images] if images.is_dir() else [])])
     check_replaceable(out)
     scorer = Scorer(config.detector, pick_device(config.device))
     detector = scorer.detector
@@ -32,7 +38,13 @@ def run_score(config: ScoreConfig) -> None:
         detector.accept(config.accept, config.per_class)
     if config.explain is not None:
         scorer.check_neighbours()
-    rows, unknown, unreadable = write_scores(scorer, paths, out, config.batch_size, progress=True)
+        if given is not None:
+            raise ValueError("explain: needs images, features=FILE has none")
+    features = None if given is None else given.projections if scorer.space == "projections" else given.features
+    if given is not None and features is None:
+        raise ValueError(f"features: {config.features} has no projections, which the detector looks at")
+    counts = write_scores(scorer, paths, out, config.batch_size, progress=True, features=features, files=files)
+    rows, unknown, unreadable = counts
     print(f"{out}: {rows} images, {unknown} unknown, {unreadable} unreadable")
     if detector.threshold is None:
         print("no threshold was calibrated (data.holdout=0), so nothing is called unknown")
@@ -45,6 +57,12 @@ def run_score(config: ScoreConfig) -> None:
         raise ValueError(f"images: {unreadable} of {rows} files can't be read; the error column of {out} says why")
 
 
+def names_of(given: Embeddings | None) -> list[str]:
+    """What to call the images whose features are given."""
+    assert given is not None
+    return [f"row {row}" for row in range(len(given))] if given.paths is None else list(given.paths)
+
+
 def scored(config: ScoreConfig, images: Sequence[Picture] | None, write: bool) -> tuple[list[Score], float | None]:
     """For :func:`gradmix.score`: every image's score, and the threshold.
 
@@ -52,7 +70,12 @@ def scored(config: ScoreConfig, images: Sequence[Picture] | None, write: bool) -
         images: instead of those that ``config.images`` names.
         write: whether to write ``config.out``.
     """
-    images = find_images(config.images) if images is None else images
+    if images is None:
+        if config.images is None or config.features is not None:
+            raise ValueError(
+                "features: gradmix-score features=FILE scores them; here detectors.load(folder).judge does"
+            )
+        images = find_images(config.images)
     scorer = Scorer(config.detector)
     rows = list(scorer.score(images, config.batch_size, progress=True))
     if write:

@@ -267,6 +267,8 @@ SESSION = tuple(
         ("train/selfsup", "Self-supervised loss", "NT-Xent's term of the loss.", False),
         ("train/targets", "Loss of class targets", "The term that draws classes to fixed targets.", False),
         ("train/mixed", "Mixed loss", "The term of the mixed images.", False),
+        ("train/distill", "Distance from the teacher", "The term of distillation, on raw views.", False),
+        ("train/distill_mixed", "The same, mixed", "The term of distillation on mixed images.", False),
         ("train/kept", "Kept share of the image", "Share of an image's own pixels after mixing, mean.", True),
         ("data/bad_images", "Unreadable files", "Image files that could not be decoded and were left out.", False),
         ("splits", "Splits", "How many splits a mean is over.", False),

@@ -72,7 +72,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if path.name != checkpoint_name(state["step"]):
         raise ValueError(f"of step {state['step']}")
     check_finite(state["module"], state["optimizer"], state["step"])
-    return {key: state[key] for key in KEYS}
+    return {key: state[key] for key in KEYS} | {"teacher": state.get("teacher")}  # older ones had none
 
 
 # step, skipped steps, fingerprint of the images, the last step's numbers, and what training changes
@@ -147,6 +147,7 @@ class Checkpoints(Callback):
             "step": module.steps,
             "skipped": self.guard.skipped,
             "images": self.images,
+            "teacher": module.taught_by,
             "scalars": module.scalars,
             "module": module.state_dict(),
             "optimizer": trainer.optimizers[0].state_dict(),

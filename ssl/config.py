@@ -125,6 +125,30 @@ class MixConfig:
 
 
 @dataclass
+class DistillConfig:
+    """loss += weight * (how far the student is from its teacher, on raw views and on mixed ones)."""
+
+    name: str = key("none", "who teaches: nobody, the moving average, another run", choices=("none", "ema", "run"))
+    form: str = key(
+        "relations",
+        "what is followed: similarities among the batch, or class logits (arXiv 2404.19527; method=sphor)",
+        choices=("relations", "logits"),
+    )
+    weight: float = key(1.0, "of the raw views' part", at_least=0)
+    mixed: float = key(1.0, "of the mixed images' part, against the teacher's view of both raw images", at_least=0)
+    space: str = key("features", "where relations are taken", choices=("features", "projections"))
+    temperature: float = key(0.1, "of relations, the student's and the teacher's", above=0)
+    smoothing: float = key(
+        0.75, "form=logits: of both labels of mixed images that the teacher can't tell", at_least=0, at_most=1
+    )
+    momentum: float = key(0.99, "of the moving average, for distill=ema", at_least=0, at_most=1)
+    teacher: str | None = key(
+        None, "distill=run: another run's folder, or a file with weights trained anywhere", path=True
+    )
+    encoder: str | None = key(None, "of a file's weights; null: the student's")
+
+
+@dataclass
 class EncoderConfig:
     name: str = key(MISSING, "network; timm/NAME: one of timm's, which have no width and stem to set")
     width: int | None = key(64, "channels of the first stage; null: 64, or init's", at_least=1)
@@ -184,6 +208,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     method: MethodConfig = field(default_factory=MethodConfig)
     mix: MixConfig = field(default_factory=MixConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     speed: SpeedConfig = field(default_factory=SpeedConfig)

@@ -28,8 +28,19 @@ from gradmix.ssl.data.views import Crops
 from gradmix.ssl.machine import decoders
 from gradmix.ssl.networks.backbones import build_backbone
 from gradmix.ssl.networks.layout import layout_of
-from gradmix.ssl.objective import Rows, build_target_loss, check_mixing, losses_of, temperature_at, weights_of
+from gradmix.ssl.objective import (
+    Rows,
+    Taught,
+    build_target_loss,
+    check_mixing,
+    losses_beside,
+    losses_of,
+    mixed_weights_of,
+    temperature_at,
+    weights_of,
+)
 from gradmix.ssl.optimizer import build_optimizer, build_schedule
+from gradmix.ssl.teacher import build_teacher
 
 
 class Pretraining(LightningModule):
@@ -61,9 +72,6 @@ class Pretraining(LightningModule):
         backbone = build_backbone(config.encoder, train.size)
         self.layout = layout_of(backbone, config.speed.channels_last)
         self.backbone = backbone.to(memory_format=self.layout)
-        watched = self.mixer.layers_in(self.backbone) if self.mixer is not None and self.mixer.looks else []
-        if config.speed.compile:
-            compile_stages(self.backbone, watched)
         features = self.backbone.num_features
         self.head = ProjectionHead(
             [(features, features, None, nn.ReLU()), (features, config.encoder.head_dim, None, None)]
@@ -71,24 +79,43 @@ class Pretraining(LightningModule):
         self.augment = TwoViews(config.data.augment, train.size, constants=self.backbone.constants)
         self.target_loss = build_target_loss(config, int(train.labels.max()) + 1) if method.targets else None
         self.losses = losses_of(method, self.mixer is not None, self.target_loss)
-        self.weights = weights_of(method)
+        self.beside = losses_beside(config, self.target_loss)
+        self.weights = weights_of(method) | {"distill": config.distill.weight}
+        self.mixed_weights = mixed_weights_of(config)
+        self.teacher = build_teacher(config, self.backbone, self.head, self.target_loss, train.size)
+        # All processes move the average alike, so that nothing has to be sent.
+        self._ddp_params_and_buffers_to_ignore = [name for name, _ in self.named_buffers() if name[:8] == "teacher."]
+        watched = self.mixer.layers_in(self.backbone) if self.mixer is not None and self.mixer.looks else []
+        if config.speed.compile:
+            compile_stages(self.backbone, watched)
         self.scalars: dict[str, Tensor] = {}
         self.pictures: tuple[Tensor, Mixed] | None = None
 
-    def project(self, views: Tensor) -> Tensor:
-        """Views ``[N, 3, S, S]`` to projections ``[N, D]``, in micro-batches if the config has them.
+    @property
+    def taught_by(self) -> str | None:
+        """SHA-256 of a frozen teacher's weights; None without one."""
+        return None if self.teacher is None else self.teacher.hash
 
-        A micro-batch keeps nothing but its projections, and is computed again in the backward pass: gradient caching
+    def project(self, views: Tensor) -> Tensor:
+        """Views ``[N, 3, S, S]`` to projections ``[N, D]``, L2-normalised."""
+        return self.embed(views)[1]
+
+    def embed(self, views: Tensor) -> tuple[Tensor, Tensor]:
+        """Views ``[N, 3, S, S]`` to features ``[N, F]`` and projections, in micro-batches if the config has them.
+
+        A micro-batch keeps nothing but these, and is computed again in the backward pass: gradient caching
         (arXiv 2101.06983). BatchNorm sees each micro-batch by itself, and counts it once.
         """
         size = self.config.speed.micro_batch
         if size is None:
-            return self._project(views)
+            return self._embed(views)
         again = partial(checkpoint, use_reentrant=False, context_fn=lambda: (nullcontext(), still(self.backbone)))
-        return torch.cat([again(self._project, part) for part in views.split(size)])
+        features, z = zip(*(again(self._embed, part) for part in views.split(size)), strict=True)
+        return torch.cat(features), torch.cat(z)
 
-    def _project(self, views: Tensor) -> Tensor:
-        return F.normalize(self.head(self.backbone(views)).float(), dim=1)
+    def _embed(self, views: Tensor) -> tuple[Tensor, Tensor]:
+        features = self.backbone(views)
+        return features, F.normalize(self.head(features).float(), dim=1)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The loss of one batch: of its views and, at the steps that mix, of what the mixer makes of them."""
@@ -103,29 +130,50 @@ class Pretraining(LightningModule):
         views = self.draw_views(batch.images, seed)  # [2B, 3, H, W]
         labels = batch.labels.repeat(2)  # [2B]
         with self.watched(looks):
-            z = self.project(views)  # [2B, D]
-        rows = Rows(z, labels, temperature)
+            features, z = self.embed(views)  # [2B, F], [2B, D]
+        rows = Rows(z, labels, temperature, features=features)
         losses = {name: loss(rows) for name, loss in self.losses.items()}
-        total = sum((self.weights[name] * value for name, value in losses.items()), z.new_zeros(()))
+        total = own = sum((self.weights[name] * value for name, value in losses.items()), z.new_zeros(()))
+        if self.teacher is not None:
+            self.teacher.follow(self.backbone, self.head, self.optimizer_steps(batch))
+            rows = rows._replace(taught=self.teacher(views, temperature))
+        for name, loss in self.beside.items():
+            losses[name] = loss(rows)
+            total = total + self.weights[name] * losses[name]
         scalars = dict(losses)
 
         if mixer is not None:
-            guide = total if method.attribution == "joint" else losses[method.attribution]
+            guide = own if method.attribution == "joint" else losses[method.attribution]
             maps = self.attribute(mixer, views, z, guide, looks)  # [2B, H, W]
             others = batch.images if batch.images.ndim == 4 else batch.images[:, 2:]  # of photographs, four are cut
             again = partial(self.draw_views, others, seed_of(seed, 1))  # what extra_view calls
             generator = torch.Generator(views.device).manual_seed(seed)
             mixed = mixer(views, guide, generator, projections=z, attribution=maps, new_views=again)
-            p = self.project(mixed.images)  # [2B, D]
-            rows = rows._replace(p=p, kept=mixed.kept, other=labels[mixed.partner])
-            mixed_loss = self.losses[method.mixed_loss](rows)
-            total = total + mix.weight * self.weights[method.mixed_loss] * mixed_loss
-            scalars |= {"mixed": mixed_loss, "kept": mixed.kept.mean()}
+            mixed_features, p = self.embed(mixed.images)  # [2B, F], [2B, D]
+            rows = rows._replace(p=p, kept=mixed.kept, other=labels[mixed.partner], partner=mixed.partner)
+            taught_mixed = self.teach_mixed(mixed.images, temperature)
+            rows = rows._replace(mixed_features=mixed_features, taught_mixed=taught_mixed)
+            for name, weight in self.mixed_weights.items():
+                mixed_loss = (self.losses | self.beside)[name](rows)
+                total = total + weight * mixed_loss
+                scalars["mixed" if name == method.mixed_loss else f"{name}_mixed"] = mixed_loss
+            scalars["kept"] = mixed.kept.mean()
             self.pictures = views, mixed
 
         self.scalars = {f"train/{name}": value.detach() for name, value in {"loss": total, **scalars}.items()}
         self.steps = batch.epoch * self.loader.steps_per_epoch + batch.step + 1
         return total
+
+    def optimizer_steps(self, batch: Batch) -> int:
+        """How many the optimizer has done when a batch comes."""
+        done = batch.epoch * self.loader.steps_per_epoch + batch.step
+        return done // self.config.trainer.get("accumulate_grad_batches", 1)
+
+    def teach_mixed(self, images: Tensor, temperature: float) -> Taught | None:
+        """What the teacher makes of the mixed images themselves, where a loss asks for it."""
+        if self.teacher is None or self.config.distill.form != "logits" or not self.config.distill.mixed:
+            return None
+        return self.teacher(images, temperature)
 
     def draw_views(self, images: Tensor, seed: int) -> Tensor:
         """Two random views ``[2B, 3, S, S]`` of images ``[B, 3, S, S]``, or of their crops ``[B, V, 3, S, S]``,
@@ -155,7 +203,7 @@ class Pretraining(LightningModule):
         maps = []
         for part, its_gradient in zip(views.split(size), gradient.split(size), strict=True):
             with still(self.backbone), mixer.watch(self.backbone):
-                its_z = self._project(part)
+                _, its_z = self._embed(part)
             maps.append(cast(Tensor, mixer.attribute(part, (its_z * its_gradient).sum())))
         return torch.cat(maps)
 

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import gradmix
 from gradmix.ssl.callbacks import mixing_picture
-from gradmix.ssl.config import SpeedConfig
+from gradmix.ssl.config import DistillConfig, SpeedConfig
 from gradmix.ssl.data.loader import TrainLoader
 from gradmix.ssl.guard import Guard
 from gradmix.ssl.optimizer import build_optimizer
@@ -190,8 +190,13 @@ def test_a_step_on_the_device_is_the_hosts_and_waits_for_nothing(gpu, method, mi
 
 @pytest.mark.parametrize(
     "changes",
-    [{"speed": SpeedConfig(micro_batch=8)}, {"mixing": {"options": {"partner": "similar"}}}],
-    ids=["micro_batch", "similar"],
+    [
+        {"speed": SpeedConfig(micro_batch=8)},
+        {"mixing": {"options": {"partner": "similar"}}},
+        {"distill": DistillConfig("ema")},
+        {"method": "sphor", "distill": DistillConfig("ema", form="logits")},
+    ],
+    ids=["micro_batch", "similar", "relations", "logits"],
 )
 def test_so_is_a_step_with_other_settings(gpu, changes, config, data):
     expected, _ = steps(small(config, **changes), data)

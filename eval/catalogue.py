@@ -266,6 +266,7 @@ SESSION = tuple(
         ("train/supervised", "Supervised loss", "SupCon's term of the loss.", False),
         ("train/selfsup", "Self-supervised loss", "NT-Xent's term of the loss.", False),
         ("train/targets", "Loss of class targets", "The term that draws classes to fixed targets.", False),
+        ("train/prototypes", "Loss of prototypes", "The term that draws classes to moving prototypes.", False),
         ("train/mixed", "Mixed loss", "The term of the mixed images.", False),
         ("train/distill", "Distance from the teacher", "The term of distillation, on raw views.", False),
         ("train/distill_mixed", "The same, mixed", "The term of distillation on mixed images.", False),

@@ -91,8 +91,21 @@ class DataConfig:
 
 
 @dataclass
+class PrototypeConfig:
+    """The prototypes of method=palm and method=cider (arXiv 2402.02653, 2203.04450)."""
+
+    per_class: int = key(6, "how many", at_least=1)
+    neighbours: int | None = key(5, "of its class's, those that an image goes to; null: all", at_least=1)
+    momentum: float = key(0.99, "of their moving average", at_least=0, at_most=1)
+    sharpness: float = key(0.05, "temperature of the assignment; smaller is nearer to one prototype each", above=0)
+    contrast: float = key(1.0, "weight of the prototypes' own contrastive loss, against the likelihood's", at_least=0)
+    contrast_temperature: float = key(0.5, "of that loss", above=0)
+
+
+@dataclass
 class MethodConfig:
-    """loss = supervised * SupCon + selfsup * NT-Xent + targets * cross-entropy (+ the mixed term of one of them)."""
+    """loss = supervised * SupCon + selfsup * NT-Xent + targets * cross-entropy + prototypes * PALM (+ the mixed term of
+    one of them)."""
 
     name: str = key(MISSING, "method")
     supervised: float = key(0.0, "weight of SupCon", at_least=0)
@@ -100,14 +113,20 @@ class MethodConfig:
     targets: float = key(
         0.0, "weight of cross-entropy to orthogonal class targets, after SpHOR (arXiv 2503.08049)", at_least=0
     )
+    prototypes: float = key(0.0, "weight of PALM's likelihood and contrast (arXiv 2402.02653)", at_least=0)
+    prototype: PrototypeConfig = field(default_factory=PrototypeConfig)
     smoothing: float = key(0.0, "of the targets' labels", at_least=0, at_most=1)
     temperature: float = key(0.1, "of all losses", above=0)
     temperature_end: float | None = key(None, "half a cosine over the training leads there (arXiv 2505.18137)", above=0)
     mixed_loss: str = key(
-        "selfsup", "which loss the mixed images enter, at its weight", choices=("selfsup", "supervised", "targets")
+        "selfsup",
+        "which loss the mixed images enter, at its weight",
+        choices=("selfsup", "supervised", "targets", "prototypes"),
     )
     attribution: str = key(
-        "selfsup", "whose gradient guides GradMix", choices=("selfsup", "supervised", "targets", "joint")
+        "selfsup",
+        "whose gradient guides GradMix",
+        choices=("selfsup", "supervised", "targets", "prototypes", "joint"),
     )
 
 

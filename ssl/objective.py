@@ -13,6 +13,7 @@ from gradmix.ssl.config import Config, DistillConfig, MethodConfig
 from gradmix.ssl.distillation import correlation_loss, relation_loss, two_hot_loss
 from gradmix.ssl.losses import NTXentLoss, SupConLoss
 from gradmix.ssl.processes import mean_over_processes
+from gradmix.ssl.prototypes import PrototypeLoss
 from gradmix.ssl.targets import OrthogonalTargetLoss
 
 
@@ -58,6 +59,11 @@ def targets(loss: OrthogonalTargetLoss, rows: Rows) -> Tensor:
     return loss(rows.z if rows.p is None else rows.p, rows.labels, rows.other, rows.kept, rows.temperature)
 
 
+def prototypes(loss: PrototypeLoss, rows: Rows) -> Tensor:
+    """Prototypes: mixed images are drawn to those of both their classes, and move none."""
+    return loss(rows.z if rows.p is None else rows.p, rows.labels, rows.other, rows.kept, rows.temperature)
+
+
 def relations(distill: DistillConfig, rows: Rows) -> Tensor:
     """Distillation of similarities: mixed images have the teacher's neighbours of both raw images."""
     assert rows.taught is not None and rows.features is not None
@@ -98,12 +104,18 @@ def correlations(distill: DistillConfig, target_loss: OrthogonalTargetLoss, rows
     return told + labelled + of_its_own + of_its_partner
 
 
-def losses_of(method: MethodConfig, mixes: bool, target_loss: OrthogonalTargetLoss | None) -> dict[str, Loss]:
+def losses_of(
+    method: MethodConfig,
+    mixes: bool,
+    target_loss: OrthogonalTargetLoss | None,
+    prototype_loss: PrototypeLoss | None = None,
+) -> dict[str, Loss]:
     """The losses that a step computes, in the order in which they are added.
 
     Args:
         mixes: whether a mixer may ask NT-Xent where to look, which it can at weight 0 too.
         target_loss: None for a method without class targets.
+        prototype_loss: None for a method without prototypes.
     """
     losses: dict[str, Loss] = {}
     if method.supervised:
@@ -112,6 +124,8 @@ def losses_of(method: MethodConfig, mixes: bool, target_loss: OrthogonalTargetLo
         losses["selfsup"] = selfsup
     if target_loss is not None:
         losses["targets"] = partial(targets, target_loss)
+    if prototype_loss is not None:
+        losses["prototypes"] = partial(prototypes, prototype_loss)
     return losses
 
 
@@ -134,7 +148,7 @@ def mixed_weights_of(config: Config) -> dict[str, float]:
 
 def weights_of(method: MethodConfig) -> dict[str, float]:
     """The losses by name, each with its weight."""
-    return {"selfsup": method.selfsup, "supervised": method.supervised, "targets": method.targets}
+    return {name: getattr(method, name) for name in ("selfsup", "supervised", "targets", "prototypes")}
 
 
 def check_mixing(method: MethodConfig) -> None:
@@ -163,6 +177,25 @@ def build_target_loss(config: Config, classes: int) -> OrthogonalTargetLoss:
     if classes > dim:
         raise ValueError(f"encoder.head_dim: {classes} class targets at right angles need {classes} or more, got {dim}")
     return OrthogonalTargetLoss(classes, dim, config.method.temperature, config.method.smoothing)
+
+
+def build_prototype_loss(config: Config, classes: int) -> PrototypeLoss:
+    """
+    Args:
+        classes: of the training images.
+    """
+    asked = config.method.prototype
+    return PrototypeLoss(
+        classes,
+        config.encoder.head_dim,
+        asked.per_class,
+        config.method.temperature,
+        asked.neighbours,
+        asked.momentum,
+        asked.sharpness,
+        asked.contrast,
+        asked.contrast_temperature,
+    )
 
 
 def temperature_at(method: MethodConfig, done: float) -> float:

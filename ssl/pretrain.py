@@ -31,6 +31,7 @@ from gradmix.ssl.networks.layout import layout_of
 from gradmix.ssl.objective import (
     Rows,
     Taught,
+    build_prototype_loss,
     build_target_loss,
     check_mixing,
     losses_beside,
@@ -48,7 +49,7 @@ class Pretraining(LightningModule):
 
     Args:
         config: the whole run's configuration.
-        train: training images; labels are used by ``supervised`` and ``targets`` only.
+        train: training images; labels are used by all but ``selfsup``.
 
     Attributes:
         start: steps that were done already when this session began.
@@ -61,8 +62,8 @@ class Pretraining(LightningModule):
         super().__init__()
         method = config.method
         if not any(weights_of(method).values()):
-            raise ValueError("method: supervised, selfsup and targets are all 0, nothing would be learned")
-        if (method.supervised or method.targets) and (train.labels < 0).any():
+            raise ValueError(f"method: {', '.join(weights_of(method))} are all 0, nothing would be learned")
+        if (method.supervised or method.targets or method.prototypes) and (train.labels < 0).any():
             raise ValueError(f"method: {method.name} needs classes, but data.root has none; use method=simclr")
         self.config, self.train_set = config, train
         self.start = self.steps = 0
@@ -77,8 +78,10 @@ class Pretraining(LightningModule):
             [(features, features, None, nn.ReLU()), (features, config.encoder.head_dim, None, None)]
         )
         self.augment = TwoViews(config.data.augment, train.size, constants=self.backbone.constants)
-        self.target_loss = build_target_loss(config, int(train.labels.max()) + 1) if method.targets else None
-        self.losses = losses_of(method, self.mixer is not None, self.target_loss)
+        classes = int(train.labels.max()) + 1
+        self.target_loss = build_target_loss(config, classes) if method.targets else None
+        self.prototype_loss = build_prototype_loss(config, classes) if method.prototypes else None
+        self.losses = losses_of(method, self.mixer is not None, self.target_loss, self.prototype_loss)
         self.beside = losses_beside(config, self.target_loss)
         self.weights = weights_of(method) | {"distill": config.distill.weight}
         self.mixed_weights = mixed_weights_of(config)

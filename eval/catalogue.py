@@ -270,6 +270,7 @@ SESSION = tuple(
         ("train/mixed", "Mixed loss", "The term of the mixed images.", False),
         ("train/distill", "Distance from the teacher", "The term of distillation, on raw views.", False),
         ("train/distill_mixed", "The same, mixed", "The term of distillation on mixed images.", False),
+        ("train/outliers", "Loss of outliers", "How much images of no class are like those of one.", False),
         ("train/kept", "Kept share of the image", "Share of an image's own pixels after mixing, mean.", True),
         ("data/bad_images", "Unreadable files", "Image files that could not be decoded and were left out.", False),
         ("splits", "Splits", "How many splits a mean is over.", False),

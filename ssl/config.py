@@ -168,6 +168,27 @@ class DistillConfig:
 
 
 @dataclass
+class OutlierConfig:
+    """loss += weight * (how much images of no class are like those of one)."""
+
+    name: str = key(
+        "none",
+        "images of no class: none, those whose attributed pixels are disrupted (arXiv 2411.10794), the mixed ones",
+        choices=("none", "attribution", "mixed"),
+    )
+    weight: float = key(1.0, "of their term", at_least=0)
+    form: str = key(
+        "auto",
+        "no class is likelier, or negatives of all views; auto: uniform where the method has class logits",
+        choices=("auto", "uniform", "negatives"),
+    )
+    share: float = key(0.125, "of the views, that are made into outliers", above=0, at_most=1)
+    how: str = key("shuffle", "what happens to attributed pixels", choices=("shuffle", "shift", "add"))
+    pixels: float = key(0.1, "share of the image that is disrupted, where attribution is highest", above=0, at_most=1)
+    amount: float = key(1.0, "how=add: of the map, in deviations of the image's channels", at_least=0)
+
+
+@dataclass
 class EncoderConfig:
     name: str = key(MISSING, "network; timm/NAME: one of timm's, which have no width and stem to set")
     width: int | None = key(64, "channels of the first stage; null: 64, or init's", at_least=1)
@@ -228,6 +249,7 @@ class Config:
     method: MethodConfig = field(default_factory=MethodConfig)
     mix: MixConfig = field(default_factory=MixConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
+    outliers: OutlierConfig = field(default_factory=OutlierConfig)
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     speed: SpeedConfig = field(default_factory=SpeedConfig)

@@ -12,6 +12,7 @@ from torch import Tensor
 from gradmix.ssl.config import Config, DistillConfig, MethodConfig
 from gradmix.ssl.distillation import correlation_loss, relation_loss, two_hot_loss
 from gradmix.ssl.losses import NTXentLoss, SupConLoss
+from gradmix.ssl.outlier_losses import negatives_loss, uniform_loss
 from gradmix.ssl.processes import mean_over_processes
 from gradmix.ssl.prototypes import PrototypeLoss
 from gradmix.ssl.targets import OrthogonalTargetLoss
@@ -39,6 +40,7 @@ class Rows(NamedTuple):
     mixed_features: Tensor | None = None  # [2B, F], of the mixed images
     taught: Taught | None = None  # the teacher's, of the views
     taught_mixed: Taught | None = None  # the teacher's, of the mixed images
+    outliers: Tensor | None = None  # [M, D], projections of images of no class
 
 
 Loss = Callable[[Rows], Tensor]  # to a scalar
@@ -104,6 +106,37 @@ def correlations(distill: DistillConfig, target_loss: OrthogonalTargetLoss, rows
     return told + labelled + of_its_own + of_its_partner
 
 
+def outliers_uniform(loss: OrthogonalTargetLoss | PrototypeLoss, rows: Rows) -> Tensor:
+    """Outliers: every class target, or every prototype, is as likely."""
+    assert rows.outliers is not None
+    return uniform_loss(loss.logits(rows.outliers, rows.temperature))
+
+
+def outliers_as_negatives(rows: Rows) -> Tensor:
+    """Outliers: negatives of every view, in the denominators of NT-Xent or SupCon."""
+    assert rows.outliers is not None
+    return negatives_loss(rows.z, rows.outliers, rows.temperature)
+
+
+def outlier_loss_of(config: Config, classes: OrthogonalTargetLoss | PrototypeLoss | None) -> Loss:
+    """
+    Args:
+        classes: what gives class logits; None for a method without.
+
+    Raises:
+        ValueError: ``outliers.form=uniform`` without class logits.
+    """
+    form = config.outliers.form
+    if form == "negatives" or (form == "auto" and classes is None):
+        return outliers_as_negatives
+    if classes is None:
+        raise ValueError(
+            f"outliers.form: uniform is over class targets or prototypes, which method={config.method.name} has not; "
+            "outliers.form=negatives needs none"
+        )
+    return partial(outliers_uniform, classes)
+
+
 def losses_of(
     method: MethodConfig,
     mixes: bool,
@@ -113,7 +146,7 @@ def losses_of(
     """The losses that a step computes, in the order in which they are added.
 
     Args:
-        mixes: whether a mixer may ask NT-Xent where to look, which it can at weight 0 too.
+        mixes: whether NT-Xent may be asked where to look, which it can at weight 0 too.
         target_loss: None for a method without class targets.
         prototype_loss: None for a method without prototypes.
     """
@@ -159,6 +192,15 @@ def check_mixing(method: MethodConfig) -> None:
     has = [name for name, weight in weights_of(method).items() if weight]
     if method.mixed_loss not in has:
         raise ValueError(f"method.mixed_loss: {method.name} has only {' or '.join(has)}, got {method.mixed_loss!r}")
+    check_guide(method)
+
+
+def check_guide(method: MethodConfig) -> None:
+    """
+    Raises:
+        ValueError: attribution follows a loss that the method does not have.
+    """
+    has = [name for name, weight in weights_of(method).items() if weight]
     guides = ["selfsup", *(name for name in has if name != "selfsup")]  # NT-Xent needs no labels: any method can ask it
     guides += ["joint"] if len(guides) > 1 else []
     if method.attribution not in guides:

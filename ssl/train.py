@@ -162,6 +162,11 @@ def check(config: Config) -> None:
         )
     if build_mixer(config.mix) is not None:
         check_mixing(config.method)
+    if config.outliers.name == "mixed" and config.mix.name in ("none", "extra_view"):
+        raise ValueError(
+            f"outliers.name: mix={config.mix.name} mixes nothing that could be an outlier; outliers=attribution needs "
+            "no mix"
+        )
     check_teacher(config)
 
 

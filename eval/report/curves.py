@@ -9,7 +9,7 @@ from gradmix.eval.report.charts import COLOURS, INK, Line, histogram, line_chart
 from gradmix.eval.report.page import Chart, Section, percent, render
 from gradmix.eval.runs.folder import Run
 
-PARTS = ("loss", "supervised", "selfsup", "targets", "prototypes", "mixed", "distill", "distill_mixed")
+PARTS = ("loss", "supervised", "selfsup", "targets", "prototypes", "mixed", "distill", "distill_mixed", "outliers")
 LOSSES = tuple(f"train/{part}" for part in PARTS)  # of one chart
 WATCHED = tuple(metric.key for metric in (*SESSION, *QUALITY) if metric.key not in LOSSES)  # one chart each
 

@@ -5,8 +5,9 @@
     python benchmarks/choose.py demo --minutes 0                                    # the table of the rows so far
 
 The last two known classes of each split play the unknown ones, and are left out of training (``data.pseudo_unknown``);
-no unknown class is looked at. Rows go to ``--rows``; what is in it is not run again. No run folder is kept: this trains
-with the same code as gradmix-pretrain and measures kNN accuracy and every detector's AUROC, nothing else.
+no unknown class is looked at. The demo takes the setting with the highest mean AUROC of deep_knn on the features, over
+the five splits. Rows go to ``--rows``; what is in it is not run again. No run folder is kept: this trains with the same
+code as gradmix-pretrain and measures kNN accuracy and every detector's AUROC, nothing else.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from study import EPOCHS, SETTING, last_wins, subset, with_error
 
 GRADMIX, NONE = "mix=gradmix", "mix=none"
 QUARTER = "method.selfsup=0.25"
+TARGETS = ["method.targets=1.0", "method.smoothing=0.1"]
 DEMO = {
     "default": [],
     "none": [NONE],
@@ -52,6 +54,13 @@ DEMO = {
     "none, supcon": [NONE, "method=supcon"],
     "sphor": ["method=sphor"],
     "sphor, mixup": ["method=sphor", "mix=mixup"],
+    "sphor, none": ["method=sphor", NONE],
+    "sphor, rotate 20": ["method=sphor", "data.augment.rotate=20"],
+    "sphor, crop 0.8": ["method=sphor", "data.augment.crop=[0.8,1.0]"],
+    "sphor, temperature 0.2": ["method=sphor", "method.temperature=0.2"],
+    "sphor, temperature 0.05": ["method=sphor", "method.temperature=0.05"],
+    "quarter, targets": [QUARTER, *TARGETS],
+    "quarter, targets mixed": [QUARTER, *TARGETS, "method.mixed_loss=targets", "method.attribution=targets"],
 }
 
 

@@ -136,6 +136,7 @@ def explain(error: Exception, schema: type) -> str:
 
 
 def folder_as_data(folder: str) -> str:
+    """What to say to someone who gave a folder as ``data``."""
     return f"{folder} is a folder; say data=imagefolder {shlex.quote(f'data.root={folder}')}"
 
 

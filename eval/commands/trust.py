@@ -43,7 +43,7 @@ def configs_are_checked() -> Iterator[None]:
             check_same_hydra(composed, alone)
         return composed
 
-    ConfigLoaderImpl.load_configuration = load_and_check  # type: ignore[method-assign]
+    ConfigLoaderImpl.load_configuration = load_and_check  # type: ignore[assignment, method-assign]
     try:
         yield
     finally:

@@ -36,7 +36,7 @@ class Group:
 
 @dataclass
 class Difference:
-    """A group minus the first one, over the units that both have."""
+    """A group minus the first one, over the units that both have; of one pair there is no deviation."""
 
     mean: float
     deviation: float | None

@@ -70,6 +70,10 @@ def opened_image(path: str) -> Iterator[Image.Image]:
         with opened(path) as file, Image.open(file, formats=[name for name in FORMATS if name in Image.OPEN]) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS}")
+            if image.mode == "I" and image.format == "TIFF":  # the other formats have 16 bits there
+                raise ValueError(
+                    "integers of 32 bits or with a sign, whose white is not known; save it with 8 or 16 bits"
+                )
             yield image
     except MemoryError:
         raise

@@ -21,13 +21,18 @@ from gradmix.ssl.data.open_set import OpenSetData, load_data, splits_of
 from gradmix.ssl.machine import check_precision
 from gradmix.ssl.processes import is_first, world_size
 from gradmix.ssl.runs.files import remove_strays, replacing, write_json
-from gradmix.ssl.runs.folder import check_free, got_anywhere, read_config
+from gradmix.ssl.runs.folder import check_free, has_begun, read_config
 from gradmix.ssl.runs.lock import alone_in
 from gradmix.ssl.runs.outputs import check_output, folders_read
 from gradmix.ssl.train import check, train
 
 
 def run_pretrain(config: Config) -> None:
+    """Train and evaluate, and print the numbers.
+
+    Raises:
+        ValueError: bad input, in one line.
+    """
     result = pretrain(config)
     if result is None:
         return
@@ -37,6 +42,18 @@ def run_pretrain(config: Config) -> None:
     else:
         over = f"mean ± standard deviation over {result['splits']} splits"
         print(f"\n{over}; {config.run_dir}: report.html, and the runs in split-*")
+
+
+def trained(config: Config) -> tuple[Path, dict, str]:
+    """For :func:`gradmix.pretrain`: the run's folder, its numbers, and the table of them.
+
+    Raises:
+        RuntimeError: this is not the first process of a distributed run, which alone has the numbers.
+    """
+    numbers = pretrain(config)
+    if numbers is None:
+        raise RuntimeError("only the first process of a distributed run has its numbers")
+    return Path(config.run_dir), numbers, table(numbers)
 
 
 def pretrain(config: Config) -> dict | None:
@@ -51,13 +68,14 @@ def pretrain(config: Config) -> dict | None:
         check_output("run_dir", Path(config.run_dir), [], [Path(config.distill.teacher).expanduser()])
     if config.data.split != "all":
         return pretrain_one(config)
-    results = []
+    results: list[dict | None] = []
     for split in range(len(splits_of(config.data))):
         one = replace(config, data=replace(config.data, split=split), run_dir=f"{config.run_dir}/split-{split}")
         results.append(pretrain_one(one))
-    if None in results:
+    finished = [result for result in results if result is not None]
+    if len(finished) < len(results):
         return None
-    summary, folder = over_splits(results), Path(config.run_dir)
+    summary, folder = over_splits(finished), Path(config.run_dir)
     write_json(folder / "metrics.json", summary)
     write_comparison(find_runs([folder]), folder / "report.html")
     return summary
@@ -69,7 +87,7 @@ def pretrain_one(config: Config) -> dict | None:
     check(config)
     check_precision(config)
     with alone_in(run_dir):
-        if config.data.image_size is None and got_anywhere(run_dir):  # chosen when the run began
+        if config.data.image_size is None and has_begun(run_dir):  # chosen when the run began
             config = replace(config, data=replace(config.data, image_size=read_config(run_dir).data.image_size))
         check_free(run_dir, config)  # before anything is written there
         if first:

@@ -8,6 +8,7 @@ from PIL import Image
 from gradmix.ssl.config import DataConfig
 from gradmix.ssl.data.images import FITS, ImageSet, decode, to_square
 from gradmix.ssl.data.open_set import load_data
+from gradmix.ssl.data.views import Crops
 from gradmix.ssl.networks.backbones import Backbone, ResNet, backbone_metadata, load_backbone
 from gradmix.ssl.runs.files import write_tensors
 
@@ -72,3 +73,41 @@ def test_a_set_on_which_nobody_looked_may_be_lenient(tmp_path):
     assert images[0][0].max() == 0
     with pytest.raises(ValueError, match="No such file"):
         decode(images.files[0], 8)
+
+
+RAMP = np.linspace(0, 1, 32 * 32, dtype=np.float32).reshape(32, 32)
+
+
+@pytest.mark.parametrize("pixels", [RAMP, (RAMP * 65535).astype(np.uint16), (RAMP * 255).astype(np.uint8)])
+@pytest.mark.parametrize("ending", ["tif", "png"])
+def test_every_depth_has_the_same_greys(tmp_path, pixels, ending):
+    if pixels.dtype == np.float32 and ending == "png":
+        pytest.skip("PNG has no fractions")
+    path = tmp_path / f"a.{ending}"
+    Image.fromarray(pixels).save(path)
+    expected = (RAMP * 255).round()
+    views = Crops(2, (1.0, 1.0), (1.0, 1.0)).of(str(path), 32, np.random.default_rng(0))
+    for image in (decode(path, 32), *views):
+        assert np.abs(image.numpy() - expected).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("pixels", "why"),
+    [
+        (np.where(RAMP > 0.5, np.float32("nan"), RAMP), "pixels from nan to nan; floats go from 0 to 1"),
+        (RAMP * 255, "pixels from 0 to 255; floats go from 0 to 1"),
+        (RAMP - 1, "pixels from -1 to 0; floats go from 0 to 1"),
+        ((RAMP * 255).astype(np.int32), "integers of 32 bits or with a sign"),
+        ((RAMP * 255).astype(np.int16), "integers of 32 bits or with a sign"),
+    ],
+)
+def test_pixels_without_a_known_white_are_refused_by_name(tmp_path, pixels, why):
+    path = tmp_path / "a.tif"
+    Image.fromarray(pixels).save(path)
+    for read in (
+        lambda: decode(path, 32),
+        lambda: Crops(2, (1, 1), (1, 1)).of(str(path), 32, np.random.default_rng(0)),
+    ):
+        with pytest.raises(ValueError, match=r"a\.tif: not a readable image") as error:
+            read()
+        assert why in str(error.value)

@@ -49,7 +49,7 @@ stress: install
 	$(BIN)/python -m pytest tests/stress --stress
 
 bench: install
-	for name in mixing_step loss_memory detectors evaluation throughput switches startup; do $(BIN)/python benchmarks/$$name.py || exit 1; done
+	for name in mixing_step loss_memory detectors evaluation scoring throughput switches startup; do $(BIN)/python benchmarks/$$name.py || exit 1; done
 
 clean:
 	rm -rf .venv .venv-oldest build dist *.egg-info

@@ -6,11 +6,11 @@ from pathlib import Path
 
 from gradmix.eval import catalogue
 from gradmix.eval.commands.help import settings
-from gradmix.eval.config import EvalConfig, ScoreConfig
+from gradmix.eval.config import DetectorConfig, EvalConfig, ScoreConfig
 from gradmix.ssl.config import Config
 
 ROOT = Path(__file__).parent.parent
-SCHEMAS = {"pretrain": Config, "eval": EvalConfig, "score": ScoreConfig}
+SCHEMAS = {"pretrain": Config, "eval": EvalConfig, "score": ScoreConfig, "detector": DetectorConfig}
 
 
 def on_startup(**_) -> None:

@@ -36,7 +36,8 @@ class Metric:
     """A number, or the same number of several classifiers or detectors.
 
     Attributes:
-        key: of metrics.json; ``{classifier}``, ``{detector}`` or ``{kind}`` stand for what is measured.
+        key: of metrics.json; ``{classifier}``, ``{detector}`` or ``{kind}`` stand for what is measured. Of named sets
+            of unknown images ``{detector}`` is ``deep_knn/NAME``.
         title: what it is called, in a few words.
         sentence: what it says, in one plain sentence.
         better: which way is better; "" where neither is.
@@ -80,10 +81,10 @@ class Metric:
         return re.sub(r"\{\w+\}", lambda _: subject, self.key)
 
     @cached_property
-    def pattern(self) -> re.Pattern:
+    def pattern(self) -> re.Pattern[str]:
         """The keys, with what is measured as the group."""
         parts = re.split(r"(\{\w+\})", self.key)
-        inside = {"{classifier}": "(.+)", "{detector}": "([^/]+)", "{kind}": "(.+)"}
+        inside = {"{classifier}": "(.+)", "{detector}": "([^/]+(?:/[^/]+)?)", "{kind}": "(.+)"}
         return re.compile("".join(inside.get(part) or re.escape(part) for part in parts))
 
 
@@ -337,7 +338,7 @@ def is_of_the_method(key: str) -> bool:
     found = match(key)
     if found is None:
         return not key.startswith(("train/", "data/"))
-    return found[0].of == "method" and found[1] not in BASELINES
+    return found[0].of == "method" and found[1].split("/")[0] not in BASELINES
 
 
 def subjects(numbers: Iterable[str], metric: Metric) -> list[str]:

@@ -1,4 +1,4 @@
-"""Configuration of gradmix-eval and gradmix-score: every key, and all that is true of it."""
+"""Configuration of gradmix-eval, gradmix-score and gradmix-detector: every key, and all that is true of it."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -57,6 +57,7 @@ class EvalConfig:
     unknown_root: str | None = key(
         None, "folder of images, any depth: the unknown images, instead of the run's own", path=True
     )
+    unknown_roots: dict[str, Any] = key({}, "several such folders by name, {near: A, far: B}", path=True)
     knn_k: list[int] = key([], "beside the run's own k: one search, many answers", at_least=1)
     knn_temperature: list[float] = key([], "beside the run's own; every k with every temperature", above=0)
     protocols: list[str] = key([], "beside the cached probe: augmented, finetune")
@@ -93,3 +94,18 @@ class ScoreConfig:
         None, "folder for picture sheets: every image beside its 5 nearest training images", path=True
     )
     explain_limit: int = key(200, "images on the sheets", at_least=1)
+
+
+@dataclass
+class DetectorConfig:
+    action: str = key("info", "what to do; the first word says it", choices=("info", "add", "remove", "export"))
+    detector: str = key(MISSING, "a run's detector/ folder, or one in its detectors/; the second word", path=True)
+    out: str | None = key(None, "the changed detector's folder, new or its own; export: a file.onnx", path=True)
+    class_name: str | None = key(None, "add: the images' class, new or not; remove: the one to leave out; class=")
+    images: str | None = key(None, "add: an image, a folder or a pattern", path=True)
+    holdout: float = key(0.1, "add: share of the images kept aside, for the threshold", at_least=0, at_most=1)
+    seed: int = key(0, "draws them, and is the seed of a detector's own probe", at_least=0, at_most=2**32 - 1)
+    accept: float | None = key(None, "share of known images to accept; null: the detector's own", above=0, at_most=1)
+    per_class: bool | None = key(None, "thresholds by class; null: the detector's own")
+    batch_size: int = key(256, "images per forward pass", at_least=1)
+    device: str = key("auto", "where the network runs; auto: the GPU, where there is one", choices=DEVICES)

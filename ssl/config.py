@@ -66,6 +66,9 @@ class DataConfig:
     unknown_root: str | None = key(
         None, "folder, any depth: the unknown images, instead of unknown classes", path=True, free=True, role="data"
     )
+    unknown_roots: dict[str, Any] = key(
+        {}, "several such folders, each measured by itself too: {near: A, far: B}", path=True, free=True, role="data"
+    )
     holdout: float = key(
         0.1,
         "share of the training images kept aside, for thresholds and kNN checks",

@@ -1,6 +1,7 @@
 import os
 import platform
 import shutil
+import signal
 import socket
 import sys
 import tempfile
@@ -12,6 +13,10 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="gradmix-tests-")  # not the answers kept for the user's own runs
+# Who runs the tests in the background or under nohup ignores these, and so would every process that a test starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def pytest_unconfigure():
@@ -86,8 +91,8 @@ def damage():
 
 @pytest.fixture
 def command(monkeypatch, capsys, tmp_path):
-    """Run one of the three commands in this process, in an empty folder: command("pretrain", "epochs=1", ...)."""
-    from gradmix.eval.commands import evaluate, pretrain, score
+    """Run one of the commands in this process, in an empty folder: command("pretrain", "epochs=1", ...)."""
+    from gradmix.eval.commands import detector, evaluate, pretrain, score
 
     monkeypatch.chdir(tmp_path)
 
@@ -95,7 +100,7 @@ def command(monkeypatch, capsys, tmp_path):
         monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
         monkeypatch.setattr(sys, "argv", [f"gradmix-{name}", *map(str, arguments)])
         try:
-            {"pretrain": pretrain, "eval": evaluate, "score": score}[name].main()
+            {"pretrain": pretrain, "eval": evaluate, "score": score, "detector": detector}[name].main()
             code = 0
         except SystemExit as stop:
             code = stop.code

@@ -1,4 +1,4 @@
-"""Every key of the three commands, by what it declares: bounds are held, paths need no quotes, free keys may change."""
+"""Every key of the commands, by what it declares: bounds are held, paths need no quotes, free keys may change."""
 
 import math
 from copy import deepcopy
@@ -10,13 +10,13 @@ import pytest
 from omegaconf import MISSING, OmegaConf
 
 from gradmix.eval.commands.command_line import _quoted
-from gradmix.eval.config import EvalConfig, ScoreConfig
+from gradmix.eval.config import DetectorConfig, EvalConfig, ScoreConfig
 from gradmix.ssl.checks import check_values
 from gradmix.ssl.config import Config, DataConfig, EncoderConfig, MethodConfig, MixConfig, OptimizerConfig, flat
 from gradmix.ssl.keys import keys_of
 from gradmix.ssl.runs.folder import claim, read_config
 
-SCHEMAS = (Config, EvalConfig, ScoreConfig)
+SCHEMAS = (Config, EvalConfig, ScoreConfig, DetectorConfig)
 KEYS = [(schema, name) for schema in SCHEMAS for name in keys_of(schema)]
 BOUNDED = [
     (s, n) for s, n in KEYS if any(getattr(keys_of(s)[n], b) is not None for b in ("at_least", "above", "at_most"))
@@ -180,9 +180,11 @@ def test_a_config_from_before_a_key_was_there_is_read(tmp_path):
 def test_paths_with_blanks_and_brackets_need_no_quotes_and_others_stay_as_they_are(schema):
     for name, key in keys_of(schema).items():
         typed = f"{name}=my photos (1), [a]"
-        assert (_quoted(schema, typed) == f"{name}='my photos (1), [a]'") == key.path, name
+        plain = key.path and not key.is_dict
+        assert (_quoted(schema, typed) == f"{name}='my photos (1), [a]'") == plain, name
         if key.is_dict:
-            assert _quoted(schema, f"{name}.x=1") == f"++{name}.x=1"
+            assert _quoted(schema, f"{name}.x=1") == (f"++{name}.x='1'" if key.path else f"++{name}.x=1")
+            assert _quoted(schema, f"{name}={{x: 1}}") == f"++{name}={{x: 1}}"
 
 
 @pytest.mark.parametrize(

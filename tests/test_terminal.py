@@ -111,6 +111,7 @@ def test_help_has_a_line_for_every_option_and_key(command):
         ("pretrain", "--shell-completion query=bash", 0),
         ("evaluate", "--help", 0),
         ("score", "detector=1", 2),
+        ("detector", "--help", 0),
         ("compare", "--help", 0),
     ],
 )

@@ -28,7 +28,7 @@ HYDRA_FLAGS = (
 )
 
 
-def run_command(name: str, summary: str, schema: type, run: Callable) -> None:
+def run_command(name: str, summary: str, schema: type, run: Callable[..., object]) -> None:
     """Compose the config, check its values and call ``run`` with it.
 
     Bad input: one line, exit code 2; --debug shows the traceback.
@@ -147,7 +147,8 @@ def _names(schema: type) -> list[str]:
 
 
 def _is_path(schema: type, name: str) -> bool:
-    return name in keys_of(schema) and keys_of(schema)[name].path
+    about = keys_of(schema).get(name)
+    return about is not None and about.path and not about.is_dict
 
 
 def _quoted(schema: type, argument: str) -> str:
@@ -155,14 +156,18 @@ def _quoted(schema: type, argument: str) -> str:
     survive it. Any argument of Lightning's Trainer may be given, also one that configs/pretrain.yaml does not list."""
     key, equals, value = argument.partition("=")
     if equals and _is_path(schema, key.lstrip("+")) and not value.startswith(("'", '"')) and value != "null":
-        return f"{key}={_quote(value)}"
+        return f"{key}={quote(value)}"
     if key == "data.known" and value.startswith("[") and not {"'", '"'} & set(value):
         names = r"(?<=[\[,])(?!\d+[\],])[^\[\],]+"  # but no indices
-        return "data.known=" + re.sub(names, lambda name: _quote(name[0].strip()), value)
-    if equals and key.startswith(tuple(f"{name}." for name, about in keys_of(schema).items() if about.is_dict)):
-        return "++" + argument
+        return "data.known=" + re.sub(names, lambda name: quote(name[0].strip()), value)
+    for name, about in keys_of(schema).items():
+        if about.is_dict and key == name and value.startswith("{"):
+            return f"++{argument}"
+        if equals and about.is_dict and key.startswith(f"{name}."):
+            bare = about.path and not value.startswith(("'", '"'))
+            return f"++{key}={quote(value)}" if bare else f"++{argument}"
     return argument
 
 
-def _quote(value: str) -> str:
+def quote(value: str) -> str:
     return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"

@@ -43,6 +43,7 @@ WORDS = {
     "speed.compile": "compile torch_compile",
     "checkpoint_seconds": "save_every save_freq",
     "detector": "run run_dir model checkpoint weights ckpt",
+    "class_name": "class name label category",
     "images": "image img input source data root path folder dir",
 }
 

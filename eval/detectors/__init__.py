@@ -7,10 +7,13 @@ from gradmix.eval.detectors.class_knn import ClassKNN
 from gradmix.eval.detectors.class_mean import ClassMean
 from gradmix.eval.detectors.confidence import GEN, MSP, Energy, MaxLogit
 from gradmix.eval.detectors.deep_knn import DeepKNN
+from gradmix.eval.detectors.fdbd import FDBD
 from gradmix.eval.detectors.gaussian_mixture import GaussianMixture
 from gradmix.eval.detectors.mahalanobis import Mahalanobis, RelativeMahalanobis
 from gradmix.eval.detectors.mean_shift import MeanShift
+from gradmix.eval.detectors.nci import NCI
 from gradmix.eval.detectors.nnguide import NNGuide
+from gradmix.eval.detectors.shaped import ASH, ReAct, Scale
 from gradmix.eval.detectors.store import read_manifest
 from gradmix.eval.detectors.vim import ViM
 from gradmix.registry import Registry
@@ -29,6 +32,11 @@ KINDS = (
     MaxLogit,
     Energy,
     GEN,
+    ReAct,
+    ASH,
+    Scale,
+    FDBD,
+    NCI,
 )
 DETECTORS: Registry[type[Detector]] = Registry("gradmix.detectors", {kind.NAME: kind for kind in KINDS})
 

@@ -44,7 +44,7 @@ def write_arrays(
     Raises:
         OSError: it can't be written.
     """
-    header: dict[str, dict] = {} if metadata is None else {"__metadata__": metadata}
+    header: dict[str, dict[str, Any]] = {} if metadata is None else {"__metadata__": {**metadata}}
     end = 0
     for name, (kind, shape) in shapes.items():
         start, end = end, end + DTYPES[kind].itemsize * int(np.prod(shape))

@@ -186,7 +186,7 @@ def jpeg_compression(x: Tensor, quality: int, generator: Generator) -> Tensor:
 
 
 # By kind: what makes it, and its strength at the five severities; a strength is what that function takes.
-CORRUPTIONS: dict[str, tuple[Callable[[Tensor, Any, Generator], Tensor], tuple]] = {
+CORRUPTIONS: dict[str, tuple[Callable[[Tensor, Any, Generator], Tensor], tuple[Any, ...]]] = {
     "gaussian_noise": (gaussian_noise, (0.04, 0.06, 0.09, 0.13, 0.18)),
     "shot_noise": (shot_noise, (300, 150, 80, 50, 30)),
     "impulse_noise": (impulse_noise, (0.01, 0.02, 0.04, 0.07, 0.11)),

@@ -73,6 +73,8 @@ def evaluate(
         result["detector_options"] = dict(config.detector_options)
     if config.data.unknown_root is not None:
         result["data/unknown_root"] = config.data.unknown_root
+    if config.data.unknown_roots:
+        result["data/unknown_roots"] = dict(config.data.unknown_roots)
     result |= {key: value for key, value in said.items() if key not in result} | provenance()  # what is measured counts
     write_json(out / "metrics.json", result)
     return result
@@ -98,7 +100,8 @@ def save_detectors(out: Path, run_dir: Path, subject: Subject) -> None:
                 raise ValueError(f"primary: {entry} can't be had, {why}")
             continue
         folder = out / "detector" if key == chosen else out / "detectors" / key
-        save_scorer(folder, subject.detector(kind.NAME, space), run_dir, subject.data, space)
+        detector = subject.detector(kind.NAME, space)
+        save_scorer(folder, detector, run_dir, subject.data, space, out / "features")
 
 
 def device_of(config: Config, asked: str = "auto") -> str:

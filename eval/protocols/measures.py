@@ -5,7 +5,7 @@ group ``gradmix.measures``, and ``gradmix-eval measures=[NAME]`` asks for it.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -27,6 +27,7 @@ from gradmix.ssl.networks.backbones import Backbone
 
 # classes: of the images, with test images among the known ones. All have features.
 NEEDS = ("features", "projections", "classes", "pixels", "unknown images")
+GROUPS = ("near", "far")  # of named sets of unknown images
 
 
 class Skipped(NamedTuple):
@@ -228,6 +229,9 @@ class OpenSet(Measure):
             build_detector(name, options)  # also those that are not measured must make sense
         entries = [parse_detector(entry) for entry in config.detectors]
         parse_detector(config.primary, "primary")
+        sets = config.data.unknown_roots
+        for group in (group for group in GROUPS if group in sets and any(s.startswith(f"{group}_") for s in sets)):
+            raise ValueError(f"data.unknown_roots.{group}: is the mean over {group}_...; call this one {group}_NAME")
         baseline = cls("pixels", build_detector(PRIMARY, options), "pixels")
         chosen = [cls(key, build_detector(kind.NAME, options), space, key == PRIMARY) for key, kind, space in entries]
         return [*chosen, baseline]
@@ -251,10 +255,25 @@ class OpenSet(Measure):
             above = torch.from_numpy(verdict.score > verdict.threshold)
             flagged = above[known], above[~known]
         values = of_scores(Scores(score[known], score[~known], correct[known], flagged))
+        for name, rows in subject.data.unknown_sets.items():
+            apart = None if flagged is None else (above[known], above[rows])
+            part = of_scores(Scores(score[known], score[rows], correct[known], apart))
+            values |= {f"{name}/{metric}": value for metric, value in part.items()}
+        values |= group_means(values, subject.data.unknown_sets)
         if self.interval:
             interval = metrics.bootstrap(metrics.auroc, score[known], score[~known])
             values |= {"auroc_low": interval.low, "auroc_high": interval.high}
         yield from ((f"{self.name}/{name}", value) for name, value in values.items())
+
+
+def group_means(values: Mapping[str, float], names: Collection[str]) -> dict[str, float]:
+    """``near/METRIC`` and ``far/METRIC``: OpenOOD's means over the sets ``near_...`` and ``far_...``."""
+    means = {}
+    for group in GROUPS:
+        members = [name for name in names if name.startswith(f"{group}_")]
+        for metric in dict.fromkeys(key.partition("/")[2] for key in values if key.partition("/")[0] in members):
+            means[f"{group}/{metric}"] = sum(values[f"{name}/{metric}"] for name in members) / len(members)
+    return means
 
 
 # In the order that metrics.json has them.

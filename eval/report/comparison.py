@@ -15,7 +15,7 @@ from gradmix.eval.report.charts import COLOURS, DASHES, Line, Points, line_chart
 from gradmix.eval.report.curves import CURVES
 from gradmix.eval.report.page import Chart, page
 from gradmix.eval.runs.folder import Run, read_run
-from gradmix.eval.runs.groups import Difference, Group, difference, group_runs
+from gradmix.eval.runs.groups import Difference, Group, Unit, difference, group_runs
 from gradmix.ssl.runs.files import write_text
 
 SHOWN = (*compared(("knn", "linear", PRIMARY)), "osr/pixels/auroc")  # the numbers of the table
@@ -130,7 +130,7 @@ def _curves(groups: list[Group]) -> list[Chart]:
     return charts
 
 
-def _by_unit(groups: list[Group], units: list[tuple], key: str) -> Chart:
+def _by_unit(groups: list[Group], units: list[Unit], key: str) -> Chart:
     """One dot per run: where differences are small beside those between splits, only the pairs tell."""
     lines = []
     for group in groups:
@@ -211,7 +211,7 @@ def _digits(value: float, scale: float) -> int:
     return 2 if scale == 100 or abs(value) >= 10 else 4
 
 
-def _unit(unit: tuple) -> str:
+def _unit(unit: Unit) -> str:
     split, known, seed = unit
     which = f"known {', '.join(map(str, known))}" if known else f"split {split}" if split is not None else "no split"
     return f"{which}, seed {seed}"

@@ -19,6 +19,9 @@ def describe(config: Config, data: OpenSetData) -> str:
     others = f"{len(data.unknown)} unknown"
     if config.data.unknown_root is not None:
         others = f"unknown: {config.data.unknown_root}"
+    if config.data.unknown_roots:
+        sets = (f"{name} ({int(rows.sum())} images)" for name, rows in data.unknown_sets.items())
+        others = f"unknown: {', '.join(sets)}"
     lines = [
         f"{config.data.name}: {len(data.train)} training, {len(data.held_out)} held-out, {len(data.test)} test images"
         + (f" ({unknown} of unknown classes)" if unknown else ""),
@@ -38,7 +41,7 @@ def describe(config: Config, data: OpenSetData) -> str:
     return "\n".join(lines)
 
 
-def over_splits(results: list[dict]) -> dict:
+def over_splits(results: list[dict[str, Any]]) -> dict[str, Any]:
     """Mean and sample standard deviation of every number that all splits have; what else is the same in all of them."""
     first = results[0]
     numbers = [
@@ -47,7 +50,7 @@ def over_splits(results: list[dict]) -> dict:
         # the ends of an interval over one split's images; their mean would be the interval of nothing
         if isinstance(value, float | int) and all(key in r for r in results) and not key.endswith(("_low", "_high"))
     ]
-    summary: dict = {"splits": len(results)}
+    summary: dict[str, Any] = {"splits": len(results)}
     for key in numbers:
         values = [r[key] for r in results]
         summary[key] = float(np.mean(values))

@@ -2,11 +2,13 @@
 
 import logging
 import warnings
+from collections.abc import Mapping
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from gradmix.ssl.networks.backbones import Backbone, load_backbone
 from gradmix.ssl.runs.files import write_atomically, write_tensors
@@ -42,6 +44,17 @@ def _safetensors(backbone: Backbone, path: Path) -> None:
 
 
 def _onnx(backbone: Backbone, path: Path) -> None:
+    write_onnx(backbone, backbone.image_size, ["features"], path)
+
+
+def write_onnx(
+    model: nn.Module, side: int, outputs: list[str], path: Path, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a module that takes ``images`` float32 ``[N, 3, side, side]``, any N, as ONNX.
+
+    Raises:
+        ValueError: a package that ONNX needs is missing, or too old.
+    """
     if not find_spec("onnxscript"):  # what torch.onnx writes with
         raise ValueError("export: onnx needs two more packages, pip install 'gradmix[export]'")
     if torch.__version__ < ONNX_TORCH:
@@ -50,28 +63,29 @@ def _onnx(backbone: Backbone, path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecations inside torch's own exporter
         program = torch.onnx.export(
-            backbone,
-            (_example(backbone),),
+            model,
+            (_example(side),),
             input_names=["images"],
-            output_names=["features"],
+            output_names=outputs,
             dynamo=True,
             verbose=False,
             dynamic_shapes=_any_batch(),
         )
         assert program is not None  # with dynamo
+        program.model.metadata_props.update(metadata or {})
         program.save(path)
 
 
 def _torch_export(backbone: Backbone, path: Path) -> None:
-    program = torch.export.export(backbone, (_example(backbone),), dynamic_shapes=_any_batch())
+    program = torch.export.export(backbone, (_example(backbone.image_size),), dynamic_shapes=_any_batch())
     with open(path, "wb") as file:
         torch.export.save(program, file)
 
 
-def _example(backbone: Backbone) -> torch.Tensor:
-    return torch.zeros(2, 3, backbone.image_size, backbone.image_size)
+def _example(side: int) -> torch.Tensor:
+    return torch.zeros(2, 3, side, side)
 
 
-def _any_batch() -> dict:
+def _any_batch() -> dict[str, dict[int, torch.export.Dim]]:
     # The bound is for torch 2.6: it cannot rule out N = 2**63 - 1, its slices' "to the end", in a ViT.
     return {"images": {0: torch.export.Dim("N", max=2**31)}}

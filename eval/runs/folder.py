@@ -26,6 +26,7 @@ from gradmix.ssl.networks.weights import load_weights
 from gradmix.ssl.runs.documents import as_schema, read_document
 from gradmix.ssl.runs.folder import read_config
 
+Scalars = dict[str, tuple[np.ndarray, np.ndarray]]  # by tag: steps [n] and values [n]
 # Config groups: the option's name is the group's .name.
 GROUPS = tuple(name.removesuffix(".name") for name in keys_of(Config) if name.endswith(".name"))
 
@@ -49,7 +50,7 @@ class Run:
     path: Path
     config: Config
     numbers: dict[str, Any]
-    scalars: dict[str, tuple[np.ndarray, np.ndarray]]
+    scalars: Scalars
     pictures: list[tuple[int, bytes]]
     features: dict[str, Arrays]
     scores: dict[str, tuple[np.ndarray, np.ndarray]]
@@ -108,7 +109,7 @@ def read_run(path: Path, data: OpenSetData | None = None, images: bool = True) -
     return run
 
 
-def read_events(folder: Path, images: bool = True) -> tuple[dict, list[tuple[int, bytes]]]:
+def read_events(folder: Path, images: bool = True) -> tuple[Scalars, list[tuple[int, bytes]]]:
     """TensorBoard's scalars and ``mixing`` pictures; where a resumed run wrote a step twice, the later one.
 
     Raises:
@@ -126,9 +127,9 @@ def read_events(folder: Path, images: bool = True) -> tuple[dict, list[tuple[int
         raise ValueError(f"{folder}: damaged ({type(error).__name__}: {error})") from error
 
 
-def _events(events: EventAccumulator, images: bool) -> tuple[dict, list[tuple[int, bytes]]]:
+def _events(events: EventAccumulator, images: bool) -> tuple[Scalars, list[tuple[int, bytes]]]:
     tags = events.Tags()
-    scalars = {}
+    scalars: Scalars = {}
     for tag in tags["scalars"]:
         values = {event.step: event.value for event in events.Scalars(tag)}
         steps = np.array(sorted(values))

@@ -79,7 +79,11 @@ def check_transfer_classes(run: Config, data: OpenSetData) -> None:
     tested = set(data.test.labels.tolist())
     absent = [name for label, name in enumerate(data.classes) if label not in tested]
     asked = run.data
-    chosen = asked.pseudo_unknown or any(x is not None for x in (asked.split, asked.known, asked.unknown_root))
+    chosen = (
+        asked.pseudo_unknown
+        or asked.unknown_roots
+        or any(x is not None for x in (asked.split, asked.known, asked.unknown_root))
+    )
     extra = [] if chosen else data.unknown
     if absent:
         differences = [f"only the training set has {', '.join(absent)}"]

@@ -14,6 +14,8 @@ from gradmix.ssl.keys import Role, key_of, keys_of
 
 UNIT = [name for name, key in keys_of(Config).items() if key.role == "unit"]
 UNIT.sort(key=lambda name: "." not in name)  # data.split, data.known, seed
+Unit = tuple[Any, ...]  # their values
+Values = tuple[tuple[str, Any], ...]  # of keys by name, as a key of a dict
 
 
 @dataclass
@@ -26,9 +28,9 @@ class Group:
     """
 
     label: str
-    runs: dict[tuple, list[Run]]
+    runs: dict[Unit, list[Run]]
 
-    def values(self, key: str) -> dict[tuple, float]:
+    def values(self, key: str) -> dict[Unit, float]:
         """A number by unit; the mean where a unit was run several times."""
         values = {unit: [run.numbers[key] for run in runs if key in run.numbers] for unit, runs in self.runs.items()}
         return {unit: float(np.mean(of_unit)) for unit, of_unit in values.items() if of_unit}
@@ -66,7 +68,7 @@ def find_runs(where: Sequence[str | Path]) -> list[Path]:
 
 def group_runs(runs: Sequence[Run]) -> dict[str, list[Group]]:
     """Runs by data set, and within it by their settings: every key says which of these it is (``role``)."""
-    sets: dict[tuple, dict[tuple, list[tuple[Run, dict]]]] = defaultdict(lambda: defaultdict(list))
+    sets: dict[Values, dict[Values, list[tuple[Run, dict[str, Any]]]]] = defaultdict(lambda: defaultdict(list))
     for run in runs:
         config = _config(run)
         data = _with_role("data", config)
@@ -115,8 +117,13 @@ def _labels(configs: list[dict[str, Any]], alone: Sequence[str]) -> list[str]:
 
 def _config(run: Run) -> dict[str, Any]:
     """A run's config, flat; what an evaluation may have been told otherwise is taken from its numbers."""
-    usual = {k: v for k, v in flat(asdict(run.config)).items() if not k.startswith("detector_options.")}
+    usual = {
+        k: v
+        for k, v in flat(asdict(run.config)).items()
+        if not k.startswith(("detector_options.", "data.unknown_roots."))
+    }
     asked = flat({"detector_options": run.numbers.get("detector_options", {})})
+    asked |= flat({"data": {"unknown_roots": run.numbers.get("data/unknown_roots", {})}})
     asked["data.unknown_root"] = run.numbers.get("data/unknown_root")
     return {key: _frozen(value) for key, value in (usual | asked).items()}
 

@@ -9,7 +9,11 @@ from gradmix.ssl.runs.documents import as_schema, read_document
 Plain = bool | int | float | str | None
 # The rest of training.json are numbers.
 WORDS = {"train/precision": str, "train/teacher": str, "command": str, "checkpoint": str}
-TREES = {"skipped": dict[str, str], "detector_options": dict[str, dict[str, Plain | list[Plain]]]}
+TREES = {
+    "skipped": dict[str, str],
+    "data/unknown_roots": dict[str, str],
+    "detector_options": dict[str, dict[str, Plain | list[Plain]]],
+}
 
 
 def read_metrics(path: Path) -> dict[str, Any]:

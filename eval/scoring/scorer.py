@@ -5,14 +5,17 @@ backbone.safetensors                  the weights, and in its header which encod
 head.safetensors                      the projection head, for a detector that looks at projections
 thumbnails.safetensors                training images that never were files, at most 32 x 32, for explanations
 scorer.json                           class names, names of the training images, SHA-256 of all of these and of itself
+fitted_to/                            the features that it was fitted to and calibrated on: to score takes none of them,
+                                      gradmix-detector does
 """
 
 import glob
+import os
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -43,6 +46,7 @@ if TYPE_CHECKING:  # it reads data sets, for which it imports scikit-learn: seco
 LARGEST_LIST = 2**30  # bytes of scorer.json, which names every training image
 THUMBNAILS = "thumbnails.safetensors"
 THUMBNAIL_SIZE = 32
+FITTED_TO = ("train.safetensors", "held_out.safetensors")  # in fitted_to/, named as in a run's features/
 Picture = str | Path | Image | np.ndarray  # a file; or an image, as Backbone.transform takes it
 T = TypeVar("T")
 R = TypeVar("R")
@@ -57,6 +61,7 @@ class About:
     files: dict[str, str]
     sha256: str
     space: Annotated[str, Key(choices=("features", "projections"))] = "features"  # what the detector looks at
+    fitted_to: dict[str, str] = field(default_factory=dict)  # SHA-256 of what is in that folder
 
 
 @dataclass(frozen=True)
@@ -83,34 +88,76 @@ class Score:
     error: str = ""
 
 
-def save_scorer(folder: Path, detector: Detector, run_dir: Path, data: "OpenSetData", space: str = "features") -> None:
+def save_scorer(
+    folder: Path,
+    detector: Detector,
+    run_dir: Path,
+    data: "OpenSetData",
+    space: str = "features",
+    features: Path | None = None,
+) -> None:
     """Write the folder that :class:`Scorer` loads.
 
     Args:
         detector: fitted to the training images of ``data``.
         run_dir: the folder with the weights.
         space: what it was fitted to, ``features`` or ``projections``.
+        features: the folder with ``train.safetensors`` and, where images were held out, ``held_out.safetensors``, which
+            are linked into ``fitted_to/``, or copied; None: the detector can't grow.
     """
+    train, small = data.train, None
+    files = None if train.files is None else list(train.files)
+    if files is None and shows_images(detector, space):
+        small = train.pixels if train.size <= THUMBNAIL_SIZE else shrunk(train.pixels)
     folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder / "fitted_to", ignore_errors=True)
+    for name in FITTED_TO:
+        if features is not None and (features / name).is_file():
+            (folder / "fitted_to").mkdir(exist_ok=True)
+            try:
+                os.link(features / name, folder / "fitted_to" / name)
+            except OSError:  # another disk, or one without links
+                write_atomically(folder / "fitted_to" / name, partial(shutil.copyfile, features / name))
+    write_scorer(folder, detector, run_dir, list(data.classes), space, files, small)
+
+
+def write_scorer(
+    folder: Path,
+    detector: Detector,
+    weights: Path,
+    classes: list[str],
+    space: str,
+    train_files: list[str] | None,
+    thumbnails: Tensor | None,
+) -> None:
+    """Write all but ``fitted_to/``, whose files have to be there before.
+
+    Args:
+        weights: the folder with ``backbone.safetensors`` and ``head.safetensors``.
+        train_files, thumbnails: of the training images; only one that shows images has them.
+    """
     names = ["backbone.safetensors", *(["head.safetensors"] if space == "projections" else [])]
     for name in names:
-        write_atomically(folder / name, partial(shutil.copyfile, run_dir / name))
-    train, shows = data.train, isinstance(detector, DeepKNN) and space == "features"
-    if shows and train.files is None:
-        small = train.size <= THUMBNAIL_SIZE
-        images = train.pixels if small else torch.cat([_shrink(part) for part in train.pixels.split(1024)])
-        write_tensors(folder / THUMBNAILS, {"images": images})
+        write_atomically(folder / name, partial(shutil.copyfile, weights / name))
+    if thumbnails is not None:
+        write_tensors(folder / THUMBNAILS, {"images": thumbnails})
     else:
         (folder / THUMBNAILS).unlink(missing_ok=True)
     detector.save(folder)
-    names += ["detector.json", *([THUMBNAILS] if shows and train.files is None else [])]
+    names += ["detector.json", *([] if thumbnails is None else [THUMBNAILS])]
     about = {
-        "classes": list(data.classes),
+        "classes": classes,
         "space": space,
-        "train_files": list(train.files) if shows and train.files is not None else None,
+        "train_files": train_files if shows_images(detector, space) else None,
         "files": {name: hash_file(folder / name) for name in names},
+        "fitted_to": {path.name: hash_file(path) for path in sorted(folder.glob("fitted_to/*"))},
     }
     write_json(folder / "scorer.json", about | {"sha256": hash_json(about)})
+
+
+def shows_images(detector: Detector, space: str) -> bool:
+    """Whether it can say which training image is nearest: deep_knn on features."""
+    return isinstance(detector, DeepKNN) and space == "features"
 
 
 class Scorer:
@@ -137,6 +184,7 @@ class Scorer:
             if hash_file(folder / name) != expected:
                 raise ValueError(f"{folder / name}: damaged, it does not match scorer.json's hash")
         self.classes, self.train_files, self.files = about.classes, about.train_files, about.files
+        self.fitted_to = about.fitted_to
         self.detector = detectors.load(folder)
         self.model = Model(folder, device)
         self.backbone, self.device = self.model.backbone, device
@@ -179,17 +227,26 @@ class Scorer:
         While the detector looks at a batch, the network is at the next one, and the files of up to three more are
         decoded. How far they get changes no bit of a score.
         """
+        names = (str(x) if isinstance(x, str | Path) else f"image {number}" for number, x in enumerate(images))
+        for batch, features in self.looks(images, batch_size, progress):
+            scored = iter(() if features is None else self._score(features))
+            for path, image in zip(islice(names, len(batch)), batch, strict=True):
+                yield Score(path, error=image) if isinstance(image, str) else replace(next(scored), path=path)
+
+    def looks(
+        self, images: Sequence[Picture], batch_size: int = 256, progress: bool = False
+    ) -> Iterator[tuple[list[Tensor | str], Tensor | None]]:
+        """Batch after batch: images ``[3, S, S]`` uint8, or why one can't be read; and what the detector looks at,
+        ``[n, F]``, of those that can.
+        """
         hidden = None if progress else True  # None: where the output is no terminal
         decoders, network = ThreadPoolExecutor(usable_cpus()), ThreadPoolExecutor(1)
         try:
             decoded = ahead(decoders, self._decode, images, 2 * batch_size)
             batches = iter(lambda: list(islice(decoded, batch_size)), [])
-            names = (str(x) if isinstance(x, str | Path) else f"image {number}" for number, x in enumerate(images))
             with tqdm(total=len(images), unit="image", disable=hidden) as bar:
                 for batch, features in ahead(network, self._look_at, batches, 1):
-                    scored = iter(() if features is None else self._score(features))
-                    for path, image in zip(islice(names, len(batch)), batch, strict=True):
-                        yield Score(path, error=image) if isinstance(image, str) else replace(next(scored), path=path)
+                    yield batch, features
                     bar.update(len(batch))
         finally:
             for pool in (network, decoders):
@@ -312,9 +369,10 @@ def find_images(where: str) -> list[str]:
     return names
 
 
-def _shrink(images: Tensor) -> Tensor:
-    small = F.interpolate(images.float(), size=(THUMBNAIL_SIZE, THUMBNAIL_SIZE), mode="area")
-    return small.round().byte()
+def shrunk(images: Tensor, size: int = THUMBNAIL_SIZE) -> Tensor:
+    """Thumbnails ``[N, 3, size, size]`` of images ``[N, 3, S, S]``, both uint8."""
+    parts = [F.interpolate(part.float(), size=(size, size), mode="area") for part in images.split(1024)]
+    return torch.cat([part.round().byte() for part in parts])
 
 
 def read_about(path: Path) -> About:
@@ -333,5 +391,7 @@ def read_about(path: Path) -> About:
     names = {"backbone.safetensors", "detector.json", *(["head.safetensors"] if about.space == "projections" else [])}
     if not names <= set(about.files) <= names | {THUMBNAILS}:
         raise ValueError(f"{path}: files: expected {', '.join(sorted(names))}, got {sorted(about.files)!a:.80}")
+    if not set(about.fitted_to) <= set(FITTED_TO):
+        raise ValueError(f"{path}: fitted_to: expected {', '.join(FITTED_TO)}, got {sorted(about.fitted_to)!a:.80}")
     check_class_names(about.classes, f"{path}: classes")
     return about

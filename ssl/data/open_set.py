@@ -1,10 +1,12 @@
 """Who is known: training, held-out and test images of one open-set split of a data set."""
 
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
+from torch import Tensor
 
 from gradmix.ssl.checks import check_values
 from gradmix.ssl.config import DataConfig
@@ -25,12 +27,14 @@ class OpenSetData:
         held_out: a share of the known training images kept aside, for thresholds and for watching training.
         test: known classes labelled 0..K-1, unknown ones -1.
         classes: names of the K known classes; empty when the images have none.
-        unknown: names of the unknown classes; of the folder, with ``data.unknown_root``.
+        unknown: names of the unknown classes; of the folder, with ``data.unknown_root``; of the folders' names, with
+            ``data.unknown_roots``.
         known: indices of the known classes among all of the data set's, in the data set's own order.
         empty: names of classes without any image.
         bad: with ``on_bad_image="skip"``, the files that were left out, each with the reason.
         notes: what people should know of the data, a line each.
         looked_at: no file is left that can't be read; else their turn has not come yet.
+        unknown_sets: with ``data.unknown_roots``, which test images ``[N]`` are of which, by name.
     """
 
     train: ImageSet
@@ -43,6 +47,7 @@ class OpenSetData:
     bad: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     looked_at: bool = True
+    unknown_sets: dict[str, Tensor] = field(default_factory=dict)
 
     def sets(self) -> dict[str, ImageSet]:
         """``train``, ``held_out`` and ``test`` by name, as far as there are images in them."""
@@ -68,6 +73,7 @@ def load_data(config: DataConfig, seed: int, look: bool = False, pixels: bool = 
             one line each.
     """
     check_values(config, "data.")
+    folders = unknown_folders(config)
     source = SOURCES.pick("data.name", config.name)(config, seed)
     source, photographs, notes = of_its_size(source, config)
     limit = int(config.memory_gib * 2**30) if not photographs else -1
@@ -75,8 +81,8 @@ def load_data(config: DataConfig, seed: int, look: bool = False, pixels: bool = 
     unknown: Sequence[int] = []
     empty: list[str] = []
     if not source.classes:
-        for key in ("known", "unknown_root"):
-            if getattr(config, key) is not None:
+        for key in ("known", "unknown_root", "unknown_roots"):
+            if getattr(config, key):
                 raise ValueError(f"data.{key}: the images in data.root have no classes, so that none is known")
         train, test = source.train, source.test
     else:
@@ -87,7 +93,7 @@ def load_data(config: DataConfig, seed: int, look: bool = False, pixels: bool = 
         counts = torch.cat([source.train.labels, source.test.labels]).bincount(minlength=len(source.classes))
         empty = [name for name, count in zip(source.classes, counts, strict=True) if not count]
         unknown = [i for i in unknown if i not in set(known) and counts[i]]
-        unknown = [] if config.unknown_root is not None else unknown
+        unknown = [] if folders else unknown
         of_class = torch.full((len(source.classes) + 1,), -1)
         of_class[known] = torch.arange(len(known))
         train_labels, test_labels = of_class[source.train.labels], of_class[source.test.labels]
@@ -101,11 +107,12 @@ def load_data(config: DataConfig, seed: int, look: bool = False, pixels: bool = 
             )
     classes, names = [source.classes[i] for i in known], [source.classes[i] for i in unknown]
     check_present(train, classes, config)
-    scan = Scan(kept_file("scans", config.root or config.unknown_root))
-    if config.unknown_root is not None:
-        root = existing_root(config.unknown_root, "data.unknown_root")
-        far = replace(images_below("data.unknown_root", root, test.size), fit=config.fit)
-        test, names = join(test, far if test.images is None else scan.read(far, sys.maxsize)), [str(root)]
+    scan = Scan(kept_file("scans", config.root or next(iter(folders.values()), None)))
+    for number, (key, folder) in enumerate(folders.items(), start=1):
+        root = existing_root(folder, key)
+        far = replace(images_below(key, root, test.size, -number), fit=config.fit)
+        test = join(test, far if test.images is None else scan.read(far, sys.maxsize))
+        names += [str(root) if key == "data.unknown_root" else key.rpartition(".")[2]]
     train, test = (part if part.bytes > limit else scan.read(part, limit if pixels else -1) for part in (train, test))
     if config.on_bad_image == "error":
         scan.refuse_bad()
@@ -120,8 +127,27 @@ def load_data(config: DataConfig, seed: int, look: bool = False, pixels: bool = 
         check_present(sets[0], classes, config)
     elif config.on_bad_image == "skip":
         sets = [replace(part, lenient=True) for part in sets]
+    of_set = {name: sets[2].labels == -number for number, name in enumerate(config.unknown_roots, start=1)}
+    test = replace(sets[2], labels=sets[2].labels.clamp(min=-1))
     notes = [*source.notes, *notes]
-    return OpenSetData(sets[0], sets[1], sets[2], classes, names, known, empty, scan.bad, notes, looked_at)
+    return OpenSetData(sets[0], sets[1], test, classes, names, known, empty, scan.bad, notes, looked_at, of_set)
+
+
+def unknown_folders(config: DataConfig) -> dict[str, str]:
+    """The folders of unknown images that the config names, by their key.
+
+    Raises:
+        ValueError: both keys are given, or a name or a path is none.
+    """
+    if config.unknown_root is not None and config.unknown_roots:
+        raise ValueError("data.unknown_roots: data.unknown_root is given too; name that folder here as well")
+    for name, folder in config.unknown_roots.items():
+        if not re.fullmatch(r"[\w.-]+", str(name)):
+            raise ValueError(f"data.unknown_roots: {name!a:.40} is no name; expected letters, digits, _ . -")
+        if not isinstance(folder, str) or not folder:
+            raise ValueError(f"data.unknown_roots.{name}: expected a folder, got {folder!r}")
+    several = {f"data.unknown_roots.{name}": folder for name, folder in config.unknown_roots.items()}
+    return several if config.unknown_root is None else {"data.unknown_root": config.unknown_root}
 
 
 def of_its_size(source: Source, config: DataConfig) -> tuple[Source, bool, list[str]]:

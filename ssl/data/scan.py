@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import PIL
 import torch
@@ -32,7 +33,7 @@ class Scan:
         self.cache = cache
         self.bad: dict[str, str] = {}
         self.header = {"pillow": PIL.__version__}
-        self.answers: dict[str, list] | None = None  # path: [bytes, nanoseconds, why it can't be read or None]
+        self.answers: dict[str, list[Any]] | None = None  # path: [bytes, nanoseconds, why it can't be read or None]
 
     def read(self, images: ImageSet, limit: int) -> ImageSet:
         """The images that can be read, in order; decoded if all take at most ``limit`` bytes."""

@@ -212,8 +212,8 @@ def _only_one(root: Path, only: str) -> ValueError:
     return ValueError(f"data.root: {root} has one class folder only ({only}); {hint}")
 
 
-def images_below(key: str, root: Path, size: int) -> ImageSet:
-    """Images of ``root`` and below, labelled -1.
+def images_below(key: str, root: Path, size: int, label: int = -1) -> ImageSet:
+    """Images of ``root`` and below, all with this label.
 
     Raises:
         ValueError: none there.
@@ -221,7 +221,7 @@ def images_below(key: str, root: Path, size: int) -> ImageSet:
     files = list_images(root)
     if not files:
         raise ValueError(f"{key}: no images in {root}; expected .jpg, .png, ... files there")
-    return ImageSet(torch.full((len(files),), -1), size, files=files)
+    return ImageSet(torch.full((len(files),), label), size, files=files)
 
 
 def join(first: ImageSet, second: ImageSet) -> ImageSet:

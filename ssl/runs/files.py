@@ -46,7 +46,7 @@ def put_in_place(temporary: Path, path: Path) -> None:
     with open(temporary, "rb+") as file:
         os.fsync(file.fileno())
     os.replace(temporary, path)
-    _sync(path.parent)  # the rename itself must reach the disk too
+    sync(path.parent)  # the rename itself must reach the disk too
 
 
 @contextmanager
@@ -66,7 +66,7 @@ def replacing(folder: Path, last: str) -> Iterator[Path]:
                 old.mkdir(exist_ok=True)
                 os.replace(folder / path.name, old / path.name)
             os.replace(path, folder / path.name)
-        _sync(folder)
+        sync(folder)
     finally:
         remove_strays(folder)
 
@@ -76,10 +76,11 @@ def remove_strays(folder: Path) -> None:
     for name in (NEW, OLD):
         shutil.rmtree(folder / name, ignore_errors=True)
     for path in (*folder.glob(f".*{STRAY}"), *folder.glob(f"*/.*{STRAY}")):
-        path.unlink(missing_ok=True)
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
-def _sync(folder: Path) -> None:
+def sync(folder: Path) -> None:
+    """Force what a folder holds, its names, to disk."""
     if os.name == "nt":  # which can't open folders
         return
     descriptor = os.open(folder, os.O_RDONLY)

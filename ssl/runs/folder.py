@@ -79,7 +79,7 @@ def read_config(run_dir: Path) -> Config:
     text = read_yaml(path)
     try:
         loaded = OmegaConf.load(StringIO(text))
-        for name, value in flat(cast(dict, OmegaConf.to_container(loaded, resolve=False))).items():
+        for name, value in flat(cast(dict[str, Any], OmegaConf.to_container(loaded, resolve=False))).items():
             if any("${" in str(one) for one in (name, value)):
                 raise ValueError(f"{name}: ${{...}} is not filled in")
         merged = OmegaConf.merge(OmegaConf.structured(Config), loaded)

@@ -29,7 +29,8 @@ def check_output(key: str, out: Path, files: Iterable[str | Path] = (), folders:
 
 def folders_read(data: DataConfig) -> list[Path]:
     """The folders of images that a config names, as far as every file in them is taken for an image or a class."""
-    folders = [] if data.unknown_root is None else [Path(data.unknown_root).expanduser()]
+    named = [data.unknown_root, *data.unknown_roots.values()]
+    folders = [Path(one).expanduser() for one in named if isinstance(one, str)]
     if data.name == "imagefolder" and data.root is not None:
         root = Path(data.root).expanduser()
         parts = [root / part for part in ("train", "test") if (root / part).is_dir()]

@@ -2,6 +2,7 @@
 
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 from gradmix.eval.config import EvalConfig
 from gradmix.eval.protocols.evaluate import device_of, evaluate
@@ -48,7 +49,7 @@ def run_eval(config: EvalConfig) -> None:
     print(f"\n{path}: every number{over}")
 
 
-def evaluated(config: EvalConfig) -> tuple[Path, dict, str]:
+def evaluated(config: EvalConfig) -> tuple[Path, dict[str, Any], str]:
     """For :func:`gradmix.evaluate`: the folder of the results, the numbers, and the table of them."""
     numbers, path = measure_parts(config, *find_run(config))
     return path.parent, numbers, as_text(numbers, config)
@@ -81,15 +82,16 @@ def check_out(config: EvalConfig, out: Path) -> None:
     Raises:
         ValueError: what would be written there is something that is read.
     """
-    read = [name for name in (config.against, config.unknown_root, config.corruptions, config.root) if name is not None]
-    check_output("out", out, folders=[*(Path(name).expanduser() for name in read), *folders_read(config.data)])
+    named = (config.against, config.unknown_root, *config.unknown_roots.values(), config.corruptions, config.root)
+    read = [Path(str(name)).expanduser() for name in named if name is not None]
+    check_output("out", out, folders=[*read, *folders_read(config.data)])
     if config.checkpoint is not None:
         check_output("out", out / "backbone.safetensors", files=[Path(config.checkpoint).expanduser()])
 
 
 def measure_parts(
     config: EvalConfig, run_dir: Path, out: Path, parts: list[str], foreign: Foreign | None
-) -> tuple[dict, Path]:
+) -> tuple[dict[str, Any], Path]:
     """Evaluate a run, or those of its splits: the numbers, or their mean, and the file that they are in."""
     path = out / ("metrics.json" if config.corruptions is None else "metrics_corruptions.json")
     results = [eval_one(config, run_dir / part, out / part, foreign) for part in parts or [""]]
@@ -101,12 +103,12 @@ def measure_parts(
     return result, path
 
 
-def as_text(result: dict, config: EvalConfig) -> str:
+def as_text(result: dict[str, Any], config: EvalConfig) -> str:
     """The numbers as the terminal shows them."""
     return table(result) if config.corruptions is None else corruption_table(result)
 
 
-def eval_one(config: EvalConfig, run_dir: Path, out: Path, foreign: Foreign | None = None) -> dict:
+def eval_one(config: EvalConfig, run_dir: Path, out: Path, foreign: Foreign | None = None) -> dict[str, Any]:
     """
     Args:
         foreign: what is to become the run in ``run_dir``, once everything that can be checked was checked.
@@ -121,9 +123,9 @@ def eval_one(config: EvalConfig, run_dir: Path, out: Path, foreign: Foreign | No
     run.accept = run.accept if config.accept is None else config.accept
     run.per_class = run.per_class if config.per_class is None else config.per_class
     transfer(run, config)
-    for key in ("root", "unknown_root"):
-        if getattr(config, key) is not None:
-            setattr(run.data, key, getattr(config, key))
+    if config.unknown_root is not None or config.unknown_roots:
+        run.data.unknown_root, run.data.unknown_roots = config.unknown_root, config.unknown_roots
+    run.data.root = run.data.root if config.root is None else config.root
     check_root(run.data, "root" if config.root is not None else "data.root")
     choose_measures(run, config)
     device = device_of(run, config.device)

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -44,7 +45,7 @@ def run_pretrain(config: Config) -> None:
         print(f"\n{over}; {config.run_dir}: report.html, and the runs in split-*")
 
 
-def trained(config: Config) -> tuple[Path, dict, str]:
+def trained(config: Config) -> tuple[Path, dict[str, Any], str]:
     """For :func:`gradmix.pretrain`: the run's folder, its numbers, and the table of them.
 
     Raises:
@@ -56,7 +57,7 @@ def trained(config: Config) -> tuple[Path, dict, str]:
     return Path(config.run_dir), numbers, table(numbers)
 
 
-def pretrain(config: Config) -> dict | None:
+def pretrain(config: Config) -> dict[str, Any] | None:
     """The run's numbers, or the mean of its splits'; None on all but the first process."""
     choose_measures(config)
     config.run_dir = str(Path(config.run_dir).expanduser())
@@ -68,7 +69,7 @@ def pretrain(config: Config) -> dict | None:
         check_output("run_dir", Path(config.run_dir), [], [Path(config.distill.teacher).expanduser()])
     if config.data.split != "all":
         return pretrain_one(config)
-    results: list[dict | None] = []
+    results: list[dict[str, Any] | None] = []
     for split in range(len(splits_of(config.data))):
         one = replace(config, data=replace(config.data, split=split), run_dir=f"{config.run_dir}/split-{split}")
         results.append(pretrain_one(one))
@@ -81,7 +82,7 @@ def pretrain(config: Config) -> dict | None:
     return summary
 
 
-def pretrain_one(config: Config) -> dict | None:
+def pretrain_one(config: Config) -> dict[str, Any] | None:
     """The run's numbers; None on all but the first process, which go on to the next run while it evaluates."""
     run_dir, first = Path(config.run_dir), is_first()
     check(config)

@@ -3,18 +3,18 @@
 import pytest
 
 from gradmix.eval.commands.words import WORDS, key_for
-from gradmix.eval.config import EvalConfig, ScoreConfig
+from gradmix.eval.config import DetectorConfig, EvalConfig, ScoreConfig
 from gradmix.ssl.config import Config
 from gradmix.ssl.keys import keys_of
 
 
 @pytest.mark.parametrize("name", WORDS)
 def test_every_key_of_the_table_is_one(name):
-    known = [one for schema in (Config, EvalConfig, ScoreConfig) for one in keys_of(schema)]
+    known = [one for schema in (Config, EvalConfig, ScoreConfig, DetectorConfig) for one in keys_of(schema)]
     assert any(
         one == name or one.startswith(f"{name}.") or name.startswith(("trainer.", "mix.options.")) for one in known
     )
-    for schema in (Config, EvalConfig, ScoreConfig):
+    for schema in (Config, EvalConfig, ScoreConfig, DetectorConfig):
         for word in WORDS[name].split():
             told = key_for(word, schema)
             assert told is None or "does it" in told or "do it" in told
@@ -39,6 +39,7 @@ def test_every_key_of_the_table_is_one(name):
         ("pretrain", "temperature=0.1", "method.temperature=VALUE does it"),
         ("pretrain", "dataset=digits", "data=NAME does it"),
         ("eval", "pretrained=a.pth", "checkpoint=VALUE does it"),
+        ("detector", "label=cat", "class_name=VALUE does it"),
         ("score", "model=run", "detector=VALUE does it"),
         ("pretrain", "epocs=3", "did you mean epochs?"),
     ],

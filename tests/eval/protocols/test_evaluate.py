@@ -235,6 +235,37 @@ def test_other_images_cannot_be_compared(digits_run, command, tmp_path):
         assert len(result.err.strip().splitlines()) == 1
 
 
+def test_named_sets_of_unknown_images(digits_run, command, tmp_path):
+    """Every set's numbers are those of an evaluation with it alone; near and far are OpenOOD's means."""
+    rng = np.random.default_rng(0)
+    for name, low in (("near a", 0), ("near_b", 100), ("far", 250)):
+        (tmp_path / name).mkdir()
+        for i in range(20 + low // 10):
+            Image.fromarray(rng.integers(low, 256, (20, 20, 3), dtype=np.uint8)).save(tmp_path / name / f"{i}.png")
+    usual = (f"run={digits_run}", "detectors=[deep_knn,msp]", "device=cpu")
+    sets = ("unknown_roots.near_a=near a", "unknown_roots={near_b: near_b, far: far}")
+    result = command("eval", *usual, sets[1], sets[0], "out=out")
+    assert result.code == 0, result.err
+    assert "deep_knn, near " in result.out and "deep_knn, near_a" in result.out
+    numbers = read(tmp_path / "out")
+    assert numbers["data/unknown_roots"] == {"near_a": "near a", "near_b": "near_b", "far": "far"}
+    for name, folder in numbers["data/unknown_roots"].items():
+        alone = command("eval", *usual, f"unknown_root={folder}", f"out=alone-{name}")
+        assert alone.code == 0, alone.err
+        alone = read(tmp_path / f"alone-{name}")
+        keys = [key for key in alone if key.startswith("osr/") and not key.endswith(("_low", "_high"))]
+        assert len(keys) == 27
+        for key in keys:
+            _, detector, metric = key.split("/")
+            assert numbers[f"osr/{detector}/{name}/{metric}"] == pytest.approx(alone[key], abs=1e-6)
+    for key in ("osr/msp/{}/auroc", "osr/pixels/{}/fpr95"):
+        both = [numbers[key.format(name)] for name in ("near_a", "near_b")]
+        assert numbers[key.format("near")] == pytest.approx(sum(both) / 2)
+    assert numbers["osr/deep_knn/far/aupr"] > 0.5
+    result = command("eval", *usual, "unknown_roots={near: far, near_b: far}", "out=x")
+    assert result.code == 2 and "data.unknown_roots.near: is the mean over near_..." in result.err
+
+
 def test_large_images_are_averaged_down_for_the_pixel_baseline():
     images = torch.randint(0, 256, (3, 3, 64, 64)).to(torch.uint8)
     got = raw_pixels(ImageSet(torch.zeros(3).long(), 64, images)).view(3, 3, 32, 32)

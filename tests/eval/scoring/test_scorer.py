@@ -39,7 +39,7 @@ def files_of(images, folder):
 
 def test_every_file_of_the_folder_is_checked(detector):
     Scorer(detector)
-    names = sorted(path.name for path in detector.iterdir())
+    names = sorted(path.name for path in detector.iterdir() if path.is_file())
     assert names == [
         *("backbone.safetensors", "detector.json", "detector.safetensors", "scorer.json", "thumbnails.safetensors"),
     ]

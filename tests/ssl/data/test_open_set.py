@@ -219,6 +219,38 @@ def test_a_folder_of_unknown_images(tmp_path):
         load_data(replace(config, root=str(tmp_path / "flat"), known=None), 0)
 
 
+def test_several_named_folders_of_unknown_images(tmp_path):
+    folder(tmp_path / "a", ["x"], 3, size=(30, 20))
+    folder(tmp_path / "b" / "deep", ["y"], 2)
+    folder(tmp_path / "near", ["cat", "dog", "emu"], 4)
+    both = {"near": str(tmp_path / "a"), "far": str(tmp_path / "b")}
+    plain, data = load_data(DIGITS, 0), load_data(replace(DIGITS, unknown_roots=both), 0)
+    known = plain.test.images[plain.test.labels >= 0]
+    assert torch.equal(data.test.images[:-5], known) and data.unknown == ["near", "far"]
+    for memory in (4.0, 0.0):  # decoded at once, or streamed
+        for bad in ("error", "skip"):
+            config = DataConfig("imagefolder", image_size=8, root=str(tmp_path / "near"), known=["cat", "dog"])
+            config = replace(config, unknown_roots=both, memory_gib=memory, on_bad_image=bad)
+            if bad == "skip":
+                next((tmp_path / "a").rglob("*.*")).write_text("<html>")  # the sets stay aligned
+            data = load_data(config, 0, look=True)
+            assert data.test.labels.tolist() == [0, 1, *[-1] * (5 - (bad == "skip"))]
+            sizes = {name: int(rows.sum()) for name, rows in data.unknown_sets.items()}
+            assert sizes == {"near": 3 - (bad == "skip"), "far": 2}
+            names = {name: [data.test.files[i] for i in rows.nonzero()] for name, rows in data.unknown_sets.items()}
+            assert all(path.startswith(both[name]) for name, paths in names.items() for path in paths)
+        folder(tmp_path / "a", ["x"], 3)
+
+    for wrong, message in (
+        ({"unknown_root": "x"}, "data.unknown_root is given too"),
+        ({"unknown_roots": {"a/b": "x"}}, "'a/b' is no name"),
+        ({"unknown_roots": {"far": 3}}, "data.unknown_roots.far: expected a folder, got 3"),
+        ({"unknown_roots": {"far": "nowhere"}}, "data.unknown_roots.far: nowhere is not a folder"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_data(replace(config, **wrong), 0)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -8,6 +8,10 @@ Each run is ``gradmix-pretrain experiment=...`` in a folder of its own under ``-
 current one saves and exits; the next call goes on from there. Numbers are the last checkpoint's; settings are chosen
 with ``--override data.pseudo_unknown=5`` and a ``--tag``, never on the unknown classes.
 
+What is added to a setting has a tag with a ``+``, and is compared with ``mix=none`` without it: ``--mix gradmix
+--override distill=ema --tag +ema`` beside ``--mix none``; likewise ``outliers=attribution``, or ``distill=run
+distill.teacher=FOLDER``. ``--override method=palm --tag palm`` is a setting of its own.
+
 Controls of equal compute: ``--mix none --epochs 200``, ``--mix extra_view``, ``--mix random_box``.
 """
 
@@ -199,7 +203,7 @@ def table(rows: list[dict]) -> str:
         data, pseudo, method, mix, evidence, epochs, tag = setting
         baseline = {
             (row["split"], row["seed"]): row
-            for row in settings.get((data, pseudo, method, "none", "", epochs, tag), [])
+            for row in settings.get((data, pseudo, method, "none", "", epochs, tag.partition("+")[0]), [])
         }
         pairs = [(row, baseline[place]) for row in its_rows if (place := (row["split"], row["seed"])) in baseline]
         what = f"{data}, {method}" + (f", {pseudo} held back" if pseudo else "")

@@ -1,6 +1,7 @@
 """What GradMix is worth: few images, many epochs, as docs/study.md says.
 
     python benchmarks/study.py --archive cifar10-jpeg.tar.xz --stage joint --parallel 2
+    python benchmarks/study.py --archive cifar10-jpeg.tar.xz --stage beyond --parallel 2    # past the paper
     python benchmarks/study.py --save               # rows of all runs so far: results/study.json, plots, docs/study.md
 
 Every run is one ``gradmix-pretrain`` in a folder under ``--runs``, one thread each. What was stopped goes on from its
@@ -38,10 +39,35 @@ ARMS = {
     "gradmix (loss)": ["mix=gradmix", "+mix.options.evidence=loss"],
     "gradmix (agreement)": ["mix=gradmix", "+mix.options.evidence=agreement"],
 }
+# What may give back what mixing takes away (docs/recipes/past-the-paper.md). ARM:name is the folder of that arm's run
+# on the same split, which is trained before.
+LOSS = ("mix=gradmix", "+mix.options.evidence=loss")
+BEYOND = {
+    "gradmix, ema teacher": [*LOSS, "distill=ema"],
+    "gradmix, taught by none": [*LOSS, "distill=run", "distill.teacher=ARM:none"],
+    "gradmix, outliers": [*LOSS, "outliers=attribution"],
+    "gradmix, border": [*LOSS, "+mix.options.border=0.125"],
+    "gradmix, background": [*LOSS, "+mix.options.paste=background"],
+    "sphor, none": ["method=sphor", "mix=none"],
+    "sphor, mixup": ["method=sphor", "mix=mixup"],
+    "sphor, mixup, ema teacher": ["method=sphor", "mix=mixup", "distill=ema", "distill.form=logits"],
+    "sphor, mixup, taught by none": [
+        *("method=sphor", "mix=mixup", "distill=run", "distill.form=logits", "distill.teacher=ARM:sphor, none"),
+    ],
+    "sphor, outliers": ["method=sphor", *LOSS, "outliers=attribution"],
+    "palm": ["method=palm", "mix=none"],
+    "palm, gradmix": ["method=palm", *LOSS],
+    "cider": ["method=cider", "mix=none"],
+}
+ALL = ARMS | BEYOND
 STAGES = {
     "joint": (ARMS, ["method=joint"]),
     "supcon": (ARMS, ["method=supcon"]),
     "simclr": (ARMS, ["method=simclr", "data.split=null"]),
+    "beyond": (
+        {name: ARMS[name] for name in ("none", "none, twice as long", "gradmix (loss)")} | BEYOND,
+        ["method=joint"],
+    ),
 }
 
 
@@ -83,18 +109,43 @@ def run_all(options: argparse.Namespace) -> None:
     chosen = json.loads((RESULTS / "study-choice.json").read_text())  # by choose.py, before
     jobs = []
     for split, (arm, of_arm) in itertools.product(options.splits, arms.items()):
+        of_arm = [with_teacher(text, options.runs / options.stage, split) for text in of_arm]
         root = subset(options.archive, options.runs / "images", split)
         overrides = [*SETTING, f"data.root={root}", f"data.split={split}", f"seed={split}", f"epochs={options.epochs}"]
-        overrides += [*of_stage, *chosen["all"], *of_arm, *own(chosen["gradmix"], of_arm), *options.override]
-        jobs.append((options.runs / options.stage / f"{arm} {split}".replace(" ", "_"), last_wins(overrides)))
+        overrides += [
+            *of_stage,
+            *of_all(chosen["all"], of_arm),
+            *of_arm,
+            *own(chosen["gradmix"], of_arm),
+            *options.override,
+        ]
+        jobs.append((folder_of(options.runs / options.stage, arm, split), last_wins(overrides)))
     queue = argparse.Namespace(corruptions=None)  # of paper.py's options, what finish() looks at
 
     def work(job: tuple[Path, list[str]]) -> None:
         if not (job[0] / "metrics.json").exists() and time.monotonic() < deadline:
             finish(*job, queue, deadline)
 
+    taught = [job for job in jobs if any(text.startswith("distill.teacher=") for text in job[1])]
     with ThreadPoolExecutor(options.parallel) as pool:
-        list(pool.map(work, jobs))
+        for part in ([job for job in jobs if job not in taught], taught):  # teachers first
+            list(pool.map(work, part))
+
+
+def folder_of(stage: Path, arm: str, split: int) -> Path:
+    return stage / f"{arm} {split}".replace(" ", "_")
+
+
+def with_teacher(override: str, stage: Path, split: int) -> str:
+    """``distill.teacher=ARM:name`` with the folder of that arm's run."""
+    key, _, arm = override.partition("=ARM:")
+    return f"{key}={folder_of(stage.absolute(), arm, split)}" if arm else override
+
+
+def of_all(chosen: list[str], of_arm: list[str]) -> list[str]:
+    """What was chosen for every arm; weights of losses are those of the stage's method, not of an arm's own."""
+    own_method = any(text.startswith("method=") for text in of_arm)
+    return [key for key in chosen if not (own_method and key.startswith("method."))]
 
 
 def own(chosen: list[str], of_arm: list[str]) -> list[str]:
@@ -136,7 +187,7 @@ def study_row(folder: Path) -> dict:
     """A finished run: paper.py's row, and the curves by epoch."""
     row = row_of(folder)
     name, _, split = folder.name.rpartition("_")
-    arm = next(arm for arm in ARMS if arm.replace(" ", "_") == name)
+    arm = next(arm for arm in ALL if arm.replace(" ", "_") == name)
     events = EventAccumulator(str(folder / "tensorboard"), {"scalars": 0}).Reload()
     steps = json.loads((folder / "training.json").read_text())["train/steps"]
     tags = [tag for tag in events.Tags()["scalars"] if tag.startswith("test/")]
@@ -165,7 +216,7 @@ def table(rows: list[dict]) -> str:
     groups: dict[tuple, dict[int, dict]] = {}
     for row in rows:
         groups.setdefault((row["stage"], row["arm"], row["epochs"]), {})[row["split"]] = row
-    order = list(ARMS)
+    order = list(ALL)
     for (stage, arm, epochs), by_split in sorted(groups.items(), key=lambda g: (g[0][0], order.index(g[0][1]))):
         half = epochs // 2 if arm == "none, twice as long" else epochs
         base = groups.get((stage, "none", half), {})
@@ -191,7 +242,7 @@ def plots(rows: list[dict]) -> None:
         tags = [tag for tag in titles if any(tag in row["curves"] for row in of_stage)]
         figure, panels = pyplot.subplots(1, len(tags), figsize=(6 * len(tags), 4), squeeze=False)
         for tag, axes in zip(tags, panels[0], strict=True):
-            for arm in ARMS:
+            for arm in ALL:
                 curves = [row["curves"][tag] for row in of_stage if row["arm"] == arm and tag in row["curves"]]
                 if curves:
                     epochs = sorted(set.intersection(*map(set, curves)), key=int)

@@ -33,6 +33,28 @@ def paste(images: Tensor, filling: Tensor, boxes: Tensor) -> Tensor:
     return torch.where((inside_y[:, :, None] & inside_x[:, None, :])[:, None], filling, images)
 
 
+def shift_into(images: Tensor, source: Tensor, target: Tensor) -> Tensor:
+    """Each image of ``[N, C, H, W]`` moved so that what lies in its box ``source`` lies in ``target``, equally large.
+
+    Where nothing lies any more, border pixels are repeated.
+    """
+    rows = torch.arange(len(images), device=images.device)[:, None, None]
+    y, x = (
+        (torch.arange(length, device=images.device) + (source[:, i] - target[:, i])[:, None]).clamp(0, length - 1)
+        for i, length in enumerate(images.shape[2:])
+    )
+    return images.movedim(1, -1)[rows, y[:, :, None], x[:, None, :]].movedim(-1, 1).contiguous()
+
+
+def inside_rim(maps: Tensor, border: float) -> Tensor:
+    """Maps ``[N, H, W]`` that are 0 in the outermost share ``border`` of each side; one pixel is always left."""
+    margins = [min(round(border * length), (length - 1) // 2) for length in maps.shape[1:]]
+    inner = torch.zeros_like(maps)
+    rows, columns = (slice(margin, length - margin) for margin, length in zip(margins, maps.shape[1:], strict=True))
+    inner[:, rows, columns] = maps[:, rows, columns]
+    return inner
+
+
 def resize_into(images: Tensor, boxes: Tensor) -> Tensor:
     """Each image of ``[N, C, H, W]`` resized whole into its box (bilinear); undefined outside the box.
 

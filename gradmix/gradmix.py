@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from gradmix.attribution import EVIDENCE, default_layers, layercam, record, still
-from gradmix.boxes import boxes_inside, kept_fraction, paste, resize_into
-from gradmix.draws import beta, noise_like, random_pixels
+from gradmix.boxes import boxes_inside, inside_rim, kept_fraction, paste, resize_into, shift_into
+from gradmix.draws import beta, noise_like, random_pixels, uniform
 from gradmix.mixer import Mixed, Mixer, one_of, positive, share_range
 
-PASTE = ("resize", "cut", "noise")
+PASTE = ("resize", "cut", "noise", "background")
 CENTRE = ("peak", "random")
 
 
@@ -34,8 +34,13 @@ class GradMix(Mixer):
         alpha: the keep-ratio is Beta(alpha, alpha), drawn per image and mapped to ``keep``.
         keep: smallest and largest share of pixels kept, before rounding to whole pixels.
         paste: what fills the box: the partner ``"resize"``d into it whole, the partner ``"cut"`` at the same
-            place, or Gaussian ``"noise"`` with the image's own mean and deviation per channel.
+            place, or Gaussian ``"noise"`` with the image's own mean and deviation per channel. With
+            ``"background"`` it is the other way round, after BackMix (arXiv 2503.17717): the box lies around a random
+            pixel of the half where the map is lowest, and is filled with as large a piece of the partner from around
+            such a pixel of its own.
         evidence: see :func:`gradmix.layercam`.
+        border: the share of each side of the map, 0 to below 0.5, where no peak is looked for. Trained with mixing,
+            most peaks lie at the border, and boxes there hide little.
         centre: ``"peak"`` of the map, or ``"random"``: the control that boxes without looking (no loss needed).
         partner: see :class:`Mixer`.
     """
@@ -49,6 +54,7 @@ class GradMix(Mixer):
         evidence: str = "loss",
         centre: str = "peak",
         partner: str = "random",
+        border: float = 0.0,
     ):
         super().__init__(partner)
         if isinstance(layers, str) or (layers < 1 if isinstance(layers, int) else not list(layers)):
@@ -59,6 +65,11 @@ class GradMix(Mixer):
         self.paste = one_of("paste", paste, PASTE)
         self.evidence = one_of("evidence", evidence, EVIDENCE)
         self.centre = one_of("centre", centre, CENTRE)
+        if paste == "background" and centre != "peak":
+            raise ValueError("paste: 'background' asks the map where the background is; it needs centre='peak'")
+        if not 0 <= border < 0.5:
+            raise ValueError(f"border: expected 0 to below 0.5, got {border!r}")
+        self.border = float(border)
         self._activations: list[Tensor] = []
         self._watched: nn.Module = nn.Module()
 
@@ -95,7 +106,11 @@ class GradMix(Mixer):
         rows, _, height, width = images.shape
         centres = random_pixels(rows, (height, width), images.device, generator)
         if attribution is not None:
-            highest, peak = attribution.flatten(1).max(1)
+            inner = inside_rim(attribution, self.border) if self.border else attribution
+            highest, peak = inner.flatten(1).max(1)
+            if self.paste == "background":
+                rank = uniform((rows, 1), images.device, generator) * ((height * width + 1) // 2)
+                peak = attribution.flatten(1).argsort(1).gather(1, rank.long())[:, 0]
             peaks = torch.stack([peak // width, peak % width], 1)
             centres = torch.where(highest[:, None] > 0, peaks, centres)
         low, high = self.keep
@@ -104,6 +119,9 @@ class GradMix(Mixer):
         if self.paste == "noise":
             partner = torch.arange(rows, device=images.device)
             filling = noise_like(images, generator)
+        elif self.paste == "background":
+            of_partner = boxes_inside(centres[partner], (1 - lam).sqrt(), (height, width))
+            filling = shift_into(images[partner], of_partner, boxes)
         elif self.paste == "cut":
             filling = images[partner]
         else:

@@ -79,7 +79,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if path.name != checkpoint_name(state["step"]):
         raise ValueError(f"of step {state['step']}")
     check_finite(state["module"], state["optimizer"], state["step"])
-    return {key: state[key] for key in KEYS}
+    return {key: state[key] for key in KEYS} | {"teacher": state.get("teacher")}  # older ones had none
 
 
 # step, skipped steps, fingerprint of the images, the last step's numbers, and what training changes
@@ -161,6 +161,7 @@ class Checkpoints(Callback):
             "step": module.steps,
             "skipped": self.guard.skipped,
             "images": self.images,
+            "teacher": module.taught_by,
             "scalars": module.scalars,
             "module": module.state_dict(),
             "optimizer": trainer.optimizers[0].state_dict(),
@@ -282,19 +283,44 @@ class Pictures(EpochCallback):
         self.every_epochs = every_epochs
 
     def on_epoch(self, trainer: Trainer, module: Pretraining) -> None:
-        if module.pictures is not None:
-            picture = mixing_picture(*module.pictures, module.backbone.constants)
+        if module.pictures is not None or module.disrupted is not None:
+            picture = mixing_picture(module.pictures, module.backbone.constants, disrupted=module.disrupted)
             cast(TensorBoardLogger, module.loggers[0]).experiment.add_image("mixing", picture, module.steps)
 
 
-def mixing_picture(views: torch.Tensor, mixed: Mixed, constants: Constants, pairs: int = 8) -> torch.Tensor:
-    """A grid ``[3, H, W]`` with rows: the other view, the view, its attribution map (if any), partner, mix."""
-    batch = len(views) // 2
-    rows = slice(0, min(pairs, batch))
-    tiles = [denormalize(views[batch:][rows], constants), denormalize(views[rows], constants)]
-    if mixed.attribution is not None:
-        tiles.append(mixed.attribution[rows, None].expand(-1, 3, -1, -1))
-    tiles += [denormalize(views[mixed.partner[rows]], constants), denormalize(mixed.images[rows], constants)]
+def mixing_picture(
+    mixing: tuple[torch.Tensor, Mixed] | None,
+    constants: Constants,
+    pairs: int = 8,
+    disrupted: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """A grid ``[3, H, W]`` with rows: the other view, the view, its attribution map (if any), partner, mix; outlier.
+
+    Args:
+        mixing: views and what became of them, if any were mixed.
+        disrupted: the first views, their maps, and the outliers made of them; few of them leave the row's end empty.
+    """
+    tiles, attribution = [], None if disrupted is None else disrupted[1]
+    if mixing is None:
+        assert disrupted is not None
+        tiles.append(denormalize(disrupted[0][:pairs], constants))
+    else:
+        views, mixed = mixing
+        batch = len(views) // 2
+        rows = slice(0, min(pairs, batch))
+        tiles += [denormalize(views[batch:][rows], constants), denormalize(views[rows], constants)]
+        attribution = mixed.attribution[rows] if mixed.attribution is not None else attribution
+    if attribution is not None:
+        tiles.append(_filled(attribution[:pairs, None].expand(-1, 3, -1, -1), len(tiles[0])))
+    if mixing is not None:
+        tiles += [denormalize(views[mixed.partner[rows]], constants), denormalize(mixed.images[rows], constants)]
+    if disrupted is not None:
+        tiles.append(_filled(denormalize(disrupted[2][:pairs], constants), len(tiles[0])))
     picture = torch.cat([tile.float().cpu() for tile in tiles])
     picture = torch.nn.functional.interpolate(picture, scale_factor=max(1, 64 // picture.shape[-1]))
     return make_grid(picture, nrow=len(tiles[0]))
+
+
+def _filled(images: torch.Tensor, count: int) -> torch.Tensor:
+    """The first ``count`` images, black ones for those that are missing."""
+    return torch.cat([images[:count], images.new_zeros(max(0, count - len(images)), *images.shape[1:])])

@@ -96,8 +96,21 @@ class DataConfig:
 
 
 @dataclass
+class PrototypeConfig:
+    """The prototypes of method=palm and method=cider (arXiv 2402.02653, 2203.04450)."""
+
+    per_class: int = key(6, "how many", at_least=1)
+    neighbours: int | None = key(5, "of its class's, those that an image goes to; null: all", at_least=1)
+    momentum: float = key(0.99, "of their moving average", at_least=0, at_most=1)
+    sharpness: float = key(0.05, "temperature of the assignment; smaller is nearer to one prototype each", above=0)
+    contrast: float = key(1.0, "weight of the prototypes' own contrastive loss, against the likelihood's", at_least=0)
+    contrast_temperature: float = key(0.5, "of that loss", above=0)
+
+
+@dataclass
 class MethodConfig:
-    """loss = supervised * SupCon + selfsup * NT-Xent + targets * cross-entropy (+ the mixed term of one of them)."""
+    """loss = supervised * SupCon + selfsup * NT-Xent + targets * cross-entropy + prototypes * PALM (+ the mixed term of
+    one of them)."""
 
     name: str = key(MISSING, "method")
     supervised: float = key(0.0, "weight of SupCon", at_least=0)
@@ -105,14 +118,20 @@ class MethodConfig:
     targets: float = key(
         0.0, "weight of cross-entropy to orthogonal class targets, after SpHOR (arXiv 2503.08049)", at_least=0
     )
+    prototypes: float = key(0.0, "weight of PALM's likelihood and contrast (arXiv 2402.02653)", at_least=0)
+    prototype: PrototypeConfig = field(default_factory=PrototypeConfig)
     smoothing: float = key(0.0, "of the targets' labels", at_least=0, at_most=1)
     temperature: float = key(0.1, "of all losses", above=0)
     temperature_end: float | None = key(None, "half a cosine over the training leads there (arXiv 2505.18137)", above=0)
     mixed_loss: str = key(
-        "selfsup", "which loss the mixed images enter, at its weight", choices=("selfsup", "supervised", "targets")
+        "selfsup",
+        "which loss the mixed images enter, at its weight",
+        choices=("selfsup", "supervised", "targets", "prototypes"),
     )
     attribution: str = key(
-        "selfsup", "whose gradient guides GradMix", choices=("selfsup", "supervised", "targets", "joint")
+        "selfsup",
+        "whose gradient guides GradMix",
+        choices=("selfsup", "supervised", "targets", "prototypes", "joint"),
     )
 
 
@@ -129,6 +148,51 @@ class MixConfig:
     start_epoch: int = key(0, "mix from this epoch on", at_least=0)
     end_epoch: int | None = key(None, "stop mixing at this epoch", at_least=0)
     options: dict[str, Any] = key({}, "the mixer's own arguments")
+
+
+@dataclass
+class DistillConfig:
+    """loss += weight * (how far the student is from its teacher, on raw views and on mixed ones)."""
+
+    name: str = key("none", "who teaches: nobody, the moving average, another run", choices=("none", "ema", "run"))
+    form: str = key(
+        "relations",
+        "what is followed: similarities among the batch, or class logits (arXiv 2404.19527; method=sphor)",
+        choices=("relations", "logits"),
+    )
+    weight: float = key(1.0, "of the raw views' part", at_least=0)
+    mixed: float = key(1.0, "of the mixed images' part, against the teacher's view of both raw images", at_least=0)
+    space: str = key("features", "where relations are taken", choices=("features", "projections"))
+    temperature: float = key(0.1, "of relations, the student's and the teacher's", above=0)
+    smoothing: float = key(
+        0.75, "form=logits: of both labels of mixed images that the teacher can't tell", at_least=0, at_most=1
+    )
+    momentum: float = key(0.99, "of the moving average, for distill=ema", at_least=0, at_most=1)
+    teacher: str | None = key(
+        None, "distill=run: another run's folder, or a file with weights trained anywhere", path=True
+    )
+    encoder: str | None = key(None, "of a file's weights; null: the student's")
+
+
+@dataclass
+class OutlierConfig:
+    """loss += weight * (how much images of no class are like those of one)."""
+
+    name: str = key(
+        "none",
+        "images of no class: none, those whose attributed pixels are disrupted (arXiv 2411.10794), the mixed ones",
+        choices=("none", "attribution", "mixed"),
+    )
+    weight: float = key(1.0, "of their term", at_least=0)
+    form: str = key(
+        "auto",
+        "no class is likelier, or negatives of all views; auto: uniform where the method has class logits",
+        choices=("auto", "uniform", "negatives"),
+    )
+    share: float = key(0.125, "of the views, that are made into outliers", above=0, at_most=1)
+    how: str = key("shuffle", "what happens to attributed pixels", choices=("shuffle", "shift", "add"))
+    pixels: float = key(0.1, "share of the image that is disrupted, where attribution is highest", above=0, at_most=1)
+    amount: float = key(1.0, "how=add: of the map, in deviations of the image's channels", at_least=0)
 
 
 @dataclass
@@ -201,6 +265,8 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     method: MethodConfig = field(default_factory=MethodConfig)
     mix: MixConfig = field(default_factory=MixConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    outliers: OutlierConfig = field(default_factory=OutlierConfig)
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     speed: SpeedConfig = field(default_factory=SpeedConfig)

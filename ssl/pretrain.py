@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from gradmix.attribution import find_stages, still
+from gradmix.gradmix import GradMix
 from gradmix.mixer import Mixed, Mixer
 from gradmix.mixing import MIXERS
+from gradmix.outliers import disrupt
 from gradmix.registry import nearest
 from gradmix.ssl.augment import TwoViews
 from gradmix.ssl.config import Config, MixConfig
@@ -28,8 +30,22 @@ from gradmix.ssl.data.views import Crops
 from gradmix.ssl.machine import decoders
 from gradmix.ssl.networks.backbones import build_backbone
 from gradmix.ssl.networks.layout import layout_of
-from gradmix.ssl.objective import Rows, build_target_loss, check_mixing, losses_of, temperature_at, weights_of
+from gradmix.ssl.objective import (
+    Rows,
+    Taught,
+    build_prototype_loss,
+    build_target_loss,
+    check_guide,
+    check_mixing,
+    losses_beside,
+    losses_of,
+    mixed_weights_of,
+    outlier_loss_of,
+    temperature_at,
+    weights_of,
+)
 from gradmix.ssl.optimizer import build_optimizer, build_schedule
+from gradmix.ssl.teacher import build_teacher
 
 
 class Pretraining(LightningModule):
@@ -37,58 +53,85 @@ class Pretraining(LightningModule):
 
     Args:
         config: the whole run's configuration.
-        train: training images; labels are used by ``supervised`` and ``targets`` only.
+        train: training images; labels are used by all but ``selfsup``.
 
     Attributes:
         start: steps that were done already when this session began.
         steps: steps done, over all epochs and sessions.
         scalars: what the last step has to report, on the device; reading them makes a GPU wait.
         pictures: the last views and what became of them.
+        disrupted: the last outliers by attribution: views, maps, and what became of them.
     """
 
     def __init__(self, config: Config, train: ImageSet) -> None:
         super().__init__()
         method = config.method
         if not any(weights_of(method).values()):
-            raise ValueError("method: supervised, selfsup and targets are all 0, nothing would be learned")
-        if (method.supervised or method.targets) and (train.labels < 0).any():
+            raise ValueError(f"method: {', '.join(weights_of(method))} are all 0, nothing would be learned")
+        if (method.supervised or method.targets or method.prototypes) and (train.labels < 0).any():
             raise ValueError(f"method: {method.name} needs classes, but data.root has none; use method=simclr")
         self.config, self.train_set = config, train
         self.start = self.steps = 0
         self.mixer = build_mixer(config.mix)
         if self.mixer is not None:
             check_mixing(method)
+        # Who looks where a loss comes from: the mixer, or one that only looks, for outliers.
+        self.looker = self.mixer if self.mixer is not None and self.mixer.looks else None
+        if config.outliers.name == "attribution":
+            check_guide(method)
+            self.looker = self.looker or GradMix()
         backbone = build_backbone(config.encoder, train.size)
         self.layout = layout_of(backbone, config.speed.channels_last)
         self.backbone = backbone.to(memory_format=self.layout)
-        watched = self.mixer.layers_in(self.backbone) if self.mixer is not None and self.mixer.looks else []
-        if config.speed.compile:
-            compile_stages(self.backbone, watched)
         features = self.backbone.num_features
         self.head = ProjectionHead(
             [(features, features, None, nn.ReLU()), (features, config.encoder.head_dim, None, None)]
         )
         self.augment = TwoViews(config.data.augment, train.size, constants=self.backbone.constants)
-        self.target_loss = build_target_loss(config, int(train.labels.max()) + 1) if method.targets else None
-        self.losses = losses_of(method, self.mixer is not None, self.target_loss)
-        self.weights = weights_of(method)
+        classes = int(train.labels.max()) + 1
+        self.target_loss = build_target_loss(config, classes) if method.targets else None
+        self.prototype_loss = build_prototype_loss(config, classes) if method.prototypes else None
+        asks = self.mixer is not None or self.looker is not None
+        self.losses = losses_of(method, asks, self.target_loss, self.prototype_loss)
+        self.beside = losses_beside(config, self.target_loss)
+        self.weights = weights_of(method) | {"distill": config.distill.weight}
+        self.mixed_weights = mixed_weights_of(config)
+        self.teacher = build_teacher(config, self.backbone, self.head, self.target_loss, train.size)
+        # All processes move the average alike, so that nothing has to be sent.
+        self._ddp_params_and_buffers_to_ignore = [name for name, _ in self.named_buffers() if name[:8] == "teacher."]
+        self.outlier_loss = outlier_loss_of(config, self.target_loss or self.prototype_loss)
+        watched = self.looker.layers_in(self.backbone) if self.looker is not None else []
+        if config.speed.compile:
+            compile_stages(self.backbone, watched)
         self.scalars: dict[str, Tensor] = {}
         self.pictures: tuple[Tensor, Mixed] | None = None
+        self.disrupted: tuple[Tensor, Tensor, Tensor] | None = None
+
+    @property
+    def taught_by(self) -> str | None:
+        """SHA-256 of a frozen teacher's weights; None without one."""
+        return None if self.teacher is None else self.teacher.hash
 
     def project(self, views: Tensor) -> Tensor:
-        """Views ``[N, 3, S, S]`` to projections ``[N, D]``, in micro-batches if the config has them.
+        """Views ``[N, 3, S, S]`` to projections ``[N, D]``, L2-normalised."""
+        return self.embed(views)[1]
 
-        A micro-batch keeps nothing but its projections, and is computed again in the backward pass: gradient caching
+    def embed(self, views: Tensor) -> tuple[Tensor, Tensor]:
+        """Views ``[N, 3, S, S]`` to features ``[N, F]`` and projections, in micro-batches if the config has them.
+
+        A micro-batch keeps nothing but these, and is computed again in the backward pass: gradient caching
         (arXiv 2101.06983). BatchNorm sees each micro-batch by itself, and counts it once.
         """
         size = self.config.speed.micro_batch
         if size is None:
-            return self._project(views)
+            return self._embed(views)
         again = partial(checkpoint, use_reentrant=False, context_fn=lambda: (nullcontext(), still(self.backbone)))
-        return torch.cat([again(self._project, part) for part in views.split(size)])
+        features, z = zip(*(again(self._embed, part) for part in views.split(size)), strict=True)
+        return torch.cat(features), torch.cat(z)
 
-    def _project(self, views: Tensor) -> Tensor:
-        return F.normalize(self.head(self.backbone(views)).float(), dim=1)
+    def _embed(self, views: Tensor) -> tuple[Tensor, Tensor]:
+        features = self.backbone(views)
+        return features, F.normalize(self.head(features).float(), dim=1)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The loss of one batch: of its views and, at the steps that mix, of what the mixer makes of them."""
@@ -96,36 +139,89 @@ class Pretraining(LightningModule):
         seed = seed_of(self.config.seed, batch.epoch, batch.step, self.global_rank)
         torch.manual_seed(seed)  # what a network drops at random, too, is a function of the step
         mixer = self.mixer if mixes_at(mix, self.config.seed, batch.epoch, batch.step) else None
-        looks = mixer is not None and mixer.looks and batch.step % mix.attribution_every == 0
+        asked = (mixer is not None and mixer.looks) or self.config.outliers.name == "attribution"
+        looks = asked and batch.step % mix.attribution_every == 0
         done = (batch.epoch + batch.step / self.loader.steps_per_epoch) / self.config.epochs
         temperature = temperature_at(method, done)
 
         views = self.draw_views(batch.images, seed)  # [2B, 3, H, W]
         labels = batch.labels.repeat(2)  # [2B]
         with self.watched(looks):
-            z = self.project(views)  # [2B, D]
-        rows = Rows(z, labels, temperature)
+            features, z = self.embed(views)  # [2B, F], [2B, D]
+        rows = Rows(z, labels, temperature, features=features)
         losses = {name: loss(rows) for name, loss in self.losses.items()}
-        total = sum((self.weights[name] * value for name, value in losses.items()), z.new_zeros(()))
-        scalars = dict(losses)
+        total = own = sum((self.weights[name] * value for name, value in losses.items()), z.new_zeros(()))
+        if self.teacher is not None:
+            self.teacher.follow(self.backbone, self.head, self.optimizer_steps(batch))
+            rows = rows._replace(taught=self.teacher(views, temperature))
+        for name, loss in self.beside.items():
+            losses[name] = loss(rows)
+            total = total + self.weights[name] * losses[name]
+        scalars, outliers = dict(losses), None
 
+        guide = own if method.attribution == "joint" else losses.get(method.attribution, own)
+        maps = self.attribute(views, z, guide) if looks else torch.zeros_like(views[:, 0])  # [2B, H, W]
+        disrupted = self.disrupt(views, maps, seed_of(seed, 2)) if looks else None  # [M, 3, S, S]
         if mixer is not None:
-            guide = total if method.attribution == "joint" else losses[method.attribution]
-            maps = self.attribute(mixer, views, z, guide, looks)  # [2B, H, W]
             others = batch.images if batch.images.ndim == 4 else batch.images[:, 2:]  # of photographs, four are cut
             again = partial(self.draw_views, others, seed_of(seed, 1))  # what extra_view calls
             generator = torch.Generator(views.device).manual_seed(seed)
-            mixed = mixer(views, guide, generator, projections=z, attribution=maps, new_views=again)
-            p = self.project(mixed.images)  # [2B, D]
-            rows = rows._replace(p=p, kept=mixed.kept, other=labels[mixed.partner])
-            mixed_loss = self.losses[method.mixed_loss](rows)
-            total = total + mix.weight * self.weights[method.mixed_loss] * mixed_loss
-            scalars |= {"mixed": mixed_loss, "kept": mixed.kept.mean()}
+            its_maps = maps if mixer.looks else None
+            mixed = mixer(views, guide, generator, projections=z, attribution=its_maps, new_views=again)
+            mixed_features, p, outliers = self.embed_more(mixed.images, disrupted)  # [2B, F], [2B, D], [M, D]
+            rows = rows._replace(p=p, kept=mixed.kept, other=labels[mixed.partner], partner=mixed.partner)
+            taught_mixed = self.teach_mixed(mixed.images, temperature)
+            rows = rows._replace(mixed_features=mixed_features, taught_mixed=taught_mixed)
+            for name, weight in self.mixed_weights.items():
+                mixed_loss = (self.losses | self.beside)[name](rows)
+                total = total + weight * mixed_loss
+                scalars["mixed" if name == method.mixed_loss else f"{name}_mixed"] = mixed_loss
+            scalars["kept"] = mixed.kept.mean()
             self.pictures = views, mixed
+        elif disrupted is not None:
+            outliers = self.embed(disrupted)[1]
+        if outliers is not None:
+            outlier_loss = self.outlier_loss(rows._replace(outliers=outliers))
+            total = total + self.config.outliers.weight * outlier_loss
+            scalars["outliers"] = outlier_loss
 
         self.scalars = {f"train/{name}": value.detach() for name, value in {"loss": total, **scalars}.items()}
         self.steps = batch.epoch * self.loader.steps_per_epoch + batch.step + 1
         return total
+
+    def optimizer_steps(self, batch: Batch) -> int:
+        """How many the optimizer has done when a batch comes."""
+        done = batch.epoch * self.loader.steps_per_epoch + batch.step
+        return done // self.config.trainer.get("accumulate_grad_batches", 1)
+
+    def teach_mixed(self, images: Tensor, temperature: float) -> Taught | None:
+        """What the teacher makes of the mixed images themselves, where a loss asks for it."""
+        if self.teacher is None or self.config.distill.form != "logits" or not self.config.distill.mixed:
+            return None
+        return self.teacher(images, temperature)
+
+    def disrupt(self, views: Tensor, maps: Tensor, seed: int) -> Tensor | None:
+        """Outliers ``[M, 3, S, S]`` of the first views of the batch; None where none are asked for."""
+        config = self.config.outliers
+        if config.name != "attribution":
+            return None
+        count = self.outlier_count(len(views))
+        views, maps, generator = views[:count], maps[:count], torch.Generator(views.device).manual_seed(seed)
+        images = disrupt(views, maps, generator, config.how, config.pixels, config.amount)
+        self.disrupted = views, maps, images
+        return images
+
+    def outlier_count(self, views: int) -> int:
+        """How many of so many views become outliers: an even number, for BatchNorm has nothing to compare one with."""
+        return 2 * max(1, round(self.config.outliers.share * views / 2))
+
+    def embed_more(self, mixed: Tensor, disrupted: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Features and projections of mixed images, and projections of outliers: one forward pass, one BatchNorm."""
+        if disrupted is not None:
+            features, p = self.embed(torch.cat([mixed, disrupted]).contiguous(memory_format=self.layout))
+            return features[: len(mixed)], p[: len(mixed)], p[len(mixed) :]
+        features, p = self.embed(mixed)
+        return features, p, p[: self.outlier_count(len(p))] if self.config.outliers.name == "mixed" else None
 
     def draw_views(self, images: Tensor, seed: int) -> Tensor:
         """Two random views ``[2B, 3, S, S]`` of images ``[B, 3, S, S]``, or of their crops ``[B, V, 3, S, S]``,
@@ -134,29 +230,25 @@ class Pretraining(LightningModule):
 
     def watched(self, looks: bool) -> AbstractContextManager[None]:
         """Around the forward pass. One in micro-batches keeps nothing to look at: :meth:`attribute` repeats it."""
-        if self.mixer is None or not looks or self.config.speed.micro_batch is not None:
+        if self.looker is None or not looks or self.config.speed.micro_batch is not None:
             return nullcontext()
-        return self.mixer.watch(self.backbone)
+        return self.looker.watch(self.backbone)
 
-    def attribute(self, mixer: Mixer, views: Tensor, z: Tensor, guide: Tensor, looks: bool) -> Tensor | None:
+    def attribute(self, views: Tensor, z: Tensor, guide: Tensor) -> Tensor:
         """The maps ``[2B, H, W]`` of the loss ``guide``: where in the views its gradient points.
 
-        At steps that do not look they are flat, so that boxes lie at random places; None for mixers that never look.
         Through micro-batches the gradient at ``z`` is handed on one at a time.
         """
-        if not mixer.looks:
-            return None
-        if not looks:
-            return torch.zeros_like(views[:, 0])
+        assert self.looker is not None  # somebody asks
         size = self.config.speed.micro_batch
         if size is None:
-            return mixer.attribute(views, guide)
+            return cast(Tensor, self.looker.attribute(views, guide))
         (gradient,) = torch.autograd.grad(guide, z, retain_graph=True)
         maps = []
         for part, its_gradient in zip(views.split(size), gradient.split(size), strict=True):
-            with still(self.backbone), mixer.watch(self.backbone):
-                its_z = self._project(part)
-            maps.append(cast(Tensor, mixer.attribute(part, (its_z * its_gradient).sum())))
+            with still(self.backbone), self.looker.watch(self.backbone):
+                _, its_z = self._embed(part)
+            maps.append(cast(Tensor, self.looker.attribute(part, (its_z * its_gradient).sum())))
         return torch.cat(maps)
 
     @property

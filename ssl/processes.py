@@ -47,9 +47,9 @@ class _Gather(torch.autograd.Function):
         return gradient[first : first + ctx.count]
 
 
-def mean_over_processes(value: Tensor) -> Tensor:
-    """The mean of a number that every process has; float32, without gradients."""
-    value = value.float()
+def mean_over_processes(value: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The mean of a number that every process has, without gradients."""
+    value = value.detach().to(dtype, copy=True)
     if world_size() > 1:
         dist.all_reduce(value)
     return value / world_size()

@@ -72,9 +72,13 @@ class OrthogonalTargetLoss(nn.Module):
         temperature = self.temperature if temperature is None else positive_temperature(temperature)
         with torch.autocast(z.device.type, enabled=False):
             z = z.float() if z.dtype in (torch.float16, torch.bfloat16) else z
-            logits = z @ self.targets.T.to(z.dtype) / temperature  # [N, K]
+            logits = self.logits(z, temperature)
             kept = z.new_ones(len(z)) if kept is None else kept.to(z.dtype)
             share = torch.zeros_like(logits).scatter_(1, labels[:, None], kept[:, None])
             if other is not None:
                 share.scatter_add_(1, other[:, None], 1 - kept[:, None])
             return F.cross_entropy(logits, share, label_smoothing=self.smoothing)
+
+    def logits(self, z: Tensor, temperature: float | None = None) -> Tensor:
+        """Similarities ``[N, K]`` of L2-normalised ``z`` ``[N, D]`` to the targets, by the temperature."""
+        return z @ self.targets.T.to(z.dtype) / (self.temperature if temperature is None else temperature)

@@ -29,6 +29,7 @@ from gradmix.ssl.optimizer import learning_rate
 from gradmix.ssl.pretrain import Pretraining, build_mixer
 from gradmix.ssl.runs.files import write_json, write_tensors
 from gradmix.ssl.runs.folder import check_free, claim
+from gradmix.ssl.teacher import check_teacher
 
 # What Lightning's Trainer may not be told, for the run's folder would not hold everything any more.
 OURS = {
@@ -57,6 +58,7 @@ def train(config: Config, data: OpenSetData, callbacks: Sequence[Callback] = ())
     run_dir = Path(config.run_dir)
     check(config)
     check_batch_size(config.batch_size, len(data.train))
+    check_teacher(config, data.classes)
     seed_everything(config.seed, verbose=False)
     module = Pretraining(config, data.train)
     network = torch.nn.Sequential(module.backbone, module.head)
@@ -69,6 +71,8 @@ def train(config: Config, data: OpenSetData, callbacks: Sequence[Callback] = ())
             raise ValueError(f"{run_dir / 'checkpoints'}: step {resume['step']} is behind the end of the training")
         if resume["images"] != fingerprint:
             raise ValueError(f"data: not the training images that {run_dir} began with; choose another run_dir=")
+        if resume["teacher"] != module.taught_by:
+            raise ValueError(f"distill.teacher: not the weights that {run_dir} began with; choose another run_dir=")
         try:
             module.load_state_dict(resume["module"])
         except RuntimeError as error:
@@ -110,6 +114,7 @@ def train(config: Config, data: OpenSetData, callbacks: Sequence[Callback] = ())
                 "train/images_per_s": round(progress.images_per_s, 1),
                 "train/lr": learning_rate(config),
                 "train/precision": precision(config),
+                **({"train/teacher": module.taught_by} if module.taught_by else {}),
                 **{name: value.item() for name, value in module.scalars.items()},
             },
         )
@@ -157,6 +162,12 @@ def check(config: Config) -> None:
         )
     if build_mixer(config.mix) is not None:
         check_mixing(config.method)
+    if config.outliers.name == "mixed" and config.mix.name in ("none", "extra_view"):
+        raise ValueError(
+            f"outliers.name: mix={config.mix.name} mixes nothing that could be an outlier; outliers=attribution needs "
+            "no mix"
+        )
+    check_teacher(config)
 
 
 def build_trainer(config: Config, callbacks: list[Callback]) -> Trainer:
@@ -194,5 +205,6 @@ def quiet_lightning() -> None:
         ".*does not have many workers",
         ".*isinstance.treespec.*",
         ".*smaller than the logging",
+        ".*in eval mode at the start",  # a teacher
     ):
         warnings.filterwarnings("ignore", message, module="pytorch_lightning")

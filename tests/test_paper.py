@@ -52,7 +52,9 @@ def row(mix, split, auroc):
 def test_the_table_has_means_deviations_and_paired_differences(table):
     rows = [row("none", 0, 0.70), row("none", 1, 0.80), row("gradmix", 0, 0.72), row("gradmix", 1, 0.86)]
     rows.append(row("gradmix", 2, 0.5))  # has no partner: counts in the mean, not in the difference
+    rows.append(row("gradmix", 0, 0.71) | {"tag": "+ema"})  # added to the setting: compared with none without it
     lines = {line.split("|")[3].strip(): line for line in table(rows).splitlines()[2:]}
+    assert "| 1 | +1.00 | 71.00 |" in lines["gradmix +ema"]
     # none: mean 75, deviation 7.07; gradmix: 69.33 and 18.15; differences 2 and 6: mean 4, deviation 2.83
     assert "| 2 |  | 75.00 ± 7.07 |" in lines["none"]
     assert "| 3 | +4.00 ± 2.83 | 69.33 ± 18.15 |" in lines["gradmix"]

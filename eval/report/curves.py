@@ -9,7 +9,8 @@ from gradmix.eval.report.charts import COLOURS, INK, Line, Points, histogram, li
 from gradmix.eval.report.page import Chart, Section, percent, section
 from gradmix.eval.runs.folder import Run
 
-LOSSES = ("train/loss", "train/supervised", "train/selfsup", "train/targets", "train/mixed")  # of one chart
+PARTS = ("loss", "supervised", "selfsup", "targets", "prototypes", "mixed", "distill", "distill_mixed", "outliers")
+LOSSES = tuple(f"train/{part}" for part in PARTS)  # of one chart
 WATCHED = tuple(metric.key for metric in (*SESSION, *QUALITY) if metric.key not in LOSSES)  # one chart each
 
 

@@ -117,8 +117,10 @@ def _mixing(run: Run, step: int, encoded: bytes) -> dict[str, Any]:
     columns = min(8, run.config.batch_size)
     count = round((picture.height - 2) / ((picture.width - 2) / columns))  # tiles are square, 2 pixels apart
     names = {
+        3: ("view", "attribution", "outlier"),
         4: ("other view", "view", "partner", "mixed"),
         5: ("other view", "view", "attribution", "partner", "mixed"),
+        6: ("other view", "view", "attribution", "partner", "mixed", "outlier"),
     }.get(count, ())
     epoch = step * run.config.epochs / run.numbers["train/steps"] if run.numbers.get("train/steps") else None
     when = f"step {step}" + ("" if epoch is None else f", epoch {epoch:.0f}")

@@ -7,7 +7,8 @@ from gradmix.eval.catalogue import match
 from gradmix.ssl.runs.documents import as_schema, read_document
 
 Plain = bool | int | float | str | None
-WORDS = {"train/precision": str, "command": str, "checkpoint": str}  # the rest of training.json are numbers
+# The rest of training.json are numbers.
+WORDS = {"train/precision": str, "train/teacher": str, "command": str, "checkpoint": str}
 TREES = {
     "skipped": dict[str, str],
     "data/unknown_roots": dict[str, str],

@@ -20,6 +20,8 @@ MIXING = [name for name in MIXERS if name != "extra_view"]  # which mixes nothin
 BOXES = {
     "gradmix": GradMix,
     "gradmix_cut": partial(GradMix, paste="cut"),
+    "background": partial(GradMix, paste="background"),
+    "border": partial(GradMix, border=0.2),
     "noise_box": partial(GradMix, paste="noise"),
     "random_box": partial(GradMix, centre="random"),
     "cutmix": CutMix,
@@ -87,7 +89,7 @@ def is_other_view_of_another_image(partner: torch.Tensor) -> bool:
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("name", [*MIXING, "gradmix_cut"])
+@pytest.mark.parametrize("name", [*MIXING, "gradmix_cut", "background", "border"])
 def test_kept_is_the_true_fraction_of_own_pixels(name, size):
     mixer = {**MIXERS, **BOXES}[name]()
     for seed, batch in enumerate([2, 3, 9]):
@@ -180,6 +182,63 @@ def test_a_flat_map_gives_a_random_place():
     for starts in (tops, lefts):
         assert starts.min() == 0 and starts.max() == 22 and starts.unique().numel() == 23
     assert torch.corrcoef(torch.stack([tops, lefts]))[0, 1].abs() < 0.15
+
+
+@pytest.mark.parametrize("border", [0.0, 0.125, 0.3, 0.49])
+@pytest.mark.parametrize("size", [(32, 32), (9, 14), (2, 3)])
+def test_no_peak_is_looked_for_at_the_border(size, border):
+    height, width = size
+    maps = torch.rand(40, height, width, generator=seeded(0))
+    mixed = mix(GradMix(keep=(0.9, 0.9), border=border), numbered(20, size), maps, generator=seeded(1))
+    margins = [min(round(border * length), (length - 1) // 2) for length in size]
+    for row, one in enumerate(mixed.attribution):
+        allowed = {
+            (y, x): float(one[y, x])
+            for y in range(margins[0], height - margins[0])
+            for x in range(margins[1], width - margins[1])
+        }
+        peak = max(allowed, key=allowed.get)
+        for i, length in enumerate(size):
+            start, end = int(mixed.boxes[row, i]), int(mixed.boxes[row, i + 2])
+            assert start == min(max(peak[i] - (end - start) // 2, 0), length - (end - start))
+    if border == 0:
+        usual = mix(GradMix(keep=(0.9, 0.9)), numbered(20, size), maps, generator=seeded(1))
+        assert torch.equal(usual.images, mixed.images)
+
+
+def test_a_map_that_is_bright_at_the_border_only_gives_a_random_place():
+    maps = torch.zeros(200, 32, 32)
+    maps[:, 0] = 1
+    tops = mix(GradMix(keep=(0.9, 0.9), border=0.1), numbered(100, (32, 32)), maps, generator=seeded(0)).boxes[:, 0]
+    assert tops.unique().numel() > 15
+
+
+def test_backgrounds_are_pasted_into_backgrounds():
+    """Pixels say where they come from: every box is a piece of the partner, around a pixel among its lower half."""
+    rows, side = 12, 10
+    position = torch.arange(side * side, dtype=torch.float64).view(1, 1, side, side)
+    images = position + 100 * torch.arange(rows, dtype=torch.float64).view(-1, 1, 1, 1)
+    maps = torch.rand(rows, side, side, generator=seeded(0))
+    mixed = mix(GradMix(paste="background", keep=(0.8, 0.9)), images, maps, generator=seeded(1))
+    lower = [set(one.flatten().argsort()[:50].tolist()) for one in mixed.attribution]
+    for row, (top, left, bottom, right) in enumerate(mixed.boxes.tolist()):
+        partner = int(mixed.partner[row])
+        piece = mixed.images[row, 0, top:bottom, left:right] - 100 * partner
+        start = int(piece[0, 0])
+        for y in range(bottom - top):
+            for x in range(right - left):
+                assert int(piece[y, x]) == start + y * side + x  # one piece, not resized
+
+        def reaches(top, left, height, width, pixels):
+            """Whether a box around one of the pixels, moved inside, lies there."""
+            corners = {
+                tuple(min(max(c - s // 2, 0), side - s) for c, s in ((p // side, height), (p % side, width)))
+                for p in pixels
+            }
+            return (top, left) in corners
+
+        assert reaches(top, left, bottom - top, right - left, lower[row])
+        assert reaches(start // side, start % side, bottom - top, right - left, lower[partner])
 
 
 def test_gradmix_and_its_controls_draw_the_same_boxes_sizes_and_partners():
@@ -357,9 +416,14 @@ def test_wrong_arguments_are_named():
         (partial(GradMix, keep=(0.9, 0.5)), "keep: expected .low, high. with 0 <= low <= high <= 1, got .0.9, 0.5."),
         (partial(GradMix, keep=0.5), "keep: expected .low, high. with 0 <= low <= high <= 1, got 0.5"),
         (partial(ResizeMix, scale=(0.1, 2)), "scale: expected .low, high. with 0 <= low <= high <= 1, got"),
-        (partial(GradMix, paste="blur"), "paste: expected one of resize, cut, noise, got 'blur'"),
+        (partial(GradMix, paste="blur"), "paste: expected one of resize, cut, noise, background, got 'blur'"),
         (partial(GradMix, evidence="all"), "evidence: expected one of loss, agreement, got 'all'"),
         (partial(GradMix, centre="middle"), "centre: expected one of peak, random, got 'middle'"),
+        (
+            partial(GradMix, paste="background", centre="random"),
+            "paste: 'background' asks the map .* needs centre='peak'",
+        ),
+        (partial(GradMix, border=0.5), "border: expected 0 to below 0.5, got 0.5"),
         (partial(CutMix, partner="best"), "partner: expected one of random, similar, dissimilar, got 'best'"),
     ]:
         with pytest.raises(ValueError, match=message):
@@ -383,7 +447,7 @@ class NoSynchronisation(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("name", [*MIXING, "gradmix_cut", "similar"])
+@pytest.mark.parametrize("name", [*MIXING, "gradmix_cut", "background", "border", "similar"])
 def test_nothing_waits_for_the_device(name):
     mixer = GradMix(partner="similar") if name == "similar" else {**MIXERS, **BOXES}[name]()
     images, generator = torch.rand(8, 3, 16, 16), seeded(0)

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import gradmix
 from gradmix.ssl.callbacks import mixing_picture
-from gradmix.ssl.config import SpeedConfig
+from gradmix.ssl.config import DistillConfig, OutlierConfig, SpeedConfig
 from gradmix.ssl.data.loader import TrainLoader
 from gradmix.ssl.guard import Guard
 from gradmix.ssl.optimizer import build_optimizer
@@ -190,8 +190,14 @@ def test_a_step_on_the_device_is_the_hosts_and_waits_for_nothing(gpu, method, mi
 
 @pytest.mark.parametrize(
     "changes",
-    [{"speed": SpeedConfig(micro_batch=8)}, {"mixing": {"options": {"partner": "similar"}}}],
-    ids=["micro_batch", "similar"],
+    [
+        {"speed": SpeedConfig(micro_batch=8)},
+        {"mixing": {"options": {"partner": "similar"}}},
+        {"distill": DistillConfig("ema")},
+        {"method": "sphor", "distill": DistillConfig("ema", form="logits")},
+        {"outliers": OutlierConfig("attribution", how="shift")},
+    ],
+    ids=["micro_batch", "similar", "relations", "logits", "outliers"],
 )
 def test_so_is_a_step_with_other_settings(gpu, changes, config, data):
     expected, _ = steps(small(config, **changes), data)
@@ -208,7 +214,7 @@ def test_only_skipping_waits_for_the_verdict(gpu, config, data):
 def test_pictures_come_from_the_device(gpu, config, data):
     _, on_host = steps(small(config), data)
     _, on_gpu = steps(small(config), data, GPU)
-    pictures = [mixing_picture(*module.pictures, module.backbone.constants) for module in (on_host, on_gpu)]
+    pictures = [mixing_picture(module.pictures, module.backbone.constants) for module in (on_host, on_gpu)]
     assert torch.equal(*pictures) and pictures[1].device.type == "cpu"
 
 

@@ -65,6 +65,8 @@ def pretrain(config: Config) -> dict[str, Any] | None:
     if config.encoder.init is not None:
         weights = Path(config.run_dir) / "backbone.safetensors"
         check_output("run_dir", weights, files=[Path(config.encoder.init).expanduser()])
+    if config.distill.teacher is not None:
+        check_output("run_dir", Path(config.run_dir), [], [Path(config.distill.teacher).expanduser()])
     if config.data.split != "all":
         return pretrain_one(config)
     results: list[dict[str, Any] | None] = []

@@ -86,8 +86,8 @@ def damage():
 
 @pytest.fixture
 def command(monkeypatch, capsys, tmp_path):
-    """Run one of the three commands in this process, in an empty folder: command("pretrain", "epochs=1", ...)."""
-    from gradmix.eval.commands import evaluate, pretrain, score
+    """Run one of the commands in this process, in an empty folder: command("pretrain", "epochs=1", ...)."""
+    from gradmix.eval.commands import compare, evaluate, pretrain, score
 
     monkeypatch.chdir(tmp_path)
 
@@ -95,7 +95,7 @@ def command(monkeypatch, capsys, tmp_path):
         monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
         monkeypatch.setattr(sys, "argv", [f"gradmix-{name}", *map(str, arguments)])
         try:
-            {"pretrain": pretrain, "eval": evaluate, "score": score}[name].main()
+            {"pretrain": pretrain, "eval": evaluate, "score": score, "compare": compare}[name].main()
             code = 0
         except SystemExit as stop:
             code = stop.code

@@ -104,7 +104,7 @@ def hash_json(value: dict[str, Any]) -> str:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    write_atomically(path, lambda temporary: temporary.write_text(text))
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def write_json(path: str | Path, value: Any) -> None:

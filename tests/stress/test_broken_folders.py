@@ -216,13 +216,18 @@ def tried(good: Path, folder: Path, change: tuple, measured: float) -> Case:
 
 
 def test_broken_folders(good, cases, tell, tmp_path):
+    """Trouble is told when it is found: all of it takes a while."""
     generator = np.random.default_rng(0)
     every = list(changes_of(good / "run", generator))
     chosen = [every[i] for i in generator.permutation(len(every))[: cases(CASES)]]
     measured = json.loads((good / "run/metrics.json").read_text())["knn/top1"]
     outside, folders = digest(good), [tmp_path / "cases" / str(number) for number in range(len(chosen))]
     with ThreadPoolExecutor(usable_cpus()) as pool:  # a watched process for each
-        done = list(pool.map(tried, [good] * len(chosen), folders, chosen, [measured] * len(chosen)))
+        done = []
+        for case in pool.map(tried, [good] * len(chosen), folders, chosen, [measured] * len(chosen)):
+            done.append(case)
+            if case.trouble or len(done) % 250 == 0:
+                tell(f"case {len(done)}, {case.what}: {case.trouble or 'fine'}")
     assert digest(good) == outside and os.listdir(tmp_path) == ["cases"] and not os.listdir(tmp_path / "cases")
     counts = Counter(f"{case.reader} exit {case.code}" for case in done)
     slowest = max((case.seconds, case.what) for case in done if case.reader != "eval")

@@ -99,7 +99,7 @@ def test_a_clock_that_goes_backwards(when, whole, half, tmp_path):
     clock.write_text("-400d" if when == "between" else "+0")
     environment = {
         **os.environ,
-        **{"LD_PRELOAD": str(FAKETIME), "FAKETIME_TIMESTAMP_FILE": str(clock), "FAKETIME_NO_CACHE": "1"},
+        **{"LD_PRELOAD": str(FAKETIME), "FAKETIME_TIMESTAMP_FILE": str(clock), "FAKETIME_CACHE_DURATION": "1"},
         **{"FAKETIME_DONT_FAKE_MONOTONIC": "1", "OMP_NUM_THREADS": "1"},
     }
     code = "from gradmix.eval.commands.pretrain import main; main()"

@@ -19,7 +19,7 @@ install: .venv/installed
 	touch $@
 
 demo: install
-	$(BIN)/gradmix-pretrain run_dir=runs/demo
+	$(BIN)/gradmix-pretrain method=sphor run_dir=runs/demo
 
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TWO_PROCESSES)

@@ -55,6 +55,10 @@ DEMO = {
     "sphor": ["method=sphor"],
     "sphor, mixup": ["method=sphor", "mix=mixup"],
     "sphor, none": ["method=sphor", NONE],
+    "sphor, rotate 20": ["method=sphor", "data.augment.rotate=20"],
+    "sphor, crop 0.8": ["method=sphor", "data.augment.crop=[0.8,1.0]"],
+    "sphor, temperature 0.2": ["method=sphor", "method.temperature=0.2"],
+    "sphor, temperature 0.05": ["method=sphor", "method.temperature=0.05"],
     "quarter, targets": [QUARTER, *TARGETS],
     "quarter, targets mixed": [QUARTER, *TARGETS, "method.mixed_loss=targets", "method.attribution=targets"],
 }

@@ -14,12 +14,13 @@ Controls of equal compute: ``--mix none --epochs 200``, ``--mix extra_view``, ``
 import argparse
 import itertools
 import json
+import math
 import signal
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -31,7 +32,6 @@ from gradmix.eval.metrics import auroc
 from gradmix.ssl.runs.files import write_json
 
 PAGE = Path(__file__).parent.parent / "docs/results.md"
-MARKS = "<!-- paper.py writes this table -->", "<!-- end of the table -->"
 TIME_TO_STOP = 20  # seconds that a run gets to save and exit
 # What makes a row: the same setting may be run for other splits and seeds.
 SETTING = ("data", "pseudo_unknown", "method", "mix", "evidence", "epochs", "tag")
@@ -70,7 +70,7 @@ def main() -> None:
         save("paper", rows)
         if lines := auroc_by_epochs(rows):
             plot(RESULTS / "paper.png", lines, "epochs", "AUROC, %")
-        write_page(table(rows))
+        write_page(PAGE, table(rows))
     elif options.results:
         write_json(options.results, rows)
     print(f"\nruns left: {left}" if left else "\nnothing left to run")
@@ -178,21 +178,23 @@ def merge(options: argparse.Namespace, rows: list[dict]) -> list[dict]:
     return list({tuple(row[key] for key in IDENTITY): row for row in [*old, *rows]}.values())
 
 
+# Columns of the tables: a share of a row, None where it was not measured.
+COLUMNS: dict[str, Callable[[dict], float | None]] = {
+    "AUROC": lambda row: row["detectors"].get("deep_knn", {}).get("auroc"),
+    "OSCR": lambda row: row["detectors"].get("deep_knn", {}).get("oscr"),
+    "pixels": lambda row: row["detectors"].get("pixels", {}).get("auroc"),
+    "closed set": lambda row: row["closed_set_accuracy"],
+    "kNN": lambda row: row["knn_top1"],
+    "linear": lambda row: row["linear_top1"],
+}
+
+
 def table(rows: list[dict]) -> str:
     """Per setting, mean and deviation over splits and seeds in per cent, and the paired difference to ``mix=none``."""
-    columns = {
-        "AUROC": lambda row: row["detectors"].get("deep_knn", {}).get("auroc"),
-        "OSCR": lambda row: row["detectors"].get("deep_knn", {}).get("oscr"),
-        "pixels": lambda row: row["detectors"].get("pixels", {}).get("auroc"),
-        "closed set": lambda row: row["closed_set_accuracy"],
-        "kNN": lambda row: row["knn_top1"],
-        "linear": lambda row: row["linear_top1"],
-    }
     settings: dict[tuple, list[dict]] = {}
     for row in rows:
         settings.setdefault(tuple(row[key] for key in SETTING), []).append(row)
-    titles = ["data", "epochs", "mix", "runs", "AUROC over none", *columns]
-    lines = ["| " + " | ".join(titles) + " |", "|" + " --- |" * len(titles)]
+    lines = [["data", "epochs", "mix", "runs", "AUROC over none", *COLUMNS]]
     for setting, its_rows in sorted(settings.items(), key=lambda item: tuple(map(str, item[0]))):
         data, pseudo, method, mix, evidence, epochs, tag = setting
         baseline = {
@@ -200,23 +202,34 @@ def table(rows: list[dict]) -> str:
             for row in settings.get((data, pseudo, method, "none", "", epochs, tag), [])
         }
         pairs = [(row, baseline[place]) for row in its_rows if (place := (row["split"], row["seed"])) in baseline]
-        auroc_of = columns["AUROC"]
-        differences = [
-            auroc_of(a) - auroc_of(b) for a, b in pairs if auroc_of(a) is not None and auroc_of(b) is not None
-        ]
         what = f"{data}, {method}" + (f", {pseudo} held back" if pseudo else "")
         cells = [what, str(epochs), " ".join(part for part in (mix, evidence, tag) if part)]
-        cells += [str(len(its_rows)), "" if mix == "none" else spread(differences, "+.2f")]
-        cells += [spread([value for row in its_rows if (value := of(row)) is not None]) for of in columns.values()]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        cells += [str(len(its_rows)), "" if mix == "none" else spread(differences(COLUMNS["AUROC"], pairs), "+.2f")]
+        cells += [spread([value for row in its_rows if (value := of(row)) is not None]) for of in COLUMNS.values()]
+        lines.append(cells)
+    return markdown(lines)
 
 
-def spread(values: list[float], form: str = ".2f") -> str:
+def differences(measure: Callable[[dict], float | None], pairs: Iterable[tuple[dict, dict]]) -> list[float]:
+    """First row minus second, of the pairs in which both were measured."""
+    values = [(measure(first), measure(second)) for first, second in pairs]
+    return [a - b for a, b in values if a is not None and b is not None]
+
+
+def spread(values: list[float], form: str = ".2f", of_mean: bool = False) -> str:
+    """In per cent: the mean; of two values or more also their deviation, or with ``of_mean`` the mean's own error."""
     if not values:
         return ""
     mean = format(100 * statistics.mean(values), form)
-    return f"{mean} ± {100 * statistics.stdev(values):.2f}" if len(values) > 1 else mean
+    if len(values) == 1:
+        return mean
+    return f"{mean} ± {100 * statistics.stdev(values) / (math.sqrt(len(values)) if of_mean else 1):.2f}"
+
+
+def markdown(lines: list[list[str]]) -> str:
+    """A page's table; the first line has the titles."""
+    lines = [lines[0], ["---"] * len(lines[0]), *lines[1:]]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
 def joined(runs: Path) -> str:
@@ -259,12 +272,14 @@ def auroc_by_epochs(rows: list[dict]) -> dict[str, dict[float, float]]:
     }
 
 
-def write_page(text: str) -> None:
-    before, _, rest = PAGE.read_text().partition(MARKS[0])
-    _, _, after = rest.partition(MARKS[1])
+def write_page(page: Path, text: str) -> None:
+    """Put a table into a page, in the place that says it is of the script that runs."""
+    start, end = f"<!-- {Path(sys.argv[0]).name} writes this table -->", "<!-- end of the table -->"
+    before, _, rest = page.read_text().partition(start)
+    _, _, after = rest.partition(end)
     if not rest or not after:
-        sys.exit(f"{PAGE}: no place for the table; it must have {MARKS[0]} and {MARKS[1]}")
-    PAGE.write_text(f"{before}{MARKS[0]}\n\n{text}\n\n{MARKS[1]}{after}")
+        sys.exit(f"{page}: no place for the table; it must have {start} and {end}")
+    page.write_text(f"{before}{start}\n\n{text}\n\n{end}{after}")
 
 
 if __name__ == "__main__":

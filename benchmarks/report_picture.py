@@ -1,6 +1,6 @@
 """The picture of a report on the front page: headline numbers, the map, the surest mistakes of one kind.
 
-    gradmix-pretrain method.selfsup=0.25 run_dir=runs/demo
+    gradmix-pretrain method=sphor run_dir=runs/demo
     python benchmarks/report_picture.py runs/demo       # writes docs/report.png
 
 It needs chromium. The caption in README.md names the run's command.

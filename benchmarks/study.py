@@ -10,20 +10,19 @@ checkpoint when the same line is given again; what is finished is left alone. Se
 import argparse
 import itertools
 import json
-import math
 import os
 import statistics
 import tarfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from machine import RESULTS, save
-from paper import finish, row_of
+from paper import COLUMNS, differences, finish, markdown, row_of, spread, write_page
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 PAGE = Path(__file__).parent.parent / "docs" / "study.md"
-MARKS = "<!-- study.py writes this table -->", "<!-- end of the table -->"
 IMAGES = 200  # training images of each class
 EPOCHS = 300
 SETTING = (
@@ -70,7 +69,7 @@ def main() -> None:
         known = {identity(row): row for row in (json.loads(path.read_text()) if path.exists() else [])}
         rows = list((known | {identity(row): row for row in rows}).values())
         save("study", rows)
-        write_page(table(rows))
+        write_page(PAGE, table(rows))
         plots(rows)
     print(table(rows))
 
@@ -150,24 +149,19 @@ def study_row(folder: Path) -> dict:
     return row | {"stage": folder.parent.name, "arm": arm, "split": int(split), "tag": "", "curves": curves}
 
 
+with_error = partial(spread, of_mean=True)
+
+
 def identity(row: dict) -> tuple:
     return row["stage"], row["arm"], row["split"], row["epochs"]
 
 
-MEASURES = {
-    "AUROC": lambda row: row["detectors"].get("deep_knn", {}).get("auroc"),
-    "OSCR": lambda row: row["detectors"].get("deep_knn", {}).get("oscr"),
-    "kNN": lambda row: row["knn_top1"],
-    "linear": lambda row: row["linear_top1"],
-}
+MEASURES = {name: COLUMNS[name] for name in ("AUROC", "OSCR", "kNN", "linear")}
 
 
 def table(rows: list[dict]) -> str:
     """Mean and standard error over the splits, and the paired difference to ``none``, in points."""
-    titles = ["stage", "arm", "epochs", "runs"]
-    for name in MEASURES:
-        titles += [name, "over none"]
-    lines = ["| " + " | ".join(titles) + " |", "|" + " --- |" * len(titles)]
+    lines = [["stage", "arm", "epochs", "runs", *(title for name in MEASURES for title in (name, "over none"))]]
     groups: dict[tuple, dict[int, dict]] = {}
     for row in rows:
         groups.setdefault((row["stage"], row["arm"], row["epochs"]), {})[row["split"]] = row
@@ -178,19 +172,10 @@ def table(rows: list[dict]) -> str:
         cells = [stage, arm, str(epochs), str(len(by_split))]
         for measure in MEASURES.values():
             values = [v for row in by_split.values() if (v := measure(row)) is not None]
-            pairs = [(measure(row), measure(base[split])) for split, row in by_split.items() if split in base]
-            differences = [a - b for a, b in pairs if a is not None and b is not None]
-            cells += [with_error(values), "" if arm == "none" else with_error(differences, "+.2f")]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def with_error(values: list[float], form: str = ".2f") -> str:
-    """In per cent: mean, and its standard error where there are two values or more."""
-    if not values:
-        return ""
-    mean = format(100 * statistics.mean(values), form)
-    return f"{mean} ± {100 * statistics.stdev(values) / math.sqrt(len(values)):.2f}" if len(values) > 1 else mean
+            apart = differences(measure, ((row, base[split]) for split, row in by_split.items() if split in base))
+            cells += [with_error(values), "" if arm == "none" else with_error(apart, "+.2f")]
+        lines.append(cells)
+    return markdown(lines)
 
 
 def plots(rows: list[dict]) -> None:
@@ -218,12 +203,6 @@ def plots(rows: list[dict]) -> None:
         panels[0][0].legend(fontsize=8)
         figure.tight_layout()
         figure.savefig(PAGE.parent / f"study-{stage}.png", dpi=110)
-
-
-def write_page(text: str) -> None:
-    before, _, rest = PAGE.read_text().partition(MARKS[0])
-    after = rest.partition(MARKS[1])[2]
-    PAGE.write_text(f"{before}{MARKS[0]}\n\n{text}\n\n{MARKS[1]}{after}")
 
 
 if __name__ == "__main__":

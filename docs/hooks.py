@@ -33,7 +33,7 @@ def on_page_markdown(markdown: str, **_) -> str:
 def front_page() -> str:
     """The README, its links as they are from docs/."""
     text = (ROOT / "README.md").read_text().replace("](docs/", "](").replace("](CONTRIBUTING.md)", "](contributing.md)")
-    return text.replace("[CITATION.cff](CITATION.cff)", "`CITATION.cff`")
+    return re.sub(r"\[(CITATION\.cff|SECURITY\.md)\]\(\1\)", r"`\1`", text)
 
 
 def table(schema: type) -> str:

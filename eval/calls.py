@@ -6,10 +6,11 @@ the mapping that may come first, ``gradmix.pretrain({"encoder.width": 16}, epoch
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from hydra import compose, initialize_config_module
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
@@ -17,13 +18,14 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+import gradmix
+from gradmix.eval.commands import later
 from gradmix.eval.commands.command_line import checked, explain, folder_as_data
 from gradmix.eval.config import EvalConfig, ScoreConfig
 from gradmix.ssl.config import Config, flat, register_configs
 from gradmix.ssl.keys import key_of
 
 if TYPE_CHECKING:  # torch takes seconds
-    import numpy as np
     from PIL.Image import Image
 
     from gradmix.eval.scoring.scorer import Score
@@ -58,9 +60,7 @@ class Run(Mapping[str, Any]):
 
     def backbone(self) -> "Backbone":
         """As :func:`gradmix.load` gives it."""
-        from gradmix.ssl.networks.backbones import load_backbone
-
-        return load_backbone(self.path if (self.path / "backbone.safetensors").exists() else self.detector)
+        return gradmix.load(self.path if (self.path / "backbone.safetensors").exists() else self.detector)
 
     def __getitem__(self, name: str) -> Any:
         return self.numbers[name]
@@ -88,10 +88,8 @@ class Scores(Sequence["Score"]):
     threshold: float | None = None
 
     @property
-    def scores(self) -> "np.ndarray":
+    def scores(self) -> np.ndarray:
         """``[N]`` float64; NaN where the image could not be read."""
-        import numpy as np
-
         return np.array([np.nan if row.score is None else row.score for row in self.rows])
 
     @property
@@ -125,13 +123,7 @@ def pretrain(settings: Mapping[str, Any] | None = None, /, **keys: Any) -> Run:
         ValueError: bad input, in one line.
     """
     config = configured("pretrain", Config, {**(settings or {}), **keys})
-    from gradmix.eval.commands.work import pretrain as work
-    from gradmix.eval.report.summary import table
-
-    numbers = work.pretrain(config)
-    if numbers is None:
-        raise RuntimeError("only the first process of a distributed run has its numbers")
-    return Run(Path(config.run_dir), numbers, table(numbers))
+    return Run(*later("pretrain:trained")(config))
 
 
 def evaluate(run: "str | Path | Run | None" = None, settings: Mapping[str, Any] | None = None, /, **keys: Any) -> Run:
@@ -149,11 +141,7 @@ def evaluate(run: "str | Path | Run | None" = None, settings: Mapping[str, Any] 
     for key in ("against", "export"):
         if getattr(config, key):
             raise ValueError(f"{key}: measures nothing; gradmix-eval run=... {key}=... does it")
-    from gradmix.eval.commands.work import evaluate as work
-
-    run_dir, out, parts, foreign = work.find_run(config)
-    numbers, path = work.measure_parts(config, run_dir, out, parts, foreign)
-    return Run(path.parent, numbers, work.as_text(numbers, config))
+    return Run(*later("evaluate:evaluated")(config))
 
 
 def score(
@@ -174,29 +162,11 @@ def score(
     Raises:
         ValueError: bad input, in one line.
     """
-    named = isinstance(images, str | Path)
-    given = {"images": images if named else "a list", **(settings or {}), **keys}
+    listed = None if isinstance(images, str | Path) else list(images)
+    given = {"images": images if listed is None else "a list", **(settings or {}), **keys}
     given["detector"] = detector.detector if isinstance(detector, Run) else detector
     config = configured("score", ScoreConfig, given)
-    from gradmix.eval.scoring.score_file import encode
-    from gradmix.eval.scoring.scorer import Scorer, find_images
-    from gradmix.eval.scoring.sheets import write_sheets
-    from gradmix.ssl.runs.files import write_atomically
-
-    items: list[Any] = find_images(config.images) if named else list(images)
-    scorer = Scorer(config.detector)
-    rows = [
-        replace(row, path=str(item) if isinstance(item, str | Path) else f"image {number}")
-        for number, (item, row) in enumerate(zip(items, scorer.score(items, config.batch_size, True), strict=True))
-    ]
-    if "out" in given:
-        out = Path(config.out).expanduser()
-        write_atomically(
-            out, lambda path: path.write_bytes(encode(list(map(asdict, rows)), out.suffix == ".jsonl", True))
-        )
-    if config.explain is not None:
-        write_sheets(scorer, items, Path(config.explain).expanduser(), config.explain_limit)
-    return Scores(rows, scorer.detector.threshold)
+    return Scores(*later("score:scored")(config, listed, "out" in given))
 
 
 def configured(name: str, schema: type, given: Mapping[str, Any]) -> Any:

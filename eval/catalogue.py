@@ -72,6 +72,7 @@ class Metric:
 
     @property
     def arrow(self) -> str:
+        """Which way is better: ↑, ↓, or nothing."""
         return {"higher": "↑", "lower": "↓", "": ""}[self.better]
 
     def at(self, subject: str) -> str:
@@ -79,7 +80,7 @@ class Metric:
         return re.sub(r"\{\w+\}", lambda _: subject, self.key)
 
     @cached_property
-    def pattern(self) -> re.Pattern:
+    def pattern(self) -> re.Pattern[str]:
         """The keys, with what is measured as the group."""
         parts = re.split(r"(\{\w+\})", self.key)
         inside = {"{classifier}": "(.+)", "{detector}": "([^/]+)", "{kind}": "(.+)"}
@@ -145,7 +146,7 @@ OPEN_SET = (
         "osr/{detector}/balanced_accuracy",
         "Balanced decisions",
         "Mean of the shares of known images accepted and of unknown ones rejected, at the calibrated threshold.",
-        compute=lambda s: None if s.flagged is None else metrics.balanced_accuracy(*s.flagged, 0.5),
+        compute=lambda s: None if s.flagged is None else metrics.balanced_accuracy(s.flagged[0], s.flagged[1], 0.5),
     ),
     Metric(
         "osr/{detector}/false_alarms",
@@ -297,6 +298,18 @@ def match(key: str) -> tuple[Metric, str] | None:
         if found:
             return metric, next(iter(found.groups()), "")
     return None
+
+
+def metric_of(key: str) -> Metric:
+    """The metric whose key this is.
+
+    Raises:
+        KeyError: it is no metric's.
+    """
+    found = match(key)
+    if found is None:
+        raise KeyError(key)
+    return found[0]
 
 
 def title(key: str) -> str:

@@ -36,6 +36,8 @@ class TrainedProbe:
 
 @dataclass
 class EvalConfig:
+    """The keys of gradmix-eval."""
+
     run: str | None = key(None, "folder of a trained run, or of a run with data.split=all", path=True)
     checkpoint: str | None = key(
         None, "instead of a run, weights trained anywhere; needs encoder=, data= and out=", path=True
@@ -73,6 +75,8 @@ class EvalConfig:
 
 @dataclass
 class ScoreConfig:
+    """The keys of gradmix-score."""
+
     detector: str = key(MISSING, "a run's detector/ folder, or one in its detectors/", path=True)
     images: str = key(MISSING, "an image, a folder or a pattern", path=True)
     out: str = key("scores.csv", ".csv, or .jsonl for JSON lines", path=True)

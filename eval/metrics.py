@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from sklearn.metrics import average_precision_score
 
 Scores = np.ndarray | torch.Tensor | Sequence[float]
 Rows = slice | np.ndarray
@@ -35,8 +36,6 @@ def aupr(known_scores: Scores, unknown_scores: Scores, positive: str = "unknown"
     scores = np.r_[known, unknown]
     if positive == "known":
         target, scores = 1 - target, -scores
-    from sklearn.metrics import average_precision_score  # only here: scoring needs no scikit-learn, which takes seconds
-
     return float(average_precision_score(target, scores))
 
 
@@ -52,6 +51,9 @@ def fpr_at_tpr(known_scores: Scores, unknown_scores: Scores, tpr: float = 0.95, 
     as positive; OpenOOD since August 2023 and pytorch-ood take the unknown ones, as the default here.
 
     An image whose score equals the threshold counts as positive.
+
+    Raises:
+        ValueError: empty or non-finite scores, an unknown side, or a ``tpr`` that is no share.
     """
     known, unknown = _scores(known_scores, unknown_scores)
     _check_side(positive)
@@ -71,6 +73,9 @@ def oscr(known_scores: Scores, unknown_scores: Scores, correct: Scores) -> float
 
     Args:
         correct: `[N_known]` booleans, whether the closed-set class of each known image is right.
+
+    Raises:
+        ValueError: empty or non-finite scores, or other than one boolean for each known image.
     """
     known, unknown = _scores(known_scores, unknown_scores)
     correct = _array(correct)
@@ -82,7 +87,11 @@ def oscr(known_scores: Scores, unknown_scores: Scores, correct: Scores) -> float
 
 
 def closed_set_accuracy(predicted: Scores, labels: Scores) -> float:
-    """Share of known images whose closest known class is their own."""
+    """Share of known images whose closest known class is their own.
+
+    Raises:
+        ValueError: no labels, or another number of predictions.
+    """
     predicted, labels = _array(predicted), _array(labels)
     if labels.ndim != 1 or len(labels) == 0:
         raise ValueError(f"labels: expected [N], got shape {labels.shape}")
@@ -138,7 +147,7 @@ def bootstrap(
         metric: one of this module's functions, or any that takes the same arrays.
         correct: with `oscr`, its third argument.
     """
-    run = _run(known_scores, unknown_scores, correct)
+    run = _run((known_scores, unknown_scores, *correct))
     return _interval(lambda *rows: _evaluate(metric, run, *rows), run, samples, level, seed)
 
 
@@ -155,16 +164,19 @@ def paired_bootstrap(
     Args:
         first, second: `(known_scores, unknown_scores)`, with `oscr` `(known_scores, unknown_scores,
             correct)`. A drawn image is drawn for both, so what makes images easy or hard cancels out.
+
+    Raises:
+        ValueError: bad scores, or runs of different numbers of images.
     """
-    first, second = _run(*first[:2], first[2:]), _run(*second[:2], second[2:])
-    for name, ours, theirs in zip(("known_scores", "unknown_scores"), first, second, strict=False):
-        if len(ours) != len(theirs):
-            raise ValueError(f"{name}: {len(ours)} in the first run, {len(theirs)} in the second")
+    ours, theirs = _run(first), _run(second)
+    for name, one, other in zip(("known_scores", "unknown_scores"), ours, theirs, strict=False):
+        if len(one) != len(other):
+            raise ValueError(f"{name}: {len(one)} in the first run, {len(other)} in the second")
 
     def difference(*rows: Rows) -> float:
-        return _evaluate(metric, second, *rows) - _evaluate(metric, first, *rows)
+        return _evaluate(metric, theirs, *rows) - _evaluate(metric, ours, *rows)
 
-    return _interval(difference, first, samples, level, seed)
+    return _interval(difference, ours, samples, level, seed)
 
 
 def threshold_for(scores: np.ndarray, share: float) -> np.floating:
@@ -204,7 +216,8 @@ def _check_side(positive: str) -> None:
         raise ValueError(f"positive: expected unknown or known, got {positive!r}")
 
 
-def _run(known_scores: Scores, unknown_scores: Scores, correct: Sequence[Scores]) -> tuple[np.ndarray, ...]:
+def _run(arrays: Sequence[Scores]) -> tuple[np.ndarray, ...]:
+    known_scores, unknown_scores, *correct = arrays
     return *_scores(known_scores, unknown_scores), *(_array(part) for part in correct)
 
 

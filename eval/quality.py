@@ -10,6 +10,9 @@ def alignment(first: Array, second: Array) -> float:
     """Mean squared distance of L2-normalised features of two views of the same images, both `[N, F]`; lower is closer.
 
     Wang & Isola, arXiv 2005.10242, alpha = 2.
+
+    Raises:
+        ValueError: bad arrays, or two of different shapes.
     """
     first = check_features("first", first)
     second = check_features("second", second, width=first.shape[1])
@@ -22,6 +25,9 @@ def uniformity(features: Array, most: int = 4096) -> float:
     """log of the mean of exp(-2 |x - y|^2) over all pairs of L2-normalised features `[N, F]`; lower is more spread out.
 
     Wang & Isola, arXiv 2005.10242, t = 2. Of more than `most` features, evenly spaced ones stand for all.
+
+    Raises:
+        ValueError: a bad array, or fewer than two features.
     """
     rows = check_features("features", features)
     if len(rows) < 2:
@@ -52,6 +58,9 @@ def class_spread(features: Array, labels: Array) -> float:
     NC1 of neural collapse, Papyan et al., arXiv 2008.08186. Features `[N, F]`, integer labels `[N]` of K classes.
     Infinite when all class means are one point in float32: there the pseudo-inverse of 0 is 0, and so would be the best
     of all values for features that tell no class from another.
+
+    Raises:
+        ValueError: bad arrays, or labels of one class only.
     """
     rows = check_features("features", features)
     labels = check_labels("labels", labels, len(rows))

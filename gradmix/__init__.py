@@ -8,15 +8,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from gradmix.attribution import layercam
     from gradmix.eval.calls import evaluate, pretrain, score
     from gradmix.eval.features.transformer import Features
     from gradmix.gradmix import GradMix
     from gradmix.mixer import Mixed, Mixer
     from gradmix.mixing import MIXERS, CutMix, FMix, MixUp, ResizeMix
-    from gradmix.ssl.networks.backbones import Backbone
+    from gradmix.ssl.networks.backbones import load_backbone as load
 
 # Where each name is; those of the other rooms are only named here, so that the method itself never imports them.
 WHERE = {
@@ -24,6 +22,7 @@ WHERE = {
     "layercam": "gradmix.attribution",
     **dict.fromkeys(("pretrain", "evaluate", "score"), "gradmix.eval.calls"),
     "Features": "gradmix.eval.features.transformer",
+    "load": "gradmix.ssl.networks.backbones:load_backbone",
 }
 __all__ = [
     "MIXERS",
@@ -48,26 +47,11 @@ def __getattr__(name: str) -> Any:
     # Imported when it is asked for (PEP 562): torch takes seconds, and a command's --help needs none of it.
     if name not in WHERE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(WHERE[name]), name)
+    module, _, other_name = WHERE[name].partition(":")
+    value = getattr(import_module(module), other_name or name)
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
-
-
-def load(run: "str | Path") -> "Backbone":
-    """The pretrained backbone of a run's folder, or of a detector's, ready for features.
-
-    Args:
-        run: path of a run (it holds ``backbone.safetensors``) or of its ``detector/`` folder.
-
-    Returns:
-        A module in eval mode: ``model(images)`` takes float images ``[N, 3, H, W]`` in [0, 1] or uint8 and gives
-        features ``[N, F]``; ``model.transform(image)`` turns a PIL image, an array
-        or a path into such an image.
-    """
-    from gradmix.ssl.networks.backbones import load_backbone  # only here: the method itself must not import the trainer
-
-    return load_backbone(run)

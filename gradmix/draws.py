@@ -7,10 +7,12 @@ SMALL_ALPHA = 0.1  # below it both Gammas of a Dirichlet may be 0 (float32 on a 
 
 
 def uniform(shape: tuple[int, ...], device: torch.device, generator: torch.Generator) -> Tensor:
+    """In [0, 1), float32, on ``device``."""
     return torch.rand(shape, generator=generator, device=generator.device).to(device, non_blocking=True)
 
 
 def normal(shape: tuple[int, ...], device: torch.device, generator: torch.Generator) -> Tensor:
+    """Standard normal, float32, on ``device``."""
     return torch.randn(shape, generator=generator, device=generator.device).to(device, non_blocking=True)
 
 
@@ -39,5 +41,6 @@ def _dirichlet(count: int, alpha: float, generator: torch.Generator) -> Tensor:
 
 
 def noise_like(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Normal noise ``[N, C, H, W]`` with each image's own mean and deviation per channel."""
     deviation, mean = torch.std_mean(images.float(), dim=(2, 3), keepdim=True, correction=0)
     return (mean + deviation * normal(tuple(images.shape), images.device, generator)).to(images.dtype)

@@ -64,6 +64,7 @@ class GradMix(Mixer):
 
     @property
     def looks(self) -> bool:
+        """Whether the box is centred on the map's peak."""
         return self.centre == "peak"
 
     def watch(self, module: nn.Module) -> AbstractContextManager[None]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -104,19 +105,12 @@ class ExtraView(Mixer):
     def __init__(self) -> None:
         super().__init__()
 
-    def __call__(
-        self,
-        images: Tensor,
-        loss: Tensor | None = None,
-        generator: torch.Generator | None = None,
-        projections: Tensor | None = None,
-        attribution: Tensor | None = None,
-        new_views: Callable[[], Tensor] | None = None,
-    ) -> Mixed:
+    def __call__(self, images: Tensor, *_: Any, new_views: Callable[[], Tensor] | None = None, **others: Any) -> Mixed:
         """
         Args:
             images: ``[2B, C, H, W]``.
-            new_views: draws two more views of the same images, view-major; the other arguments are not used.
+            new_views: draws two more views of the same images, view-major.
+            others: what other mixers take; not used.
 
         Raises:
             ValueError: no ``new_views``, or views of another shape.

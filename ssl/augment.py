@@ -25,8 +25,9 @@ class TwoViews(nn.Module):
         self.views, self.constants = views, constants
         c = config
         # Resampling through grid_sample crops the whole batch at once; "slice" would go image by image.
-        self.crop = K.RandomResizedCrop((size, size), tuple(c.crop), tuple(c.ratio), cropping_mode="resample")
-        self.crop._param_generator = CropSizes((size, size), tuple(c.crop), tuple(c.ratio))
+        area, ratio = (c.crop[0], c.crop[1]), (c.ratio[0], c.ratio[1])  # a list, out of a file
+        self.crop = K.RandomResizedCrop((size, size), area, ratio, cropping_mode="resample")
+        self.crop._param_generator = CropSizes((size, size), area, ratio)
         steps: list[nn.Module] = []
         if c.rotate:
             steps.append(K.RandomRotation(c.rotate, p=1.0))
@@ -43,6 +44,12 @@ class TwoViews(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor, seed: int) -> Tensor:
+        """See the class.
+
+        Args:
+            images: uint8, on any device.
+            seed: everything random follows from it; the global RNG is as before.
+        """
         cut = images.ndim == 5
         images = images[:, : self.views].transpose(0, 1).flatten(0, 1) if cut else images
         views = images.float().div(255)
@@ -59,6 +66,7 @@ class CropSizes(ResizedCropGenerator):
     """
 
     def forward(self, batch_shape: tuple[int, ...], same_on_batch: bool = False) -> dict[str, Tensor]:
+        """As kornia's: the parameters of one crop for each image."""
         (height, width), (low, high) = batch_shape[-2:], self.scale
         area = (self.rand_sampler.rsample((batch_shape[0], 10)) * (high - low) + low) * height * width
         ratio = self.log_ratio_sampler.rsample((batch_shape[0], 10)).exp()

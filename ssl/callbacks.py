@@ -41,6 +41,7 @@ class EpochCallback(Callback):
             self.on_epoch(trainer, module)
 
     def on_epoch(self, trainer: Trainer, module: Pretraining) -> None:
+        """What to do; only the first process calls it."""
         raise NotImplementedError
 
 
@@ -63,6 +64,12 @@ def newest_checkpoint(folder: Path) -> dict[str, Any] | None:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint's content, by ``KEYS``.
+
+    Raises:
+        ValueError: damaged, or of another step than its name says.
+        FloatingPointError: weights that are not finite.
+    """
     with zipfile.ZipFile(path) as archive:
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
             raise ValueError("compressed, so that it could be of any size in memory")
@@ -80,6 +87,7 @@ KEYS = ("step", "skipped", "images", "scalars", "module", "optimizer", "schedule
 
 
 def checkpoint_name(step: int) -> str:
+    """The file of a step."""
     return f"step-{step:08d}.ckpt"
 
 
@@ -135,12 +143,18 @@ class Checkpoints(Callback):
             self.leave(trainer, module, self.guard.received)
 
     def leave(self, trainer: Trainer, module: Pretraining, number: int) -> None:
+        """End the process as the signal ``number`` asks, and say how to go on."""
         if trainer.is_global_zero:
             name = signal.Signals(number).name
             print(f"stopped by {name}, saved after step {module.steps}; the same command goes on", file=sys.stderr)
         sys.exit(128 + number)
 
     def save(self, trainer: Trainer, module: Pretraining) -> None:
+        """Write a checkpoint of this step, and remove all but the last two.
+
+        Raises:
+            FloatingPointError: the weights are not finite.
+        """
         self.guard.settle()
         self.last_saved = time.monotonic()
         state: dict[str, Any] = {
@@ -193,6 +207,7 @@ class Progress(Callback):
 
     @property
     def images_per_s(self) -> float:
+        """Of this session; 0 before its second step."""
         return self.images / self.seconds if self.seconds > 0 else 0.0
 
     def on_train_start(self, trainer: Trainer, module: Pretraining) -> None:

@@ -38,6 +38,8 @@ class AugmentConfig:
 
 @dataclass
 class DataConfig:
+    """Which images, and what is made of them."""
+
     name: str = key(MISSING, "data set", role="data")
     root: str | None = key(None, "folder of the images, or where torchvision downloads them to", path=True, free=True)
     image_size: int | None = key(
@@ -113,6 +115,8 @@ class MethodConfig:
 
 @dataclass
 class MixConfig:
+    """What images are mixed with, when, and how much the mixed term weighs."""
+
     name: str = key(MISSING, "mixer")
     weight: float = key(1.0, "of the mixed term", at_least=0)
     probability: float = key(1.0, "that a batch is mixed", at_least=0, at_most=1)
@@ -126,6 +130,8 @@ class MixConfig:
 
 @dataclass
 class EncoderConfig:
+    """The network, and the weights that it starts from."""
+
     name: str = key(MISSING, "network; timm/NAME: one of timm's, which have no width and stem to set")
     width: int | None = key(64, "channels of the first stage; null: 64, or init's", at_least=1)
     stem: str | None = key(
@@ -141,6 +147,8 @@ class EncoderConfig:
 
 @dataclass
 class OptimizerConfig:
+    """The optimizer and its learning rate."""
+
     name: str = key(MISSING, "optimizer", choices=("adam", "adamw", "sgd", "lars"))
     base_lr: float = key(1e-3, "for a batch of 256; lr = base_lr * batch_size / 256", at_least=0)
     weight_decay: float = key(0.0, "on weights; none on biases and normalisation", at_least=0)
@@ -177,6 +185,8 @@ TRAINER = {
 
 @dataclass
 class Config:
+    """The keys of gradmix-pretrain."""
+
     seed: int = key(0, "everything random follows from it", at_least=0, at_most=2**32 - 1, role="unit")
     epochs: int = key(100, "passes over the training images", at_least=1)
     batch_size: int = key(256, "over all devices", at_least=1)
@@ -247,7 +257,7 @@ class TimmEncoders(ConfigSource):
     def list(self, config_path: str, results_filter: ObjectType | None) -> list[str]:
         if config_path != "encoder" or results_filter == ObjectType.GROUP or not find_spec("timm"):
             return []
-        import timm
+        import timm  # only here: it takes seconds, and only --help and Tab ask for the names
 
         return [f"timm/{name}" for name in timm.list_models()]
 

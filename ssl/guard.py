@@ -79,6 +79,7 @@ class Guard(Callback):
         self.start_step()
 
     def start_step(self) -> None:
+        """Forget the batches of the optimizer step that is over."""
         self.rows: list[Tensor] = []
         self.bad_images: tuple[str, ...] = ()
         self.bad_losses: list[Tensor] = []
@@ -92,6 +93,7 @@ class Guard(Callback):
             signal.signal(number, handler)
 
     def hear(self, number: int, frame: FrameType | None) -> None:
+        """Remember a signal until the step is over; at the second Ctrl-C, exit."""
         if self.received and number == signal.SIGINT:  # a person who does not want to wait for the step
             kept = "nothing is saved yet" if self.saved is None else f"what is saved is step {self.saved}"
             print(f"stopped at once; {kept}; the same command goes on", file=sys.stderr)
@@ -144,7 +146,12 @@ class Guard(Callback):
         return self.pending is None or not any(self.pending.read()[:3])
 
     def settle(self) -> bool:
-        """Read the verdict that is still pending, if any; whether it says to skip."""
+        """Read the verdict that is still pending, if any; whether it says to skip.
+
+        Raises:
+            FloatingPointError: the loss or a gradient is not finite, and the step may not be skipped.
+            ValueError: an image file can't be read.
+        """
         verdict, self.pending = self.pending, None
         if verdict is None:
             return False

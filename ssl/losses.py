@@ -158,6 +158,11 @@ def _check(z: Tensor, positives: Tensor | None, weight: Tensor | None) -> None:
 
 
 def positive_temperature(temperature: float) -> float:
+    """The temperature of a loss.
+
+    Raises:
+        ValueError: not above 0.
+    """
     if not temperature > 0:
         raise ValueError(f"temperature: expected a number above 0, got {temperature!r}")
     return float(temperature)

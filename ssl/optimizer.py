@@ -18,7 +18,11 @@ def learning_rate(config: Config) -> float:
 
 
 def build_optimizer(config: Config, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    """The optimizer that a config asks for, on ``parameters``, with weight decay where :func:`decayed` has it."""
+    """The optimizer that a config asks for, on ``parameters``, with weight decay where :func:`decayed` has it.
+
+    Raises:
+        ValueError: no such optimizer.
+    """
     lr, weight_decay = learning_rate(config), config.optimizer.weight_decay
     groups = decayed(parameters, weight_decay)
     # A fused step unscales float16's gradients by itself; before it they can't be clipped, or taken away to skip it.
@@ -56,6 +60,7 @@ class Schedule(CosineWarmupScheduler):
     """lightly's, in Python's numbers: NumPy's, which older ones give, not every torch reads back from a checkpoint."""
 
     def scale_lr(self, epoch: int) -> float:
+        """As lightly's: the factor of the learning rate at a step."""
         return float(super().scale_lr(epoch))
 
 

@@ -167,6 +167,7 @@ class Pretraining(LightningModule):
         return Crops(count, augment.crop, augment.ratio)
 
     def train_dataloader(self) -> TrainLoader:
+        """The run's batches from the step on that it has reached; this process's share of each."""
         self.loader = TrainLoader(
             self.train_set,
             self.config.batch_size,
@@ -183,6 +184,7 @@ class Pretraining(LightningModule):
         return self.loader
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
+        """The optimizer and its schedule, a step of which is one of the optimizer's."""
         optimizer = build_optimizer(self.config, self.parameters())
         per_epoch = len(self.train_set) // self.config.batch_size / self.trainer.accumulate_grad_batches
         schedule = build_schedule(self.config, optimizer, per_epoch)
@@ -228,8 +230,7 @@ def compile_stages(backbone: nn.Module, watched: Sequence[str]) -> None:
     """
     torch._functorch.config.donated_buffer = False  # attribution walks the graph before the backward pass does
     # To torch all stages are one function, compiled eight times at most: with and without attribution, for evaluation.
-    import torch._dynamo.config as dynamo  # only here: it takes seconds
-
+    dynamo = torch._dynamo.config  # torch imports it, which takes seconds, when it is asked for it
     dynamo.cache_size_limit = max(dynamo.cache_size_limit, 64)  # recompile_limit, as torch 2.6 knows it too
     stages = find_stages(backbone)
     if not stages:

@@ -160,6 +160,11 @@ def check(config: Config) -> None:
 
 
 def build_trainer(config: Config, callbacks: list[Callback]) -> Trainer:
+    """Lightning's trainer, with the config's ``trainer`` part.
+
+    Raises:
+        ValueError: Lightning does not take it.
+    """
     quiet_lightning()
     if config.pictures_every:
         callbacks = [*callbacks, Pictures(config.pictures_every)]

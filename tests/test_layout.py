@@ -1,5 +1,6 @@
 """The house stands: `ssl/` does not shadow the standard library, the wheel holds every room, imports point one way."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -52,6 +53,17 @@ def test_imports_point_one_way():
         for path in sources(room):
             wrong = re.search(pattern, path.read_text(), re.MULTILINE)
             assert wrong is None, f"{path}: {wrong.group(0)}"
+
+
+def test_imports_stand_at_the_top_of_a_file():
+    """But for a few, each with its reason."""
+    inside = set()
+    for path in (path for room in ROOMS for path in sources(room)):
+        lines = path.read_text().splitlines()
+        functions = [node for node in ast.walk(ast.parse("\n".join(lines))) if isinstance(node, ast.FunctionDef)]
+        imports = [n for f in functions for n in ast.walk(f) if isinstance(n, ast.Import | ast.ImportFrom)]
+        inside |= {f"{path}: {lines[node.lineno - 1]}" for node in imports}
+    assert 0 < len(inside) <= 5 and all("  # only here: " in line for line in inside), inside
 
 
 def test_folders_import_only_from_those_above_them():

@@ -1,5 +1,7 @@
 """Linear probes on a few labelled images: 1 %, 10 %, or n of each class, in fixed subsets."""
 
+from contextlib import suppress
+
 import numpy as np
 import torch
 
@@ -20,19 +22,19 @@ def subset(labels: Array, amount: str | int, seed: int) -> np.ndarray:
     Raises ValueError for another amount, or one that a class does not have.
     """
     labels = np.asarray(labels)
-    text = str(amount)
-    try:
-        share = float(text[:-1]) / 100 if text.endswith("%") else None
-        count = None if text.endswith("%") else int(text)
-    except ValueError:
-        share, count = -1, None
-    if (share is not None and not 0 < share <= 1) or (count is not None and count < 1):
+    text, share, count = str(amount), 0.0, 0
+    with suppress(ValueError):
+        if text.endswith("%"):
+            share = float(text[:-1]) / 100
+        else:
+            count = int(text)
+    if not 0 < share <= 1 and count < 1:
         raise ValueError(f"few_labels: expected a share such as 1% or images per class such as 4, got {amount!r}")
     generator = np.random.default_rng([seed, 0xFE3])
     rows = []
     for label in np.unique(labels):
         members = np.flatnonzero(labels == label)
-        wanted = max(1, round(share * len(members))) if count is None else count
+        wanted = count or max(1, round(share * len(members)))
         if wanted > len(members):
             raise ValueError(f"few_labels: {wanted} images of each class asked for, class {label} has {len(members)}")
         # the first of one shuffled order: larger subsets of the same seed contain the smaller ones

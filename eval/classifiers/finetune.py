@@ -45,9 +45,9 @@ class ImageProbe:
         self.protocol, self.settings, self.seed = protocol, settings, seed
         self.augment = replace(augment, rotate=0.0, jitter=0.0, greyscale=0.0, blur=0.0)
 
-    def fit(self, backbone: Backbone, images: ImageSet, classes: int, workers: int = 0) -> "ImageProbe":
+    def fit(self, backbone: Backbone, images: ImageSet, classes: int, workers: int | None = 0) -> "ImageProbe":
         """Train on images with labels 0..classes-1; ``backbone`` itself is never changed."""
-        device = next(backbone.parameters()).device
+        device = self.device = next(backbone.parameters()).device
         tuned = self.protocol == "finetune"
         with frozen(backbone), torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(self.seed)
@@ -60,10 +60,10 @@ class ImageProbe:
         self.head.eval()
         return self
 
-    def _train(self, images: ImageSet, augment: TwoViews, tuned: bool, workers: int) -> None:
-        settings, device = self.settings, self.head[1].weight.device
+    def _train(self, images: ImageSet, augment: TwoViews, tuned: bool, workers: int | None) -> None:
+        settings, device = self.settings, self.device
         batch_size = min(settings.batch_size, len(images))
-        crops = Crops(1, tuple(self.augment.crop), tuple(self.augment.ratio))
+        crops = Crops(1, self.augment.crop, self.augment.ratio)
         loader = TrainLoader(images, batch_size, self.seed, settings.epochs, 0, device, workers=workers, crops=crops)
         optimizer = self._optimizer(
             [*self.head.parameters(), *(self.backbone.parameters() if tuned else ())], batch_size
@@ -89,12 +89,12 @@ class ImageProbe:
         return torch.optim.SGD(parameters, self.lr, momentum=0.9, nesterov=True, weight_decay=settings.weight_decay)
 
     @torch.inference_mode()
-    def predict(self, images: ImageSet, workers: int = 0) -> Tensor:
+    def predict(self, images: ImageSet, workers: int | None = 0) -> Tensor:
         """Labels ``[N]`` of images as they are, without augmentation."""
         return torch.cat([self.head(features).argmax(dim=1).cpu() for features in self._features(images, workers)])
 
-    def _features(self, images: ImageSet, workers: int) -> Iterator[Tensor]:
-        return batches(self.backbone, images, self.head[1].weight.device, workers)
+    def _features(self, images: ImageSet, workers: int | None) -> Iterator[Tensor]:
+        return batches(self.backbone, images, self.device, workers)
 
     def __str__(self) -> str:
         s = self.settings

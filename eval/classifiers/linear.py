@@ -63,7 +63,11 @@ class LinearProbe:
         self.epochs, self.batch_size, self.holdout, self.seed, self.device = epochs, batch_size, holdout, seed, device
 
     def fit(self, features: Array, labels: Array) -> "LinearProbe":
-        """Fit to training features `[N, F]` and integer labels `[N]` of at least two classes."""
+        """Fit to training features `[N, F]` and integer labels `[N]` of at least two classes.
+
+        Raises:
+            ValueError: bad arrays, or labels of one class only.
+        """
         device = self.device or (features.device if isinstance(features, torch.Tensor) else "cpu")
         rows = check_features("features", features)
         labels = check_labels("labels", labels, len(rows))

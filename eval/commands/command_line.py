@@ -28,7 +28,7 @@ HYDRA_FLAGS = (
 )
 
 
-def run_command(name: str, summary: str, schema: type, run: Callable) -> None:
+def run_command(name: str, summary: str, schema: type, run: Callable[..., object]) -> None:
     """Compose the config, check its values and call ``run`` with it.
 
     Bad input: one line, exit code 2; --debug shows the traceback.
@@ -136,6 +136,7 @@ def explain(error: Exception, schema: type) -> str:
 
 
 def folder_as_data(folder: str) -> str:
+    """What to say to someone who gave a folder as ``data``."""
     return f"{folder} is a folder; say data=imagefolder {shlex.quote(f'data.root={folder}')}"
 
 

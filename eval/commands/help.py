@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from operator import attrgetter
 from textwrap import wrap
-from typing import cast
+from typing import Any, cast
 
 from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
@@ -46,7 +46,7 @@ def help_text(command: str, summary: str, schema: type) -> str:
     lines = [f"gradmix-{command}: {summary}", ""]
     with initialize_config_module("gradmix.configs", version_base="1.3"):
         found = {group: options(group) for group in _groups()} if command == "pretrain" else {}
-        usual = flat(cast(dict, OmegaConf.to_container(compose("pretrain")))) if command == "pretrain" else {}
+        usual = flat(cast(dict[str, Any], OmegaConf.to_container(compose("pretrain")))) if command == "pretrain" else {}
     if found:
         lines += ["Groups, GROUP=OPTION (* is the default):", ""]
     for group, choices in found.items():

@@ -19,17 +19,20 @@ class Safe:
         self.passed_over = (OSError, ValueError) if may_fail else ()  # closed: what is said is less than the work
 
     def write(self, text: str) -> int:
+        """Write what can be shown; how many letters were given."""
         shown = self.spelled(text)
         with suppress(*self.passed_over):
             self.stream.write(shown)
         return len(text)
 
     def spelled(self, text: str) -> str:
+        """The text, with control codes and letters that the stream's encoding lacks spelled out."""
         text = CODES.sub(lambda code: ascii(code[0])[1:-1], text)
         encoding = getattr(self.stream, "encoding", None) or "utf-8"
         return text.encode(encoding, "backslashreplace").decode(encoding)
 
     def flush(self) -> None:
+        """As the stream's own."""
         with suppress(*self.passed_over):
             self.stream.flush()
 
@@ -47,7 +50,7 @@ def safe_terminal() -> Iterator[None]:
             os.open(os.devnull, os.O_RDWR)
     before = sys.stdout, sys.stderr
     out, err = (stream or open(os.devnull, "w") for stream in before)
-    sys.stdout, sys.stderr = Safe(out), Safe(err, may_fail=True)  # type: ignore[assignment]
+    sys.stdout, sys.stderr = Safe(out), Safe(err, may_fail=True)
     try:
         yield
     finally:

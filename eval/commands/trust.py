@@ -43,7 +43,7 @@ def configs_are_checked() -> Iterator[None]:
             check_same_hydra(composed, alone)
         return composed
 
-    ConfigLoaderImpl.load_configuration = load_and_check  # type: ignore[method-assign]
+    ConfigLoaderImpl.load_configuration = load_and_check  # type: ignore[assignment, method-assign]
     try:
         yield
     finally:
@@ -56,7 +56,7 @@ def check_composed(composed: DictConfig) -> None:
         ValueError: a key that names code, a value that calls a resolver or leads on to another interpolation, or a tree
             deeper than any config of ours.
     """
-    plain = cast(dict, OmegaConf.to_container(composed, resolve=False))
+    plain = cast(dict[str, Any], OmegaConf.to_container(composed, resolve=False))
     plain.pop("hydra", None)
     leaves = dict(_leaves(plain, "", 0))
     for name, value in leaves.items():

@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, cast
 
 import numpy as np
 
@@ -18,6 +18,7 @@ from gradmix.ssl.runs.documents import as_schema
 
 UNKNOWN = -1
 HELD_OUT = ("held_out_scores", "held_out_positions")  # of a saved detector's arrays, beside its own
+BANK = "bank_"  # of its own, the one that is searched
 
 
 class Verdict(NamedTuple):
@@ -58,11 +59,15 @@ class Detector:
         """Fit to known training features `[N, F]` and labels `[N]`, integers >= 0, gaps allowed.
 
         Only some detectors do without labels (`NEEDS_LABELS`); then they cannot `classify`.
+
+        Raises:
+            ValueError: bad arrays, or no labels where they are needed.
         """
         features = check_features("features", features)
         if not isinstance(features, np.memmap):
             features = np.asarray(features, np.float32)
-        self.classes_, positions = None, None
+        positions: np.ndarray | None = None
+        self.classes_: np.ndarray | None = None
         if labels is not None:
             labels = check_labels("labels", labels, len(features))
             if labels.min() < 0:
@@ -70,8 +75,10 @@ class Detector:
             self.classes_, positions = np.unique(labels, return_inverse=True)
         elif self.NEEDS_LABELS:
             raise ValueError(f"labels: {type(self).__name__} needs them, got None")
-        self.threshold, self.calibration_, self.width_ = None, None, features.shape[1]
-        self._fit(features, positions)
+        self.threshold: float | None = None
+        self.calibration_: Calibration | None = None
+        self.width_: int = features.shape[1]
+        self._fit(features, cast(np.ndarray, positions))  # None only where labels are not needed
         return self
 
     def score(self, features: Array) -> Array:
@@ -79,7 +86,11 @@ class Detector:
         return like(self._assess_all(features)[0], features)
 
     def classify(self, features: Array) -> Array:
-        """The closest known class of each image, `[N]` int64 training labels, however unknown it is."""
+        """The closest known class of each image, `[N]` int64 training labels, however unknown it is.
+
+        Raises:
+            ValueError: bad features, or the detector was fitted without labels.
+        """
         if self.classes_ is None:
             raise ValueError(f"{type(self).__name__} was fitted without labels and cannot name a class")
         return like(self.classes_[self._assess_all(features)[1]], features)
@@ -95,6 +106,7 @@ class Detector:
         if self.classes_ is None:
             raise ValueError(f"{type(self).__name__} was fitted without labels and cannot name a class")
         score, closest, threshold, _ = self.judge(features)
+        assert closest is not None  # there are classes
         return like(score, features), like(np.where(score > threshold, UNKNOWN, closest), features)
 
     def judge(self, features: Array) -> Verdict:
@@ -120,8 +132,7 @@ class Detector:
             per_class: thresholds of their own for the classes with enough images, see `Calibration`.
         """
         scores, positions = self._assess_all(features)
-        classes = 1 if self.classes_ is None else len(self.classes_)
-        self.calibration_ = Calibration(scores, positions, classes, accept, per_class)
+        self.calibration_ = Calibration(scores, positions, self.class_count or 1, accept, per_class)
         self.threshold = self.calibration_.threshold
         return self
 
@@ -136,9 +147,10 @@ class Detector:
                 "accept: the detector keeps no scores of held-out images (none were held out, or it was saved by an "
                 "earlier version); gradmix-eval run=... calibrates and saves it anew"
             )
-        given = {"accept": share, "per_class": per_class}
-        given = {name: value for name, value in given.items() if value is not None}
-        calibration = dataclasses.replace(self.calibration_, **given)
+        old = self.calibration_
+        share = old.accept if share is None else share
+        per_class = old.per_class if per_class is None else per_class
+        calibration = dataclasses.replace(old, accept=share, per_class=per_class)
         if not calibration.enough:
             count, least = len(calibration.scores), needed(calibration.accept)
             enough = "no number is enough" if least == math.inf else f"it takes {least}"
@@ -165,8 +177,8 @@ class Detector:
             held_out = {name: array for name, array in kept if array is not None}
         names = [name for name in ("classes_", *self.ARRAYS) if getattr(self, name) is not None]
         arrays = {name: getattr(self, name) for name in names}
-        if isinstance(arrays.get("bank_"), Neighbours):
-            index, more = self.bank_.saved()
+        if isinstance(bank := arrays.get(BANK), Neighbours):
+            index, more = bank.saved()
             manifest |= {} if index is None else {"index": dataclasses.asdict(index)}
             arrays |= more
         store.write(folder, manifest, arrays | held_out)
@@ -189,30 +201,37 @@ class Detector:
         detector.width_, detector.threshold = manifest.width, manifest.threshold
         for name in ("classes_", *cls.ARRAYS):
             setattr(detector, name, arrays.get(name))
-        held_out = [arrays.pop(name, None) for name in HELD_OUT]
+        scores, positions = (arrays.pop(name, None) for name in HELD_OUT)
         try:
             check_saved(detector, arrays, manifest.index)
-            if "bank_" in cls.ARRAYS:
-                detector.bank_ = Neighbours.restore(detector.bank_, manifest.index, arrays)
+            if BANK in cls.ARRAYS:
+                setattr(detector, BANK, Neighbours.restore(arrays[BANK], manifest.index, arrays))
         except ValueError as error:
             raise ValueError(f"{Path(folder) / store.TENSORS}: {error}") from error
         detector.calibration_ = None
-        if held_out[0] is not None:  # since accept= is a key
-            classes = 1 if detector.classes_ is None else len(detector.classes_)
-            accept, per_class = manifest.accept, manifest.per_class
+        if scores is not None:  # since accept= is a key
+            asked = manifest.accept, manifest.per_class
             try:
-                detector.calibration_ = Calibration.read(*held_out, classes, accept, per_class)
+                detector.calibration_ = Calibration.read(scores, positions, detector.class_count or 1, *asked)
             except ValueError as error:
                 raise ValueError(f"{Path(folder) / store.TENSORS}: {error}") from error
         return detector
+
+    @property
+    def class_count(self) -> int:
+        """K, the known classes; 0 without labels."""
+        return 0 if self.classes_ is None else len(self.classes_)
 
     def absent(self) -> set[str]:
         """Which of `ARRAYS` are None after fitting: here those that hold a class for every row, without labels."""
         labelled = {name for name, about in self.ARRAYS.items() if about.startswith("class ")}
         return labelled if self.classes_ is None else set()
 
-    def _fit(self, features: np.ndarray, positions: np.ndarray | None) -> None:
-        """Fit to checked numpy features `[N, F]` and positions in `classes_` `[N]`, None without labels."""
+    def _fit(self, features: np.ndarray, positions: np.ndarray) -> None:
+        """Fit to checked numpy features `[N, F]` and positions in `classes_` `[N]`, None without labels.
+
+        Only a detector that does without labels need take None.
+        """
         raise NotImplementedError
 
     def _assess(self, features: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
@@ -228,4 +247,5 @@ class Detector:
         features = check_features("features", features, width=self.width_)
         parts = [self._assess(np.asarray(features[rows], np.float32)) for rows in blocks(features.shape)]
         score = np.concatenate([score for score, _ in parts]).astype(np.float32)
-        return score, None if self.classes_ is None else np.concatenate([position for _, position in parts])
+        positions = [position for _, position in parts if position is not None]
+        return score, None if self.classes_ is None else np.concatenate(positions)

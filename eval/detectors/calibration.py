@@ -6,7 +6,7 @@ false alarm rate of its own, which varies around the promised one by about sqrt(
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -33,14 +33,16 @@ class Calibration:
     classes: int = 1
     accept: float = 0.95
     per_class: bool = False
+    _pools: list[np.ndarray] = field(init=False, repr=False, compare=False)  # sorted scores that share a threshold
+    _pool_of: np.ndarray = field(init=False, repr=False, compare=False)  # the number of each class's, [K]
 
     def __post_init__(self) -> None:
         if not 0 < self.accept <= 1:
             raise ValueError(f"accept: expected a share in (0, 1], got {self.accept}")
-        if self.per_class and self.positions is None:
-            raise ValueError("per_class: there are no classes to have thresholds of their own")
         pools, pool_of = [self.scores], np.zeros(self.classes, np.int64)
         if self.per_class:
+            if self.positions is None:
+                raise ValueError("per_class: there are no classes to have thresholds of their own")
             counts = np.bincount(self.positions, minlength=self.classes)
             own = np.flatnonzero(counts >= needed(self.accept))
             others = self.scores[~np.isin(self.positions, own)]

@@ -39,12 +39,12 @@ class ClassKNN(Detector):
         check_k(self.k, len(features))
         order = np.argsort(positions, kind="stable")  # each class in one piece
         self.rows_ = unit_rows(features[order])
-        self.starts_ = np.searchsorted(positions[order], np.arange(len(self.classes_) + 1))
+        self.starts_ = np.searchsorted(positions[order], np.arange(self.class_count + 1))
 
     def _assess(self, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         queries = unit_rows(features)
-        similarity = np.empty((len(queries), len(self.classes_)))
-        for position in range(len(self.classes_)):
+        similarity = np.empty((len(queries), self.class_count))
+        for position in range(self.class_count):
             rows = self.rows_[self.starts_[position] : self.starts_[position + 1]]
             k = min(self.k, len(rows))
             top, _ = inner_product(queries, rows, k)

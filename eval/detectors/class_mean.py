@@ -23,7 +23,7 @@ class ClassMean(Detector):
     ARRAYS: ClassVar[Mapping[str, str]] = {"means_": "unit classes width"}
 
     def _fit(self, features: np.ndarray, positions: np.ndarray) -> None:
-        self.means_ = unit_rows(class_means(features, positions, len(self.classes_), prepare=unit_rows))
+        self.means_ = unit_rows(class_means(features, positions, self.class_count, prepare=unit_rows))
 
     def _assess(self, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         cosine, position = inner_product(unit_rows(features), self.means_, 1)

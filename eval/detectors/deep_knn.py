@@ -47,4 +47,4 @@ class DeepKNN(Detector):
         distance = np.linalg.norm(unit_rows(features) - self.bank_[rows[:, -1]], axis=1)
         if self.positions_ is None:
             return distance, None
-        return distance, vote(similarity, self.positions_[rows], len(self.classes_), 0.07).argmax(axis=1)
+        return distance, vote(similarity, self.positions_[rows], self.class_count, 0.07).argmax(axis=1)

@@ -49,10 +49,10 @@ class GaussianMixture(Detector):
 
     def _fit(self, features: np.ndarray, positions: np.ndarray) -> None:
         self.centre_ = features.mean(axis=0, dtype=np.float64)
-        added = self.regularisation * (within_variance(features, positions, len(self.classes_)) or 1.0)
+        added = self.regularisation * (within_variance(features, positions, self.class_count) or 1.0)
         fitted = [
             self._fit_class(features[positions == position] - self.centre_, added)
-            for position in range(len(self.classes_))
+            for position in range(self.class_count)
         ]
         # all components in one list; those of class c are starts[c] to starts[c + 1]
         self.starts_ = np.cumsum([0, *(len(part.weights_) for part in fitted)])

@@ -57,6 +57,5 @@ class HeadDetector(Detector):
 
     def _head(self, features: np.ndarray, positions: np.ndarray) -> np.ndarray:
         """`[K, F + 1]`, see `check_head`."""
-        classes = len(self.classes_)
-        head = fit_head(features, positions, classes) if self._given is None else self._given
-        return check_head(head, classes, features.shape[1])
+        head = fit_head(features, positions, self.class_count) if self._given is None else self._given
+        return check_head(head, self.class_count, features.shape[1])

@@ -41,14 +41,14 @@ class Mahalanobis(Detector):
 
     def _fit(self, features: np.ndarray, positions: np.ndarray) -> None:
         self.centre_ = features.mean(axis=0, dtype=np.float64)
-        means = class_means(features, positions, len(self.classes_))
+        means = class_means(features, positions, self.class_count)
         self.whitening_ = whitening(covariance(features, means, positions), self.shrinkage)
         self.means_ = (means - self.centre_) @ self.whitening_
 
     def _assess(self, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         whitened = (features - self.centre_) @ self.whitening_
         _, position = nearest_rows(whitened, self.means_, k=1, metric="l2")
-        position = position[:, 0]
+        position = np.asarray(position)[:, 0]
         # FAISS expands the square, which loses digits; the nearest distance is computed again in float64
         return np.square(whitened - self.means_[position]).sum(axis=1), position
 

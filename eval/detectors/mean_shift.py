@@ -43,4 +43,4 @@ class MeanShift(Detector):
         shift = np.linalg.norm(unit_rows(features) - mean, axis=1)
         if self.positions_ is None:
             return shift, None
-        return shift, vote(similarity, self.positions_[rows], len(self.classes_), 0.07).argmax(axis=1)
+        return shift, vote(similarity, self.positions_[rows], self.class_count, 0.07).argmax(axis=1)

@@ -30,9 +30,8 @@ def check_saved(detector: "Detector", arrays: Mapping[str, np.ndarray], index: S
     Raises:
         ValueError: arrays are missing, unknown, of the wrong type or shape, or hold impossible values.
     """
-    classes = detector.classes_
     shapes = dict(detector.ARRAYS)
-    if classes is not None:
+    if detector.classes_ is not None:
         shapes = {"classes_": "label classes", **shapes}
     elif detector.NEEDS_LABELS:
         raise ValueError("classes_: missing")
@@ -41,7 +40,7 @@ def check_saved(detector: "Detector", arrays: Mapping[str, np.ndarray], index: S
     expected = set(shapes) - detector.absent()
     for name in sorted(expected ^ set(arrays)):
         raise ValueError(f"{name!a:.40}: {'missing' if name in expected else 'nothing that this detector has'}")
-    sizes = {"width": detector.width_, "classes": 0 if classes is None else classes.size}
+    sizes = {"width": detector.width_, "classes": detector.class_count}
     for name, about in shapes.items():
         if name in expected:
             kind, *sides = about.split()

@@ -35,6 +35,8 @@ ELDER = "detector.faiss"  # of earlier versions; FAISS can be made to open any f
 
 @dataclass
 class Size:
+    """What the manifest says of a file."""
+
     bytes: Annotated[int, Key(at_least=0)]
     sha256: str
 
@@ -125,7 +127,7 @@ def read(folder: str | Path, mmap: bool = False) -> tuple[Manifest, dict[str, np
     if path.stat().st_size != stated.bytes or hash_file(path) != stated.sha256:
         raise ValueError(f"{path}: damaged, its content doesn't match the manifest's hash")
     arrays = map_arrays(path, "r")[1]
-    return manifest, arrays if mmap else {name: np.array(array) for name, array in arrays.items()}
+    return manifest, {name: array if mmap else np.array(array) for name, array in arrays.items()}
 
 
 def _write_arrays(path: Path, arrays: dict[str, Any]) -> None:

@@ -49,6 +49,9 @@ class ViM(Detector):
         Args:
             head: `(weight [K, F], bias [K])` on these features, classes in the order of the sorted labels,
                 which it needs.
+
+        Raises:
+            ValueError: bad arrays, a head without labels, or a ``dimension`` that the features don't span.
         """
         if head is not None and labels is None:
             raise ValueError("labels: with a head they are needed, got None")
@@ -62,25 +65,27 @@ class ViM(Detector):
 
     def _fit(self, features: np.ndarray, positions: np.ndarray | None) -> None:
         count, width = features.shape
-        self.head_ = self.alpha_ = self.means_ = None
+        self.head_: np.ndarray | None = None
+        self.alpha_: np.ndarray | None = None
+        self.means_: np.ndarray | None = None
         self.origin_ = features.mean(axis=0, dtype=np.float64)
         if self._given is not None:
-            self.head_ = check_head(self._given, len(self.classes_), width)
+            self.head_ = check_head(self._given, self.class_count, width)
             self.origin_ = -np.linalg.pinv(self.head_[:, :-1]) @ self.head_[:, -1]
         elif positions is not None:
-            self.means_ = unit_rows(class_means(features, positions, len(self.classes_), prepare=unit_rows))
+            self.means_ = unit_rows(class_means(features, positions, self.class_count, prepare=unit_rows))
 
         spread = covariance(features, self.origin_[None], np.zeros(count, np.int64))
         variance, directions = np.linalg.eigh(spread)
         self.residual_space_ = np.ascontiguousarray(directions[:, : width - self._dimension(variance)])
-        if self.head_ is not None:
+        if (head := self.head_) is not None:
             residual = block_mean(self._residual, features)
-            largest = block_mean(lambda block: logits(self.head_, block).max(axis=1), features)
+            largest = block_mean(lambda block: logits(head, block).max(axis=1), features)
             self.alpha_ = np.array([largest / residual if residual > 0 else 1.0])
 
     def _assess(self, features: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
         residual = self._residual(features)
-        if self.head_ is not None:
+        if self.head_ is not None and self.alpha_ is not None:
             values = logits(self.head_, features)
             return self.alpha_[0] * residual - logsumexp(values), values.argmax(axis=1)
         if self.means_ is not None:

@@ -3,10 +3,10 @@
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 
@@ -14,7 +14,7 @@ from gradmix.ssl.keys import Key
 from gradmix.ssl.runs.documents import as_schema, parse_json
 from gradmix.ssl.runs.files import write_atomically
 
-DTYPES = {"F64": np.dtype("<f8"), "F32": np.dtype("<f4"), "I64": np.dtype("<i8")}
+DTYPES: dict[str, np.dtype] = {"F64": np.dtype("<f8"), "F32": np.dtype("<f4"), "I64": np.dtype("<i8")}
 Arrays = dict[str, np.memmap]
 LARGEST_HEADER = 2**20
 
@@ -30,7 +30,7 @@ class Entry:
 
 def write_arrays(
     path: Path,
-    shapes: dict[str, tuple[str, tuple[int, ...]]],
+    shapes: Mapping[str, tuple[str, tuple[int, ...]]],
     fill: Callable[[Arrays], None],
     metadata: dict[str, str] | None = None,
 ) -> None:
@@ -44,7 +44,7 @@ def write_arrays(
     Raises:
         OSError: it can't be written.
     """
-    header: dict[str, dict] = {} if metadata is None else {"__metadata__": metadata}
+    header: dict[str, dict[str, Any]] = {} if metadata is None else {"__metadata__": {**metadata}}
     end = 0
     for name, (kind, shape) in shapes.items():
         start, end = end, end + DTYPES[kind].itemsize * int(np.prod(shape))
@@ -65,7 +65,7 @@ def write_arrays(
     write_atomically(path, write)
 
 
-def map_arrays(path: Path, mode: str = "c") -> tuple[dict[str, str], Arrays]:
+def map_arrays(path: Path, mode: Literal["c", "r", "r+"] = "c") -> tuple[dict[str, str], Arrays]:
     """A file's metadata and arrays, mapped in a mode of ``np.memmap``: writing to "c" does not reach the file.
 
     Raises:

@@ -91,5 +91,6 @@ def unit_rows(features: np.ndarray) -> np.ndarray:
 
 
 def float32(values: npt.ArrayLike) -> np.ndarray:
+    """As contiguous float32; what is too large for it becomes infinite."""
     with np.errstate(over="ignore"):  # what doesn't fit becomes infinite, which is then reported
         return np.ascontiguousarray(values, dtype=np.float32)

@@ -1,14 +1,14 @@
 """What a network's features depend on, as keys; the features of a key; and a watch that the network stays as it was."""
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from gradmix.eval.features.array_file import Arrays, map_arrays
+from gradmix.eval.features.array_file import Arrays, map_arrays, write_arrays
 from gradmix.ssl.data.images import Constants, ImageSet
 from gradmix.ssl.data.reading import content, stamp
 
@@ -27,9 +27,9 @@ def images_key(images: ImageSet, constants: Constants) -> str:
     mean, std = constants
     fit = "" if images.fit == "crop" else f" {images.fit}"
     digest = hashlib.sha256(f"{images.size} {mean} {std}{fit}".encode())
-    digest.update(images.labels.numpy())
+    digest.update(images.labels.numpy().data)
     if images.files is None:
-        digest.update(images.images.numpy())
+        digest.update(images.pixels.numpy().data)
     for name in images.files or ():
         size, changed = stamp(name)
         digest.update(f"{name} {size} {changed}\n".encode(errors="surrogateescape"))
@@ -41,7 +41,7 @@ def image_hashes(images: ImageSet) -> Tensor:
     if images.files is not None:
         contents: Iterable[bytes] = map(content, images.files)
     else:
-        contents = (image.numpy().tobytes() for image in images.images)
+        contents = (image.numpy().tobytes() for image in images.pixels)
     return torch.tensor([int.from_bytes(hashlib.sha256(c).digest()[:8], "big", signed=True) for c in contents])
 
 
@@ -52,6 +52,17 @@ def cached_arrays(path: Path, key: str) -> Arrays | None:
     except (OSError, ValueError, KeyError, TypeError):
         return None  # missing, damaged or of another version: it is made again
     return arrays if metadata.get("key") == key else None
+
+
+def kept_arrays(
+    path: Path, key: str, shapes: Mapping[str, tuple[str, tuple[int, ...]]], fill: Callable[[Arrays], None]
+) -> Arrays:
+    """As :func:`cached_arrays`, of a file that is written first where there is no such; see :func:`write_arrays`."""
+    arrays = cached_arrays(path, key)
+    if arrays is None:
+        write_arrays(path, shapes, fill, {"key": key})
+        arrays = map_arrays(path)[1]
+    return arrays
 
 
 @contextmanager

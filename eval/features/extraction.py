@@ -1,7 +1,7 @@
 """Features of a frozen network, extracted once."""
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from gradmix.eval.features.array_file import Arrays, write_arrays
-from gradmix.eval.features.cache import cached_arrays, frozen, images_key, weights_key
+from gradmix.eval.features.array_file import Arrays
+from gradmix.eval.features.cache import cached_arrays, frozen, images_key, kept_arrays, weights_key
 from gradmix.ssl.data.images import ImageSet
 from gradmix.ssl.machine import decoders
 from gradmix.ssl.networks.backbones import Backbone, load_backbone
@@ -29,11 +29,15 @@ class Model:
 
     Args:
         run_dir: folder with ``backbone.safetensors`` and ``head.safetensors``.
+
+    Attributes:
+        widths: of what it makes of an image, ``features`` and with a head ``projections``.
     """
 
     def __init__(self, run_dir: Path, device: torch.device | str = "cpu") -> None:
         self.device = torch.device(device)
         self.backbone: Backbone = load_backbone(run_dir).to(device)
+        self.widths = {"features": self.backbone.num_features}
         self.head: nn.Module | None = None
         if not (run_dir / "head.safetensors").is_file():  # a checkpoint from elsewhere
             return
@@ -41,6 +45,7 @@ class Model:
         width, out = weights["layers.0.weight"].shape[0], weights["layers.2.weight"].shape[0]
         head = nn.Sequential(nn.Linear(self.backbone.num_features, width), nn.ReLU(), nn.Linear(width, out))
         head.load_state_dict({name.removeprefix("layers."): value for name, value in weights.items()})
+        self.widths["projections"] = out
         self.head = head.eval().requires_grad_(False).to(device)
 
     def features(
@@ -56,19 +61,14 @@ class Model:
         """
         parts = [self.backbone, *([] if self.head is None else [self.head])]
         key = " ".join([*map(weights_key, parts), images_key(images, self.backbone.encoder.constants)])
-        arrays = cached_arrays(path, key)
         for other in others:
-            if arrays is None and cached_arrays(other, key) is not None:
+            if cached_arrays(path, key) is None and cached_arrays(other, key) is not None:
                 write_atomically(path, partial(shutil.copyfile, other))
-                arrays = cached_arrays(path, key)
-        if arrays is None:
-            shapes = {"labels": ("I64", (len(images),)), "features": ("F32", (len(images), self.backbone.num_features))}
-            if self.head is not None:
-                shapes["projections"] = ("F32", (len(images), self.head[-1].out_features))
-            write_arrays(path, shapes, partial(self.fill, images, workers), {"key": key})
-            arrays = cached_arrays(path, key)
-        tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-        return tensors if arrays["features"].nbytes <= limit else tensors | {"features": arrays["features"]}
+        shapes: dict[str, tuple[str, tuple[int, ...]]] = {"labels": ("I64", (len(images),))}
+        shapes |= {name: ("F32", (len(images), width)) for name, width in self.widths.items()}
+        arrays = kept_arrays(path, key, shapes, partial(self.fill, images, workers))
+        result: dict[str, Tensor | np.memmap] = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        return result if arrays["features"].nbytes <= limit else result | {"features": arrays["features"]}
 
     @torch.inference_mode()
     def fill(self, images: ImageSet, workers: int | None, arrays: Arrays | None) -> None:
@@ -111,12 +111,16 @@ def extract_together(run_dir: Path, sets: dict[str, ImageSet], device: str, work
 
 
 @torch.inference_mode()
-def extract(backbone: nn.Module, images: ImageSet, device: torch.device, workers: int | None = 0) -> Tensor:
+def extract(
+    backbone: Callable[[Tensor], Tensor], images: ImageSet, device: torch.device, workers: int | None = 0
+) -> Tensor:
     """Features ``[N, F]`` float32 on the CPU, in the order of ``images``; see :func:`batches`."""
     return torch.cat([part.cpu() for part in batches(backbone, images, device, workers)])
 
 
-def batches(backbone: nn.Module, images: ImageSet, device: torch.device, workers: int | None = 0) -> Iterator[Tensor]:
+def batches(
+    backbone: Callable[[Tensor], Tensor], images: ImageSet, device: torch.device, workers: int | None = 0
+) -> Iterator[Tensor]:
     """Features ``[n, F]`` float32 on the device, batch after batch.
 
     Args:
@@ -156,13 +160,12 @@ def raw_pixels(images: ImageSet, path: Path | None = None, limit: int = 2**62) -
         fill_pixels(images, pixels.numpy())
         return pixels
     key = "raw pixels " + images_key(images, ((0, 0, 0), (1, 1, 1)))
-    if cached_arrays(path, key) is None:
-        shapes = {"pixels": ("F32", shape)}
-        write_arrays(path, shapes, lambda arrays: fill_pixels(images, arrays["pixels"]), {"key": key})
-    return cached_arrays(path, key)["pixels"]
+    arrays = kept_arrays(path, key, {"pixels": ("F32", shape)}, lambda new: fill_pixels(images, new["pixels"]))
+    return arrays["pixels"]
 
 
 def fill_pixels(images: ImageSet, pixels: np.ndarray) -> None:
+    """Write what :func:`raw_pixels` returns into ``pixels`` ``[N, P]``."""
     for first in range(0, len(images), 1024):
         last = min(first + 1024, len(images))
         if images.images is not None:

@@ -7,7 +7,7 @@ memory-mapped, are read in blocks (`gradmix.eval.features.arrays`).
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import faiss
 import numpy as np
@@ -23,7 +23,11 @@ TRAINED_ON = 2**16  # rows that an index is trained on, or 40 per inverted list 
 
 
 def limit_threads(count: int) -> None:
-    """Let FAISS use at most `count` threads in this process (its default: every core it sees)."""
+    """Let FAISS use at most `count` threads in this process (its default: every core it sees).
+
+    Raises:
+        ValueError: fewer than one.
+    """
     if count < 1:
         raise ValueError(f"threads: expected at least 1, got {count}")
     faiss.omp_set_num_threads(count)
@@ -45,6 +49,9 @@ def nearest_rows(queries: Array, bank: Array, k: int, metric: str = "cosine") ->
 
     Returns:
         Similarities or squared distances `[N, k]` float32, and row numbers in the bank `[N, k]` int64.
+
+    Raises:
+        ValueError: bad arrays, k above M, or an unknown metric.
     """
     reference = queries
     bank = check_features("bank", bank)
@@ -132,14 +139,14 @@ class Neighbours:
             raise ValueError(f"index: {self.factory!r} is not saved with a detector; {SAVED_KINDS} are")
         inverted = faiss.try_extract_index_ivf(self.index)
         if inverted is None:
-            return SavedIndex(self.factory, self.index.hnsw.efSearch), {}
+            return SavedIndex(self.factory, cast(faiss.IndexHNSW, self.index).hnsw.efSearch), {}
         about = SavedIndex(self.factory, inverted.nprobe)
         if type(self.index) is not faiss.IndexIVFFlat:
             return about, {}
         lists = np.empty(len(self), np.int64)
         for number in range(inverted.nlist):
-            size = inverted.invlists.list_size(number)
-            lists[faiss.rev_swig_ptr(inverted.invlists.get_ids(number), size)] = number
+            inside = cast(faiss.InvertedLists, inverted.invlists)
+            lists[faiss.rev_swig_ptr(inside.get_ids(number), inside.list_size(number))] = number
         return about, {"centres_": inverted.quantizer.reconstruct_n(0, inverted.nlist), "lists_": lists}
 
     @classmethod
@@ -171,15 +178,17 @@ class Neighbours:
         if inverted is not None:
             inverted.nprobe = about.effort
         else:
-            neighbours.index.hnsw.efSearch = about.effort
+            cast(faiss.IndexHNSW, neighbours.index).hnsw.efSearch = about.effort
         return neighbours
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """``(M, F)``."""
         return self.features.shape
 
     @property
     def dtype(self) -> np.dtype:
+        """Of the prepared rows."""
         return np.dtype(np.float32)
 
     def __len__(self) -> int:
@@ -200,7 +209,8 @@ class Neighbours:
         """
         check_k(k, len(self))
         parts = [self._search(unit_rows(queries[rows]), k) for rows in blocks(queries.shape)]
-        return tuple(np.concatenate(part) for part in zip(*parts, strict=True))
+        values, numbers = (np.concatenate(part) for part in zip(*parts, strict=True))
+        return values, numbers
 
     def _search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         if self.index is None:

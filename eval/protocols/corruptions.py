@@ -9,6 +9,7 @@ photographs of ice; glass blur takes a random neighbour per pixel, where the pap
 
 import io
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -53,6 +54,7 @@ def corrupt(images: Tensor, kind: str, severity: int, seed: int = 0) -> Tensor:
 
 
 def gaussian_noise(x: Tensor, deviation: float, generator: Generator) -> Tensor:
+    """Normal noise of this standard deviation."""
     return x + deviation * torch.randn(x.shape, generator=generator)
 
 
@@ -71,6 +73,7 @@ def impulse_noise(x: Tensor, share: float, generator: Generator) -> Tensor:
 
 
 def defocus_blur(x: Tensor, radius: float, generator: Generator) -> Tensor:
+    """A disk whose radius is this share of the image's side."""
     return convolve(x, disk(0.5 + radius * x.shape[-1])[None])  # below half a pixel a disk does nothing
 
 
@@ -172,6 +175,8 @@ def pixelate(x: Tensor, scale: float, generator: Generator) -> Tensor:
 
 
 def jpeg_compression(x: Tensor, quality: int, generator: Generator) -> Tensor:
+    """JPEG of this quality, there and back."""
+
     def through_jpeg(image: Image.Image) -> Image.Image:
         file = io.BytesIO()
         image.save(file, "JPEG", quality=quality)
@@ -180,7 +185,8 @@ def jpeg_compression(x: Tensor, quality: int, generator: Generator) -> Tensor:
     return through_pillow(x, through_jpeg)
 
 
-CORRUPTIONS: dict[str, tuple[Callable[[Tensor, float, Generator], Tensor], tuple]] = {
+# By kind: what makes it, and its strength at the five severities; a strength is what that function takes.
+CORRUPTIONS: dict[str, tuple[Callable[[Tensor, Any, Generator], Tensor], tuple[Any, ...]]] = {
     "gaussian_noise": (gaussian_noise, (0.04, 0.06, 0.09, 0.13, 0.18)),
     "shot_noise": (shot_noise, (300, 150, 80, 50, 30)),
     "impulse_noise": (impulse_noise, (0.01, 0.02, 0.04, 0.07, 0.11)),
@@ -200,6 +206,7 @@ CORRUPTIONS: dict[str, tuple[Callable[[Tensor, float, Generator], Tensor], tuple
 
 
 def through_pillow(x: Tensor, change: Callable[[Image.Image], Image.Image]) -> Tensor:
+    """``[N, 3, S, S]`` floats in [0, 1], each changed as a Pillow image of 8 bits."""
     images = [pil_to_tensor(change(to_pil_image(image))) for image in (x * 255).round().byte()]
     return torch.stack(images).float() / 255
 

@@ -204,12 +204,17 @@ class Quality(Measure):
 class OpenSet(Measure):
     """``osr/KEY/...``: what one detector is worth. ``subject.scores`` gets its score of every test image, and whether
     the image is known and its closest class the right one.
+
+    Args:
+        key: its name in ``metrics.json``.
+        space: what it looks at: ``features``, ``projections`` or ``pixels``.
+        interval: whether the AUROC gets a confidence interval, which takes a thousand more of them.
     """
 
     KIND = "osr"
 
-    def __init__(self, key: str, detector: Detector, space: str):
-        self.key, self.detector, self.space = key, detector, space
+    def __init__(self, key: str, detector: Detector, space: str, interval: bool = False):
+        self.key, self.detector, self.space, self.interval = key, detector, space, interval
         self.needs = (space, "classes", "unknown images")
 
     @property
@@ -224,7 +229,8 @@ class OpenSet(Measure):
         entries = [parse_detector(entry) for entry in config.detectors]
         parse_detector(config.primary, "primary")
         baseline = cls("pixels", build_detector(PRIMARY, options), "pixels")
-        return [*(cls(key, build_detector(kind.NAME, options), space) for key, kind, space in entries), baseline]
+        chosen = [cls(key, build_detector(kind.NAME, options), space, key == PRIMARY) for key, kind, space in entries]
+        return [*chosen, baseline]
 
     def check(self, config: Config, asked: EvalConfig, data: OpenSetData) -> None:
         name = self.detector.NAME
@@ -245,7 +251,7 @@ class OpenSet(Measure):
             above = torch.from_numpy(verdict.score > verdict.threshold)
             flagged = above[known], above[~known]
         values = of_scores(Scores(score[known], score[~known], correct[known], flagged))
-        if self.key == PRIMARY:
+        if self.interval:
             interval = metrics.bootstrap(metrics.auroc, score[known], score[~known])
             values |= {"auroc_low": interval.low, "auroc_high": interval.high}
         yield from ((f"{self.name}/{name}", value) for name, value in values.items())
@@ -303,11 +309,14 @@ def measure_all(measures: list[Measure], subject: Subject) -> tuple[dict[str, An
     """
     skipped: dict[str, str] = {}
     for need in NEEDS:
-        stopped = [m for m in measures if need in m.needs] if (why := subject.lacks(need)) else []
+        why = subject.lacks(need)
+        stopped = [m for m in measures if need in m.needs]
+        if why is None or not stopped:
+            continue
         measures = [m for m in measures if m not in stopped]
         kinds = ", ".join(dict.fromkeys(m.KIND for m in stopped))
         names = {"projections": [m.name for m in stopped], "pixels": ["raw pixels"]}.get(need, [kinds])
-        skipped |= dict.fromkeys(names, why) if stopped else {}
+        skipped |= dict.fromkeys(names, why)
     result: dict[str, Any] = {}
     for measure in measures:
         for name, value in measure.measure(subject):

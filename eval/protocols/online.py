@@ -31,7 +31,7 @@ class OnlineKNN(EpochCallback):
     def on_epoch(self, trainer: Trainer, module: Pretraining) -> None:
         accuracy = self.accuracy(module)
         log(module, {"knn/held_out": accuracy}, module.steps)
-        for callback in trainer.callbacks:
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]  # Lightning sets it from another class
             if isinstance(callback, Progress):
                 callback.knn = 100 * accuracy
 

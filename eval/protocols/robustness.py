@@ -25,7 +25,7 @@ from gradmix.ssl.runs.files import write_json
 from gradmix.ssl.runs.folder import provenance
 
 CHUNK = 256  # images corrupted at once; the seed of made corruptions counts chunks, so it is part of the result
-METHODS = {"knn": KNN(), "linear": Linear(), "knn_pixels": KNNOnPixels()}
+METHODS: dict[str, KNN | Linear] = {"knn": KNN(), "linear": Linear(), "knn_pixels": KNNOnPixels()}
 LEARNED = ("knn", "linear")  # those that are compared with kNN on raw pixels
 Batches = Iterator[tuple[str, int, Tensor, Tensor]]  # kind, severity, images [n, 3, S, S] uint8, labels [n]
 
@@ -70,12 +70,13 @@ def evaluate_corruptions(
         """Numbers of right answers: in the order of METHODS, then the number of images."""
         with torch.inference_mode():
             features = subject.look(images.to(subject.device)).float().cpu()
-        seen = {"features": features, "pixels": raw_pixels(ImageSet(labels, config.data.image_size, images))}
+        seen = {"features": features, "pixels": raw_pixels(ImageSet(labels, test.size, images))}
         answers = [classifier.predict(seen[measure.SPACE]) for measure, classifier in classifiers.items()]
         return np.array([*((answer == labels).sum().item() for answer in answers), len(labels)])
 
-    clean = sum(correct(*images_of(test, rows)) for rows in torch.arange(len(test)).split(CHUNK))
-    counts: dict[tuple[str, int], np.ndarray] = defaultdict(lambda: np.zeros(len(METHODS) + 1, dtype=np.int64))
+    none = np.zeros(len(METHODS) + 1, dtype=np.int64)
+    clean = sum((correct(*images_of(test, rows)) for rows in torch.arange(len(test)).split(CHUNK)), none)
+    counts: dict[tuple[str, int], np.ndarray] = defaultdict(none.copy)
     for kind, severity, images, labels in tqdm(batches, desc="corruptions", unit="batch", leave=False, disable=None):
         counts[kind, severity] += correct(images, labels)
     if not counts:
@@ -145,16 +146,19 @@ def read_cifar_layout(root: Path, data: OpenSetData, size: int) -> Batches:
     """CIFAR-10-C's layout: per kind one array [5 * n, 32, 32, 3], severity by severity; ``labels.npy`` alike.
 
     Labels count the classes in the data set's own order, as they do in CIFAR-10.
+
+    Raises:
+        ValueError: an array is missing, unreadable or of another shape.
     """
-    labels = _load(root / "labels.npy").astype(np.int64)
+    numbers = _load(root / "labels.npy").astype(np.int64)
     present = [kind for kind in CORRUPTIONS if (root / f"{kind}.npy").is_file()]
     if not present:
         raise ValueError(f"corruptions: {root} has labels.npy, but no gaussian_noise.npy or any other kind")
-    if labels.ndim != 1 or len(labels) % len(SEVERITIES) or not len(labels):
-        raise ValueError(f"corruptions: {root / 'labels.npy'}: expected five severities of labels, got {labels.shape}")
-    position = np.full(max(labels.max(), *data.known) + 1, -1)
+    if numbers.ndim != 1 or len(numbers) % len(SEVERITIES) or not len(numbers):
+        raise ValueError(f"corruptions: {root / 'labels.npy'}: expected five severities of labels, got {numbers.shape}")
+    position = np.full(max(numbers.max(), *data.known) + 1, -1)
     position[data.known] = np.arange(len(data.known))
-    labels = torch.from_numpy(position[labels])
+    labels = torch.from_numpy(position[numbers])
     for kind in present:
         arrays = _load(root / f"{kind}.npy")
         if arrays.ndim != 4 or arrays.shape[3] != 3 or len(arrays) != len(labels) or arrays.dtype != np.uint8:
@@ -187,7 +191,7 @@ def read_imagenet_layout(root: Path, data: OpenSetData, test: ImageSet) -> Batch
 def images_of(images: ImageSet, rows: Tensor) -> tuple[Tensor, Tensor]:
     """Some images ``[n, 3, S, S]`` uint8, decoded if need be, and their labels ``[n]``."""
     part = Scan().read(images.select(rows), sys.maxsize)
-    return part.images, part.labels
+    return part.pixels, part.labels
 
 
 def corruption_table(result: dict[str, Any]) -> str:

@@ -126,7 +126,7 @@ def subject_of(
     to replace) or ``run_dir`` where they are of the same weights and images; else extracted, and written to ``out``.
     """
     model, sets, limit = Model(run_dir, device), data.sets(), int(config.data.memory_gib * 2**30)
-    spaces: dict[str, Space] = {"features": {}} | ({} if model.head is None else {"projections": {}})
+    spaces: dict[str, Space] = {space: {} for space in model.widths}
     for name in names:
         here, *there = (folder / "features" / f"{name}.safetensors" for folder in (out, out.parent, run_dir))
         most = limit if name == "train" else ALL

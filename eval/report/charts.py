@@ -7,10 +7,12 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from io import StringIO
+from typing import Any
 
 import numpy as np
 from markupsafe import Markup
 from matplotlib import rc_context
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -18,8 +20,9 @@ COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#8
 DASHES = ("-", (0, (5, 2)), (0, (1, 1.2)), (0, (5, 1.5, 1, 1.5)))
 INK = "#010203"  # stands for the page's own text colour
 POINTS = 400  # vertices of a curve; more can't be seen
+Points = tuple[np.ndarray, np.ndarray]  # of a curve: x [n] and y [n]
 
-STYLE = {
+STYLE: dict[Any, object] = {  # by names that only newer versions of matplotlib have a type for
     "svg.fonttype": "none",
     "text.parse_math": False,  # a $ in a name is a $
     "font.size": 9,
@@ -42,8 +45,8 @@ STYLE = {
 class Line:
     """A curve: x ``[n]``, y ``[n]`` and its name. Without a colour, the chart gives it the next one."""
 
-    x: Sequence[float]
-    y: Sequence[float]
+    x: Sequence[float] | np.ndarray
+    y: Sequence[float] | np.ndarray
     label: str | None = None
     colour: str | None = None
     dashes: object = None
@@ -78,31 +81,34 @@ def histogram(title: str, parts: dict[str, np.ndarray], x: str, marks: dict[str,
     """Shares of each part by value; ``marks`` are vertical lines."""
     with rc_context(STYLE):
         figure, axes = _figure(title, x, "share of the images", (5.2, 3.0))
-        bins = np.histogram_bin_edges(np.concatenate(list(parts.values())), 40)
+        bins = np.histogram_bin_edges(np.concatenate(list(parts.values())), 40).tolist()
         for number, (name, values) in enumerate(parts.items()):
             weights = np.full(len(values), 1 / len(values))
-            style = {"color": COLOURS[number], "alpha": 0.55} if number == 0 else {"histtype": "step", "hatch": "////"}
-            outline = {} if number == 0 else {"edgecolor": COLOURS[3], "linewidth": 1.4}
-            axes.hist(values, bins, weights=weights, label=name, **style, **outline)
+            if number == 0:
+                axes.hist(values, bins, weights=weights, label=name, color=COLOURS[0], alpha=0.55)
+            else:
+                outline: dict[str, Any] = {"histtype": "step", "edgecolor": COLOURS[3], "linewidth": 1.4}
+                axes.hist(values, bins, weights=weights, label=name, hatch="////", **outline)
         for name, value in marks.items():
             axes.axvline(value, color=INK, linestyle=DASHES[1], label=name)
         axes.legend(loc="best")
         return _svg(figure, title)
 
 
-def thin(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def thin(x: np.ndarray, y: np.ndarray) -> Points:
     """At most `POINTS` of a curve's vertices, both ends among them."""
     rows = np.unique(np.linspace(0, len(x) - 1, POINTS).astype(int)) if len(x) > POINTS else np.arange(len(x))
     return np.asarray(x)[rows], np.asarray(y)[rows]
 
 
-def smooth(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def smooth(x: np.ndarray, y: np.ndarray) -> Points:
     """A long curve as means of blocks."""
     parts = min(len(x), POINTS)
-    return tuple(np.array([block.mean() for block in np.array_split(values, parts)]) for values in (x, y))
+    x, y = (np.array([block.mean() for block in np.array_split(values, parts)]) for values in (x, y))
+    return x, y
 
 
-def _figure(title: str, x: str, y: str, size: tuple[float, float]):
+def _figure(title: str, x: str, y: str, size: tuple[float, float]) -> tuple[Figure, Axes]:
     figure = Figure(size, layout="constrained")
     axes = figure.add_subplot()
     axes.set(title=title, xlabel=x, ylabel=y)

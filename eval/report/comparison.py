@@ -1,20 +1,21 @@
 """The page of many runs: one table, every number, and the curves of all runs overlaid."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 import numpy as np
 
-from gradmix.eval.catalogue import compared, is_of_the_method, match, title
+from gradmix.eval.catalogue import compared, is_of_the_method, match, metric_of, title
 from gradmix.eval.detectors import PRIMARY
-from gradmix.eval.report.charts import COLOURS, DASHES, Line, line_chart, smooth, thin
+from gradmix.eval.report.charts import COLOURS, DASHES, Line, Points, line_chart, smooth, thin
 from gradmix.eval.report.curves import CURVES
 from gradmix.eval.report.page import Chart, page
 from gradmix.eval.runs.folder import Run, read_run
-from gradmix.eval.runs.groups import Difference, Group, difference, group_runs
+from gradmix.eval.runs.groups import Difference, Group, Unit, difference, group_runs
 from gradmix.ssl.runs.files import write_text
 
 SHOWN = (*compared(("knn", "linear", PRIMARY)), "osr/pixels/auroc")  # the numbers of the table
@@ -38,7 +39,7 @@ def html(sets: dict[str, list[Group]], folder: Path) -> str:
         {
             "name": name,
             "groups": groups,
-            "main": [_row(groups, key, match(key)[0].scale) for key in _measured(groups)],
+            "main": [_row(groups, key, metric_of(key).scale) for key in _measured(groups)],
             "notes": _notes(groups),
             "charts": _curves(groups),
             "others": [_row(groups, key, 1, named=False) for key in _others(groups)],
@@ -55,7 +56,7 @@ def text(sets: dict[str, list[Group]]) -> str:
     for name, groups in sets.items():
         width = max(len(group.label) for group in groups) + 2
         lines += ["", name]
-        for row in (_row(groups, key, match(key)[0].scale) for key in _measured(groups)):
+        for row in (_row(groups, key, metric_of(key).scale) for key in _measured(groups)):
             lines.append(f"  {row['title']} {row['arrow']}")
             for group, cell in zip(groups, row["cells"], strict=True):
                 line = f"    {group.label:<{width}}{cell['mean']:>16}  n={cell['count']:<3} {cell['gap']}"
@@ -112,19 +113,14 @@ def _notes(groups: list[Group]) -> list[str]:
 def _curves(groups: list[Group]) -> list[Chart]:
     charts = []
     for tag in ("knn/held_out", "train/loss"):
-        metric, _ = match(tag)
-
-        def scaled(run: Run, tag: str = tag, scale: float = metric.scale):
-            steps, values = smooth(*run.scalars[tag])
-            return steps, scale * values
-
-        lines = _lines(groups, lambda run, tag=tag, scaled=scaled: scaled(run) if tag in run.scalars else None)
+        metric = metric_of(tag)
+        lines = _lines(groups, partial(_training_curve, tag=tag, scale=metric.scale))
         if lines:
             charts.append(Chart(line_chart(metric.title, lines, "step", "%" * metric.share)))
     titles = {"roc": ("ROC", "known images flagged", "unknown images caught")}
     titles["oscr"] = ("OSCR", "unknown images accepted", "known images accepted and right")
     for kind, (name, x, y) in titles.items():
-        lines = _lines(groups, lambda run, kind=kind: _open_set_curve(run, kind))
+        lines = _lines(groups, partial(_open_set_curve, kind=kind))
         if lines:
             charts.append(Chart(line_chart(f"{name} of {PRIMARY}", lines, x, y, unit=True)))
     units = sorted({unit for group in groups for unit in group.runs}, key=str)
@@ -134,7 +130,7 @@ def _curves(groups: list[Group]) -> list[Chart]:
     return charts
 
 
-def _by_unit(groups: list[Group], units: list[tuple], key: str) -> Chart:
+def _by_unit(groups: list[Group], units: list[Unit], key: str) -> Chart:
     """One dot per run: where differences are small beside those between splits, only the pairs tell."""
     lines = []
     for group in groups:
@@ -145,11 +141,11 @@ def _by_unit(groups: list[Group], units: list[tuple], key: str) -> Chart:
     return Chart(line_chart(f"{title(key)} by split and seed, %", lines, "split and seed", "", marks=True), names)
 
 
-def _lines(groups: list[Group], curve) -> list[Line]:
+def _lines(groups: list[Group], curve: Callable[[Run], Points | None]) -> list[Line]:
     """One line per run, in its group's colour and dashes."""
     lines = []
     for number, group in enumerate(groups):
-        label = group.label
+        label: str | None = group.label
         for run in (run for unit in group.runs.values() for run in unit):
             points = curve(run)
             if points is not None:
@@ -158,7 +154,14 @@ def _lines(groups: list[Group], curve) -> list[Line]:
     return lines
 
 
-def _open_set_curve(run: Run, kind: str):
+def _training_curve(run: Run, tag: str, scale: float) -> Points | None:
+    if tag not in run.scalars:
+        return None
+    steps, values = smooth(*run.scalars[tag])
+    return steps, scale * values
+
+
+def _open_set_curve(run: Run, kind: str) -> Points | None:
     if PRIMARY not in run.scores:
         return None
     known = run.features["test"]["labels"] >= 0
@@ -183,9 +186,10 @@ def _link(run: Run, folder: Path) -> str:
 
 
 def mean(values: list[float], scale: float) -> str:
+    """Mean and sample standard deviation of a group's values, scaled, as text."""
     if not values:
         return "–"
-    digits = _digits(np.mean(values), scale)
+    digits = _digits(float(np.mean(values)), scale)
     spread = f" ± {scale * np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
     return f"{scale * np.mean(values):.{digits}f}{spread}"
 
@@ -196,7 +200,7 @@ def gap(apart: Difference | None, scale: float, better: str) -> str:
         return ""
     digits = _digits(apart.mean, scale)
     text = f"{scale * apart.mean:+.{digits}f}"
-    if apart.pairs == 1:
+    if apart.deviation is None:
         return f"{text} (n = 1: no evidence)"
     count, word = (apart.lower if better == "lower" else apart.higher), ("better" if better else "higher")
     return f"{text} ± {scale * apart.deviation:.{digits}f}, {word} in {count} of {apart.pairs}"
@@ -207,7 +211,7 @@ def _digits(value: float, scale: float) -> int:
     return 2 if scale == 100 or abs(value) >= 10 else 4
 
 
-def _unit(unit: tuple) -> str:
+def _unit(unit: Unit) -> str:
     split, known, seed = unit
     which = f"known {', '.join(map(str, known))}" if known else f"split {split}" if split is not None else "no split"
     return f"{which}, seed {seed}"

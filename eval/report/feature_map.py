@@ -6,7 +6,7 @@ import numpy as np
 from sklearn.manifold import TSNE
 
 from gradmix.eval.report.charts import COLOURS
-from gradmix.eval.report.page import Section, render
+from gradmix.eval.report.page import Section, section
 from gradmix.eval.report.pictures import SHARP, data_uri, sheet
 from gradmix.eval.runs.folder import Run
 
@@ -21,7 +21,7 @@ def feature_map(run: Run) -> Section:
     """A drawing with one mark per test image, and what `map.js` needs to show the image under the pointer."""
     name, title = "map", "Map of the features"
     if "test" not in run.features:
-        return Section(name, title, render("map.html", why="There are no saved features in this folder."))
+        return section(name, title, why="There are no saved features in this folder.")
     test = run.features["test"]
     count = len(test["labels"])
     rows = np.arange(count)
@@ -32,14 +32,16 @@ def feature_map(run: Run) -> Section:
     order = np.argsort(labels >= 0, kind="stable")  # known ones are drawn on top
     rows, places, labels = rows[order], places[order], labels[order]
     size = min(48, run.images["test"].size) if run.images else 0
-    body = render(
-        "map.html",
+    pictures = sheet(run.images["test"], rows.tolist(), COLUMNS, 48) if run.images else None
+    return section(
+        name,
+        title,
         why="",
         shown=f"{POINTS} of the {count} test images" if count > POINTS else f"The {count} test images",
         no_images="" if run.images else run.why_no_images,
         side=SIDE,
         marks=[(_class(label), _shape(label), x, y) for (x, y), label in zip(places, labels, strict=True)],
-        sprite=data_uri(sheet(run.images["test"], rows, COLUMNS, 48), lossless=size <= 16) if run.images else "",
+        sprite=data_uri(pictures, lossless=size <= 16) if pictures else "",
         sharp=0 < size <= SHARP,
         about={
             "columns": COLUMNS,
@@ -49,7 +51,6 @@ def feature_map(run: Run) -> Section:
         },
         **_legend(run, labels),
     )
-    return Section(name, title, body)
 
 
 def plane(features: np.ndarray) -> np.ndarray:

@@ -5,8 +5,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from gradmix.eval.detectors import PRIMARY
-from gradmix.eval.report.page import Section, render
+from gradmix.eval.detectors import PRIMARY, DeepKNN
+from gradmix.eval.report.page import Section, section
 from gradmix.eval.report.pictures import SHARP, data_uri, thumbnail
 from gradmix.eval.runs.folder import Run
 
@@ -16,10 +16,11 @@ NEAREST = 3
 
 
 def confusion(run: Run) -> Section:
-    name, title = "confusion", "Confusion"
-    if "test" not in run.features or run.detector is None or run.detector.classes_ is None:
-        return Section(name, title, render("confusion.html", why="There are no classes to confuse."))
-    labels, predicted = run.features["test"]["labels"], _predictions(run)
+    """Which test classes are taken for which: a table, or of more than ``WIDEST`` classes a picture."""
+    name, title, detector = "confusion", "Confusion", run.detector
+    if "test" not in run.features or detector is None or detector.classes_ is None:
+        return section(name, title, why="There are no classes to confuse.")
+    labels, predicted = run.features["test"]["labels"], _predictions(detector, run.features["test"]["features"])
     count = len(run.classes)
     matrix = np.zeros((count + 1, count + 1), int)  # the last row and column: unknown
     np.add.at(matrix, (labels % (count + 1), predicted % (count + 1)), 1)
@@ -27,24 +28,25 @@ def confusion(run: Run) -> Section:
     names = [run.name_of(index) for index in [*range(count), -1]]
     shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
     show = _as_table if count <= WIDEST else _as_picture
-    body = render(
-        "confusion.html",
+    return section(
+        name,
+        title,
         why="",
         primary=PRIMARY,
         names=names,
-        no_threshold=run.detector.threshold is None,
+        no_threshold=detector.threshold is None,
         **show(names, matrix, shares, rows),
     )
-    return Section(name, title, body)
 
 
 def mistakes(run: Run) -> Section:
-    name, title = "mistakes", "Surest mistakes"
-    if "test" not in run.features or run.detector is None or run.detector.classes_ is None:
-        why = "There are no classes, so there are no mistakes to show."
-        return Section(name, title, render("mistakes.html", why=why))
+    """The mistakes that the detector is surest of, beside the nearest training images."""
+    name, title, detector = "mistakes", "Surest mistakes", run.detector
+    if "test" not in run.features or detector is None or detector.classes_ is None:
+        return section(name, title, why="There are no classes, so there are no mistakes to show.")
     test, labels = run.features["test"]["features"], run.features["test"]["labels"]
-    score, predicted, closest = run.detector.score(test), _predictions(run), run.detector.classify(test)
+    score, closest = np.asarray(detector.score(test)), np.asarray(detector.classify(test))
+    predicted = _predictions(detector, test)
     low, high = np.argsort(score, kind="stable"), np.argsort(-score, kind="stable")
     kinds = {
         "Unknown images taken for known ones": low[(labels[low] < 0) & (predicted[low] >= 0)],
@@ -57,16 +59,15 @@ def mistakes(run: Run) -> Section:
     for what, rows in kinds.items():
         chosen, cards = rows[:SHOWN], []
         if len(chosen):
-            nearest = run.detector.neighbours(test[chosen], min(NEAREST, len(run.features["train"]["labels"])))[1]
+            nearest = detector.neighbours(test[chosen], min(NEAREST, len(run.features["train"]["labels"])))[1]
             cards = [_card(run, *each) for each in zip(chosen, nearest, score[chosen], closest[chosen], strict=True)]
         shown.append((what, len(rows), cards))
     no_images = "" if run.images else run.why_no_images
-    return Section(name, title, render("mistakes.html", why="", nearest=NEAREST, no_images=no_images, kinds=shown))
+    return section(name, title, why="", nearest=NEAREST, no_images=no_images, kinds=shown)
 
 
-def _predictions(run: Run) -> np.ndarray:
-    test = run.features["test"]["features"]
-    return run.detector.classify(test) if run.detector.threshold is None else run.detector.predict(test)
+def _predictions(detector: DeepKNN, features: np.ndarray) -> np.ndarray:
+    return np.asarray(detector.classify(features) if detector.threshold is None else detector.predict(features))
 
 
 def _as_table(names: list[str], matrix: np.ndarray, shares: np.ndarray, rows: range) -> dict[str, Any]:

@@ -7,13 +7,14 @@ import numpy as np
 from gradmix.eval import catalogue
 from gradmix.eval.catalogue import CLASSIFIERS, KNOWN, OPEN_SET
 from gradmix.eval.detectors import PRIMARY
-from gradmix.eval.report.page import Section, render
+from gradmix.eval.report.page import Section, section
 from gradmix.eval.runs.folder import Run
 
 CLASSES = 25  # whose recall is shown
 
 
 def numbers(run: Run) -> Section:
+    """The numbers of metrics.json, each with what it means."""
     found = run.numbers
     accuracy, auroc = KNOWN[0], OPEN_SET[0]
     classifiers = [
@@ -22,8 +23,9 @@ def numbers(run: Run) -> Section:
     ]
     detectors = catalogue.subjects(found, auroc)
     detectors.sort(key=lambda name: (name != PRIMARY, name != "pixels"))  # first what to look at, on narrow screens too
-    body = render(
-        "numbers.html",
+    return section(
+        "numbers",
+        "Numbers",
         numbers=found,
         primary=PRIMARY,
         known=[metric for metric in KNOWN if any(isinstance(found.get(metric.at(c[0])), float) for c in classifiers)],
@@ -32,7 +34,6 @@ def numbers(run: Run) -> Section:
         open_set=[metric for metric in OPEN_SET if any(metric.at(name) in found for name in detectors)],
         detectors=[(name, catalogue.name_of(name)) for name in detectors],
     )
-    return Section("numbers", "Numbers", body)
 
 
 def _recalls(run: Run) -> dict[str, Any]:

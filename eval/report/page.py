@@ -25,6 +25,7 @@ class Chart(NamedTuple):
 
 
 def percent(value: float) -> str:
+    """A share as text, in per cent."""
     return f"{100 * value:.2f}"
 
 
@@ -37,6 +38,11 @@ TEMPLATES.filters["percent"] = percent
 def render(name: str, **values: Any) -> Markup:
     """What a template makes of some values; text in them may hold anything."""
     return Markup(TEMPLATES.get_template(name).render(values))
+
+
+def section(name: str, title: str, **values: Any) -> Section:
+    """A part of a page, of the template of its name."""
+    return Section(name, title, render(f"{name}.html", **values))
 
 
 def page(name: str, title: str, **values: Any) -> str:

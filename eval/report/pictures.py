@@ -13,6 +13,7 @@ SHARP = 32  # images up to this side are shown with hard pixels, without loss
 
 
 def data_uri(image: Image.Image, lossless: bool = False) -> str:
+    """A picture as WebP inside an address."""
     buffer = BytesIO()
     image.convert("RGB").save(buffer, "WEBP", quality=82, lossless=lossless)
     return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
@@ -41,4 +42,5 @@ def sheet(images: ImageSet, indices: Sequence[int], columns: int, side: int) -> 
 
 
 def decode(encoded: bytes) -> Image.Image:
+    """The picture in an encoded image file."""
     return Image.open(BytesIO(encoded)).convert("RGB")

@@ -12,7 +12,7 @@ from gradmix.eval.report.curves import open_set, training
 from gradmix.eval.report.feature_map import feature_map
 from gradmix.eval.report.mistakes import confusion, mistakes
 from gradmix.eval.report.numbers import numbers
-from gradmix.eval.report.page import Section, page, render
+from gradmix.eval.report.page import Section, page, section
 from gradmix.eval.report.pictures import data_uri, decode
 from gradmix.eval.runs.folder import Run, command, differences, read_run
 from gradmix.ssl.data.open_set import OpenSetData
@@ -51,13 +51,14 @@ def write_report(run_dir: Path, data: OpenSetData | None = None) -> Path:
             "report.html",
             f"{config.data.name}, {config.method.name}, mix={config.mix.name}",
             headline=[(title(key), run.numbers[key]) for key in HEADLINE if key in run.numbers],
-            sections=[section(run) for section in draw],
+            sections=[part(run) for part in draw],
         ),
     )
     return path
 
 
 def what_was_run(run: Run) -> Section:
+    """The run's settings, data, hardware and versions, and the command that makes it again."""
     config, found = run.config, run.numbers
     changed = differences(config)
     counts = {"train": "training", "held_out": "held-out", "test": "test"}
@@ -89,18 +90,19 @@ def what_was_run(run: Run) -> Section:
         "A command that makes this run again": command(config, changed),
     }
     shown = [(key, _show(usual), _show(value)) for key, usual, value in changed if key != "run_dir"]
-    return Section("run", "What was run", render("run.html", facts=facts, commands=commands, changed=shown))
+    return section("run", "What was run", facts=facts, commands=commands, changed=shown)
 
 
 def mixing(run: Run) -> Section:
+    """Mixed images from the beginning, the middle and the end of the training."""
     name, title = "mixing", "Mixing"
     if not run.pictures:
         nothing = run.config.mix.name == "none"
         why = "mix=none: nothing was mixed." if nothing else "TensorBoard holds no pictures of mixing."
-        return Section(name, title, render("mixing.html", why=why))
+        return section(name, title, why=why)
     chosen = np.unique(np.linspace(0, len(run.pictures) - 1, PICTURES).round().astype(int))
     pictures = [_mixing(run, *run.pictures[index]) for index in chosen]
-    return Section(name, title, render("mixing.html", why="", pictures=pictures))
+    return section(name, title, why="", pictures=pictures)
 
 
 def _mixing(run: Run, step: int, encoded: bytes) -> dict[str, Any]:

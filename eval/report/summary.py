@@ -38,7 +38,7 @@ def describe(config: Config, data: OpenSetData) -> str:
     return "\n".join(lines)
 
 
-def over_splits(results: list[dict]) -> dict:
+def over_splits(results: list[dict[str, Any]]) -> dict[str, Any]:
     """Mean and sample standard deviation of every number that all splits have; what else is the same in all of them."""
     first = results[0]
     numbers = [
@@ -47,7 +47,7 @@ def over_splits(results: list[dict]) -> dict:
         # the ends of an interval over one split's images; their mean would be the interval of nothing
         if isinstance(value, float | int) and all(key in r for r in results) and not key.endswith(("_low", "_high"))
     ]
-    summary: dict = {"splits": len(results)}
+    summary: dict[str, Any] = {"splits": len(results)}
     for key in numbers:
         values = [r[key] for r in results]
         summary[key] = float(np.mean(values))
@@ -69,12 +69,10 @@ def table(result: dict[str, Any]) -> str:
 
 
 def _known(result: dict[str, Any]) -> list[str]:
-    columns = [metric for metric in catalogue.KNOWN if metric.terminal]
-    who = catalogue.subjects(result, columns[0])
-    if not who:
+    grid = _grid(result, [metric for metric in catalogue.KNOWN if metric.terminal])
+    if not grid:
         return []
-    cells = {name: [_cell(result, metric.at(name)) for metric in columns] for name in who}
-    lines = ["", "known classes, %", *_grid([metric.title for metric in columns], cells)]
+    lines = ["", "known classes, %", *grid]
     recalls = result.get("knn/recall", {})
     if recalls:
         shown = sorted(recalls.items(), key=lambda item: item[1])[:CLASSES]
@@ -85,19 +83,23 @@ def _known(result: dict[str, Any]) -> list[str]:
 
 def _open_set(result: dict[str, Any]) -> list[str]:
     columns = [metric for metric in catalogue.OPEN_SET if metric.terminal]
-    who = catalogue.subjects(result, columns[0])
-    if not who:
+    grid = _grid(result, columns)
+    if not grid:
         return []
-    cells = {name: [_cell(result, metric.at(name)) for metric in columns] for name in who}
-    lines = ["", "unknown against known classes, %", *_grid([metric.title for metric in columns], cells), ""]
+    lines = ["", "unknown against known classes, %", *grid, ""]
     lines += [f"  {metric.title}: {metric.sentence} Lower is better." for metric in columns if metric.better == "lower"]
     if f"osr/{PRIMARY}/auroc_low" in result:
         lines.append("  [low, high]: 95 % interval, bootstrap over the test images.")
     return lines
 
 
-def _grid(titles: list[str], cells: dict[str, list[str]]) -> list[str]:
-    """Rows of text under their titles, the columns that nobody has left out."""
+def _grid(result: dict[str, Any], columns: list[catalogue.Metric]) -> list[str]:
+    """Rows of text under their titles, one for each classifier or detector; the columns that nobody has left out."""
+    titles = [metric.title for metric in columns]
+    who = catalogue.subjects(result, columns[0])
+    if not who:
+        return []
+    cells = {name: [_cell(result, metric.at(name)) for metric in columns] for name in who}
     kept = [i for i in range(len(titles)) if any(row[i] != "-" for row in cells.values())]
     widths = {i: max(len(titles[i]), 11, *(len(row[i]) for row in cells.values())) + 2 for i in kept}
     names = {name: f"{PRIMARY} on pixels" if name == "pixels" else catalogue.name_of(name) for name in cells}

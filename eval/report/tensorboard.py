@@ -13,7 +13,7 @@ from tensorboard.plugins.projector import ProjectorConfig
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
-from gradmix.eval.catalogue import ENDS, KNOWN, OPEN_SET, match
+from gradmix.eval.catalogue import ENDS, KNOWN, OPEN_SET, match, metric_of
 from gradmix.eval.report.pictures import sheet
 from gradmix.ssl.config import Config, flat
 from gradmix.ssl.data.open_set import OpenSetData
@@ -36,7 +36,7 @@ def write_tensorboard(run_dir: Path, config: Config, numbers: dict[str, Any], da
     for old in folder.glob(f"events.out.tfevents.*{SUFFIX}"):
         old.unlink()
     final = {key: value for key, value in numbers.items() if is_result(key, value)}
-    compared = {key: value for key, value in final.items() if match(key)[0].compared and not ENDS.search(key)}
+    compared = {key: value for key, value in final.items() if metric_of(key).compared and not ENDS.search(key)}
     with SummaryWriter(folder, filename_suffix=SUFFIX) as writer:
         for key, value in final.items():
             writer.add_scalar(key, value, numbers.get("train/steps", 0))
@@ -67,7 +67,7 @@ def write_projector(folder: Path, features: Path, data: OpenSetData) -> None:
     names = [data.classes[label] if label >= 0 else "unknown" for label in found["labels"][rows].tolist()]
     files = [str(row) if data.test.files is None else data.test.files[row] for row in rows.tolist()]
     lines = ["class\ttest image", *("\t".join(map(_cell, pair)) for pair in zip(names, files, strict=True))]
-    picture = sheet(data.test, rows, columns, SIDE)
+    picture = sheet(data.test, rows.tolist(), columns, SIDE)
 
     config = ProjectorConfig()
     embedding = config.embeddings.add(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from gradmix.eval import metrics
-from gradmix.eval.catalogue import match
+from gradmix.eval.catalogue import metric_of
 from gradmix.ssl.networks.weights import load_weights
 
 
@@ -31,18 +31,21 @@ def compare(first: Path, second: Path) -> dict[str, metrics.Interval]:
         name, _, part = key.partition("/")
         if part != "score" or not {key, f"{name}/correct"} <= set(ours) & set(theirs):
             continue
-        sides = [(run[key][known], run[key][~known]) for run in (theirs, ours)]
-        correct = [run[f"{name}/correct"][known] for run in (theirs, ours)]
-        differences[f"{name}/auroc"] = metrics.paired_bootstrap(metrics.auroc, *sides)
-        with_correct = [(*side, right) for side, right in zip(sides, correct, strict=True)]
-        differences[f"{name}/oscr"] = metrics.paired_bootstrap(metrics.oscr, *with_correct)
+        before, after = ((run[key][known], run[key][~known]) for run in (theirs, ours))
+        differences[f"{name}/auroc"] = metrics.paired_bootstrap(metrics.auroc, before, after)
+        was_right, is_right = (run[f"{name}/correct"][known] for run in (theirs, ours))
+        differences[f"{name}/oscr"] = metrics.paired_bootstrap(metrics.oscr, (*before, was_right), (*after, is_right))
     if not differences:
         raise ValueError(f"against: {first} and {second} have no detector in common")
     return differences
 
 
 def load_scores(run: Path) -> dict[str, Tensor]:
-    """A run's scores: ``labels``, ``images``, ``<detector>/score`` and ``<detector>/correct``, all ``[N]``."""
+    """A run's scores: ``labels``, ``images``, ``<detector>/score`` and ``<detector>/correct``, all ``[N]``.
+
+    Raises:
+        ValueError: missing or damaged.
+    """
     path = run / "features" / "scores.safetensors"
     if not path.is_file():
         raise ValueError(f"{run}: no scores of an open-set evaluation there; gradmix-eval run={run} writes them")
@@ -66,6 +69,6 @@ def comparison_table(first: Path, second: Path, differences: dict[str, metrics.I
     ]
     for key, (value, low, high) in differences.items():
         name, _ = key.split("/")
-        label = f"{'deep_knn on pixels' if name == 'pixels' else name} {match(f'osr/{key}')[0].title}"
+        label = f"{'deep_knn on pixels' if name == 'pixels' else name} {metric_of(f'osr/{key}').title}"
         lines.append(f"  {label:<32}{100 * value:>+8.2f} [{100 * low:+.2f}, {100 * high:+.2f}]")
     return "\n".join(lines)

@@ -2,6 +2,8 @@
 
 import logging
 import warnings
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -31,7 +33,7 @@ def export_backbone(run_dir: Path, formats: list[str], folder: Path) -> list[Pat
     backbone = load_backbone(run_dir)
     writers = {"safetensors": _safetensors, "onnx": _onnx, "torch_export": _torch_export}
     for name in formats:
-        write_atomically(folder / FORMATS[name], lambda temporary, name=name: writers[name](backbone, temporary))
+        write_atomically(folder / FORMATS[name], partial(writers[name], backbone))
     return [folder / FORMATS[name] for name in formats]
 
 
@@ -40,19 +42,23 @@ def _safetensors(backbone: Backbone, path: Path) -> None:
 
 
 def _onnx(backbone: Backbone, path: Path) -> None:
-    try:
-        import onnxscript  # noqa: F401  what torch.onnx writes with
-    except ImportError as error:
-        raise ValueError("export: onnx needs two more packages, pip install 'gradmix[export]'") from error
+    if not find_spec("onnxscript"):  # what torch.onnx writes with
+        raise ValueError("export: onnx needs two more packages, pip install 'gradmix[export]'")
     if torch.__version__ < ONNX_TORCH:
         raise ValueError(f"export: onnx needs torch {ONNX_TORCH} or newer, this is {torch.__version__}")
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    names = {"input_names": ["images"], "output_names": ["features"]}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecations inside torch's own exporter
         program = torch.onnx.export(
-            backbone, (_example(backbone),), **names, dynamo=True, verbose=False, dynamic_shapes=_any_batch()
+            backbone,
+            (_example(backbone),),
+            input_names=["images"],
+            output_names=["features"],
+            dynamo=True,
+            verbose=False,
+            dynamic_shapes=_any_batch(),
         )
+        assert program is not None  # with dynamo
         program.save(path)
 
 
@@ -66,6 +72,6 @@ def _example(backbone: Backbone) -> torch.Tensor:
     return torch.zeros(2, 3, backbone.image_size, backbone.image_size)
 
 
-def _any_batch() -> dict:
+def _any_batch() -> dict[str, dict[int, torch.export.Dim]]:
     # The bound is for torch 2.6: it cannot rule out N = 2**63 - 1, its slices' "to the end", in a ViT.
     return {"images": {0: torch.export.Dim("N", max=2**31)}}

@@ -3,7 +3,7 @@
 import shlex
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from hydra import compose, initialize_config_module
@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from gradmix.eval import detectors
-from gradmix.eval.detectors import PRIMARY, Detector
+from gradmix.eval.detectors import PRIMARY, DeepKNN, Detector
 from gradmix.eval.features.array_file import Arrays, map_arrays
 from gradmix.eval.features.arrays import check_features, check_labels
 from gradmix.eval.runs.foreign import ELSEWHERE
@@ -26,6 +26,7 @@ from gradmix.ssl.networks.weights import load_weights
 from gradmix.ssl.runs.documents import as_schema, read_document
 from gradmix.ssl.runs.folder import read_config
 
+Scalars = dict[str, tuple[np.ndarray, np.ndarray]]  # by tag: steps [n] and values [n]
 # Config groups: the option's name is the group's .name.
 GROUPS = tuple(name.removesuffix(".name") for name in keys_of(Config) if name.endswith(".name"))
 
@@ -49,11 +50,11 @@ class Run:
     path: Path
     config: Config
     numbers: dict[str, Any]
-    scalars: dict[str, tuple[np.ndarray, np.ndarray]]
+    scalars: Scalars
     pictures: list[tuple[int, bytes]]
-    features: dict[str, dict[str, np.ndarray]]
+    features: dict[str, Arrays]
     scores: dict[str, tuple[np.ndarray, np.ndarray]]
-    detector: Detector | None
+    detector: DeepKNN | None
     classes: list[str]
     images: dict[str, ImageSet] = field(default_factory=dict)
     why_no_images: str = ""
@@ -108,8 +109,12 @@ def read_run(path: Path, data: OpenSetData | None = None, images: bool = True) -
     return run
 
 
-def read_events(folder: Path, images: bool = True) -> tuple[dict, list[tuple[int, bytes]]]:
-    """TensorBoard's scalars and ``mixing`` pictures; where a resumed run wrote a step twice, the later one."""
+def read_events(folder: Path, images: bool = True) -> tuple[Scalars, list[tuple[int, bytes]]]:
+    """TensorBoard's scalars and ``mixing`` pictures; where a resumed run wrote a step twice, the later one.
+
+    Raises:
+        ValueError: damaged.
+    """
     if not any(folder.glob("events.out.tfevents.*")):
         return {}, []
     keep = {"scalars": 0, "images": 0 if images else 1}  # 0: all of them
@@ -122,9 +127,9 @@ def read_events(folder: Path, images: bool = True) -> tuple[dict, list[tuple[int
         raise ValueError(f"{folder}: damaged ({type(error).__name__}: {error})") from error
 
 
-def _events(events: EventAccumulator, images: bool) -> tuple[dict, list[tuple[int, bytes]]]:
+def _events(events: EventAccumulator, images: bool) -> tuple[Scalars, list[tuple[int, bytes]]]:
     tags = events.Tags()
-    scalars = {}
+    scalars: Scalars = {}
     for tag in tags["scalars"]:
         values = {event.step: event.value for event in events.Scalars(tag)}
         steps = np.array(sorted(values))
@@ -133,9 +138,11 @@ def _events(events: EventAccumulator, images: bool) -> tuple[dict, list[tuple[in
     return scalars, sorted({event.step: event.encoded_image_string for event in mixing}.items())
 
 
-def read_scores(path: Path, features: dict, detector: Detector | None) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def read_scores(
+    path: Path, features: dict[str, Arrays], detector: Detector | None
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Every detector's scores, as the evaluation saved them; where it did not, the primary one's, computed again."""
-    labels = features.get("test", {}).get("labels", np.zeros(0))
+    labels = features["test"]["labels"] if "test" in features else np.zeros(0)
     if not (labels >= 0).any() or not (labels < 0).any():
         return {}
     if (path / "features/scores.safetensors").is_file():
@@ -148,7 +155,7 @@ def read_scores(path: Path, features: dict, detector: Detector | None) -> dict[s
     if detector is None or detector.classes_ is None:
         return {}
     test = features["test"]["features"]
-    return {PRIMARY: (detector.score(test), detector.classify(test) == labels)}
+    return {PRIMARY: (np.asarray(detector.score(test)), np.asarray(detector.classify(test)) == labels)}
 
 
 def find_images(run: Run, data: OpenSetData | None) -> tuple[dict[str, ImageSet], str]:
@@ -175,7 +182,7 @@ def defaults(config: Config) -> dict[str, Any]:
         chosen = [(group, getattr(config, group).name) for group in GROUPS]
         ours = [(group, name) for group, name in chosen if any(s.is_config(f"{group}/{name}") for s in sources)]
         composed = compose("pretrain", [f"{group}={name}" for group, name in ours])
-    return flat(asdict(OmegaConf.to_object(composed)))
+    return flat(asdict(cast(Config, OmegaConf.to_object(composed))))
 
 
 def differences(config: Config) -> list[tuple[str, Any, Any]]:
@@ -192,9 +199,9 @@ def command(config: Config, changed: list[tuple[str, Any, Any]]) -> str:
     """
     if config.method.name == ELSEWHERE:
         parts = {"checkpoint": config.encoder.init, "encoder": config.encoder.name, "data": config.data.name}
-        others = {"encoder.part": config.encoder.part, "data.root": config.data.root}
-        others = {key: value for key, value in others.items() if value is not None}
-        named = {**parts, "encoder.stem": config.encoder.stem, **others, "out": config.run_dir}
+        given = {"encoder.part": config.encoder.part, "data.root": config.data.root}
+        given = {key: value for key, value in given.items() if value is not None}
+        named = {**parts, "encoder.stem": config.encoder.stem, **given, "out": config.run_dir}
         return shlex.join(["gradmix-eval", *(f"{key}={value}" for key, value in named.items())])
     groups = [f"{group}={getattr(config, group).name}" for group in GROUPS]
     others = [f"{key}={as_typed(value)}" for key, _, value in changed]
@@ -215,14 +222,14 @@ def _features(path: Path) -> Arrays:
     return arrays
 
 
-def _detector(folder: Path) -> Detector | None:
+def _detector(folder: Path) -> DeepKNN | None:
     """The detector there, if it is the one that the report explains with: deep_knn on features."""
     try:
         said = read_document(folder / "scorer.json", dict[str, Any], LARGEST_LIST)
         detector = detectors.load(folder, mmap=True)
     except (ValueError, OSError):
         return None
-    return detector if detector.NAME == PRIMARY and said.get("space", "features") == "features" else None
+    return detector if isinstance(detector, DeepKNN) and said.get("space", "features") == "features" else None
 
 
 def _classes(path: Path) -> list[str]:

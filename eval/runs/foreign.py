@@ -25,15 +25,18 @@ def read_foreign(config: EvalConfig) -> Foreign:
     for key, value in (("encoder", config.encoder.name), ("data", config.data.name), ("out", config.out)):
         if not value:
             raise ValueError(f"{key}: missing; checkpoint= needs it, {key}={'DIR' if key == 'out' else 'NAME'}")
+    assert config.checkpoint is not None and config.out is not None  # as the loop and find_run saw
     checkpoint, out = Path(config.checkpoint).expanduser(), Path(config.out).expanduser()
-    asked = config.encoder
+    asked, size = config.encoder, config.data.image_size
     encoder = EncoderConfig(asked.name, asked.width, asked.stem, init=str(checkpoint), part=asked.part)
-    if config.data.image_size is None:
-        config.data = replace(config.data, image_size=load_data(config.data, 0).train.size)
-    backbone = build_backbone(encoder, config.data.image_size)
+    if size is None:
+        size = load_data(config.data, 0).train.size
+        config.data = replace(config.data, image_size=size)
+    backbone = build_backbone(encoder, size)
     encoder.width, encoder.stem = (backbone.description.get(key) for key in ("width", "stem"))
-    elsewhere = {"method": MethodConfig(ELSEWHERE), "mix": MixConfig("none"), "optimizer": OptimizerConfig("unknown")}
-    return Config(run_dir=str(out), data=config.data, encoder=encoder, **elsewhere), backbone
+    method, mix, optimizer = MethodConfig(ELSEWHERE), MixConfig("none"), OptimizerConfig("unknown")
+    run = Config(run_dir=str(out), data=config.data, encoder=encoder, method=method, mix=mix, optimizer=optimizer)
+    return run, backbone
 
 
 def adopt(run: Config, backbone: Encoder) -> None:

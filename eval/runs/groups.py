@@ -14,6 +14,8 @@ from gradmix.ssl.keys import Role, key_of, keys_of
 
 UNIT = [name for name, key in keys_of(Config).items() if key.role == "unit"]
 UNIT.sort(key=lambda name: "." not in name)  # data.split, data.known, seed
+Unit = tuple[Any, ...]  # their values
+Values = tuple[tuple[str, Any], ...]  # of keys by name, as a key of a dict
 
 
 @dataclass
@@ -26,9 +28,9 @@ class Group:
     """
 
     label: str
-    runs: dict[tuple, list[Run]]
+    runs: dict[Unit, list[Run]]
 
-    def values(self, key: str) -> dict[tuple, float]:
+    def values(self, key: str) -> dict[Unit, float]:
         """A number by unit; the mean where a unit was run several times."""
         values = {unit: [run.numbers[key] for run in runs if key in run.numbers] for unit, runs in self.runs.items()}
         return {unit: float(np.mean(of_unit)) for unit, of_unit in values.items() if of_unit}
@@ -36,7 +38,7 @@ class Group:
 
 @dataclass
 class Difference:
-    """A group minus the first one, over the units that both have."""
+    """A group minus the first one, over the units that both have; of one pair there is no deviation."""
 
     mean: float
     deviation: float | None
@@ -66,7 +68,7 @@ def find_runs(where: Sequence[str | Path]) -> list[Path]:
 
 def group_runs(runs: Sequence[Run]) -> dict[str, list[Group]]:
     """Runs by data set, and within it by their settings: every key says which of these it is (``role``)."""
-    sets: dict[tuple, dict[tuple, list[tuple[Run, dict]]]] = defaultdict(lambda: defaultdict(list))
+    sets: dict[Values, dict[Values, list[tuple[Run, dict[str, Any]]]]] = defaultdict(lambda: defaultdict(list))
     for run in runs:
         config = _config(run)
         data = _with_role("data", config)

@@ -91,12 +91,12 @@ def check_replaceable(out: Path) -> None:
 def scoring_key(scorer: Scorer, paths: Sequence[str], batch_size: int) -> str:
     """Eight digits that change with detector, threshold, batch size, device and images (name, size, time of change)."""
     calibration = scorer.detector.calibration_
-    asked = [] if calibration is None else [calibration.accept, calibration.per_class]
+    asked: list[float] = [] if calibration is None else [calibration.accept, calibration.per_class]
     digest = hashlib.sha256(json.dumps([scorer.sha256, batch_size, str(scorer.device), *asked, *COLUMNS]).encode())
     for path in paths:
         try:
             state = os.stat(path)
-            seen = path, state.st_size, state.st_mtime_ns
+            seen: tuple[str | int, ...] = (path, state.st_size, state.st_mtime_ns)
         except OSError:
             seen = (path,)
         digest.update(json.dumps(seen).encode())

@@ -12,14 +12,16 @@ import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL.Image import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -29,17 +31,21 @@ from gradmix.eval.features.extraction import Model
 from gradmix.ssl.data.images import decode
 from gradmix.ssl.data.listing import list_images
 from gradmix.ssl.data.names import UNKNOWN_NAME, check_class_names
-from gradmix.ssl.data.open_set import OpenSetData
 from gradmix.ssl.keys import Key
 from gradmix.ssl.machine import usable_cpus
 from gradmix.ssl.runs.documents import as_schema, read_document
 from gradmix.ssl.runs.files import hash_file, hash_json, write_atomically, write_json, write_tensors
 from gradmix.ssl.runs.tensors import opened_tensors
 
+if TYPE_CHECKING:  # it reads data sets, for which it imports scikit-learn: seconds, and scoring needs none
+    from gradmix.ssl.data.open_set import OpenSetData
+
 LARGEST_LIST = 2**30  # bytes of scorer.json, which names every training image
 THUMBNAILS = "thumbnails.safetensors"
 THUMBNAIL_SIZE = 32
-T, R = TypeVar("T"), TypeVar("R")
+Picture = str | Path | Image | np.ndarray  # a file; or an image, as Backbone.transform takes it
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 @dataclass
@@ -58,7 +64,7 @@ class Score:
     """One scored image; the columns of ``scores.csv``, where text that a spreadsheet would run has a ' before it.
 
     Attributes:
-        path: the file.
+        path: the file; of an image that is none, ``image`` and its number.
         score: higher is more unknown; None when the file could not be read.
         prediction: ``"unknown"`` above the threshold, else the class's name (``""`` where there are no classes).
         margin: score minus threshold; above 0 is unknown.
@@ -77,7 +83,7 @@ class Score:
     error: str = ""
 
 
-def save_scorer(folder: Path, detector: Detector, run_dir: Path, data: OpenSetData, space: str = "features") -> None:
+def save_scorer(folder: Path, detector: Detector, run_dir: Path, data: "OpenSetData", space: str = "features") -> None:
     """Write the folder that :class:`Scorer` loads.
 
     Args:
@@ -92,7 +98,7 @@ def save_scorer(folder: Path, detector: Detector, run_dir: Path, data: OpenSetDa
     train, shows = data.train, isinstance(detector, DeepKNN) and space == "features"
     if shows and train.files is None:
         small = train.size <= THUMBNAIL_SIZE
-        images = train.images if small else torch.cat([_shrink(part) for part in train.images.split(1024)])
+        images = train.pixels if small else torch.cat([_shrink(part) for part in train.pixels.split(1024)])
         write_tensors(folder / THUMBNAILS, {"images": images})
     else:
         (folder / THUMBNAILS).unlink(missing_ok=True)
@@ -144,17 +150,16 @@ class Scorer:
     def _check(self) -> None:
         """See that the files belong together: one class name and one training image for every one of the detector's."""
         detector, where = self.detector, self.folder / "scorer.json"
-        head = self.model.head
-        width = self.backbone.num_features if self.space == "features" or head is None else head[-1].out_features
+        width = self.model.widths[self.space]
         if detector.width_ != width:
             wide = f"{self.space} {width} wide, the detector's are {detector.width_}"
             raise ValueError(f"{self.folder / 'backbone.safetensors'}: {wide}")
         if detector.classes_ is not None and detector.classes_[-1] >= len(self.classes):
             last = f"the detector's last is number {detector.classes_[-1]}"
             raise ValueError(f"{where}: classes: {len(self.classes)} names, {last}")
-        if not self.knows_images:
+        if self.knn is None:
             return
-        rows = len(detector.bank_)
+        rows = len(self.knn.bank_)
         if self.train_files is not None and len(self.train_files) != rows:
             raise ValueError(f"{where}: train_files: {len(self.train_files)} names, the detector has {rows} images")
         if self.train_files is None:
@@ -168,8 +173,8 @@ class Scorer:
             if kind != "U8" or shape != [rows, 3, side, side] or not 1 <= side <= THUMBNAIL_SIZE:
                 raise ValueError(f"{path}: images: expected [{rows}, 3, S, S] bytes, S at most {THUMBNAIL_SIZE}")
 
-    def score(self, paths: Sequence[str], batch_size: int = 256, progress: bool = False) -> Iterator[Score]:
-        """Score image files one batch at a time, in order. Unreadable files get a row with the error.
+    def score(self, images: Sequence[Picture], batch_size: int = 256, progress: bool = False) -> Iterator[Score]:
+        """Score images one batch at a time, in order. Unreadable files get a row with the error.
 
         While the detector looks at a batch, the network is at the next one, and the files of up to three more are
         decoded. How far they get changes no bit of a score.
@@ -177,14 +182,14 @@ class Scorer:
         hidden = None if progress else True  # None: where the output is no terminal
         decoders, network = ThreadPoolExecutor(usable_cpus()), ThreadPoolExecutor(1)
         try:
-            decoded = ahead(decoders, self._decode, paths, 2 * batch_size)
+            decoded = ahead(decoders, self._decode, images, 2 * batch_size)
             batches = iter(lambda: list(islice(decoded, batch_size)), [])
-            names = iter(paths)
-            with tqdm(total=len(paths), unit="image", disable=hidden) as bar:
+            names = (str(x) if isinstance(x, str | Path) else f"image {number}" for number, x in enumerate(images))
+            with tqdm(total=len(images), unit="image", disable=hidden) as bar:
                 for batch, features in ahead(network, self._look_at, batches, 1):
                     scored = iter(() if features is None else self._score(features))
                     for path, image in zip(islice(names, len(batch)), batch, strict=True):
-                        yield Score(path, error=image) if isinstance(image, str) else next(scored)(path)
+                        yield Score(path, error=image) if isinstance(image, str) else replace(next(scored), path=path)
                     bar.update(len(batch))
         finally:
             for pool in (network, decoders):
@@ -197,30 +202,31 @@ class Scorer:
         Raises:
             ValueError: the detector knows no training images.
         """
-        self.check_neighbours()
-        similarity, rows = self.detector.neighbours(self.look(images), k)
+        similarity, rows = map(torch.as_tensor, self.check_neighbours().neighbours(self.look(images), k))
         return (2 - 2 * similarity).clamp(min=0).sqrt(), rows
 
     @property
-    def knows_images(self) -> bool:
-        """Whether it can say which training image is nearest: deep_knn on features."""
-        return isinstance(self.detector, DeepKNN) and self.space == "features"
+    def knn(self) -> DeepKNN | None:
+        """The detector, where it can say which training image is nearest: deep_knn on features."""
+        return self.detector if isinstance(self.detector, DeepKNN) and self.space == "features" else None
 
-    def check_neighbours(self) -> None:
-        """
+    def check_neighbours(self) -> DeepKNN:
+        """The detector, which knows the nearest training images.
+
         Raises:
             ValueError: the detector knows no training images.
         """
-        if not self.knows_images:
+        if self.knn is None:
             raise ValueError(
                 f"explain: {self.detector.NAME} knows no training images to show; deep_knn on features does"
             )
+        return self.knn
 
     @torch.inference_mode()
     def look(self, images: Tensor) -> Tensor:
         """What the detector looks at, of ``[N, 3, S, S]`` uint8: features or projections, on the CPU."""
         features = self.backbone(images.to(self.device))
-        if self.space == "projections":
+        if self.space == "projections" and self.model.head is not None:
             features = F.normalize(self.model.head(features), dim=1)
         return features.cpu()
 
@@ -238,15 +244,23 @@ class Scorer:
             return file.get_slice("images")[row]
 
     def training_name(self, row: int) -> str:
+        """A training image's file, or its row where it never was one."""
         return f"training image {row}" if self.train_files is None else self.train_files[row]
 
     def training_class(self, row: int) -> str:
-        positions = self.detector.positions_
-        return "" if positions is None else self.classes[int(self.detector.classes_[positions[row]])]
+        """The class of a training image, by row; empty where there are no classes.
 
-    def _decode(self, path: str) -> torch.Tensor | str:
+        Raises:
+            ValueError: the detector knows no training images.
+        """
+        knn = self.check_neighbours()
+        if knn.classes_ is None or knn.positions_ is None:
+            return ""
+        return self.classes[int(knn.classes_[knn.positions_[row]])]
+
+    def _decode(self, image: Picture) -> Tensor | str:
         try:
-            return self.backbone.transform(path)
+            return self.backbone.transform(image)
         except ValueError as error:
             return str(error)
 
@@ -255,19 +269,18 @@ class Scorer:
         readable = [image for image in batch if isinstance(image, Tensor)]
         return batch, self.look(torch.stack(readable)) if readable else None
 
-    def _score(self, features: Tensor) -> Iterator[Callable[[str], Score]]:
-        detector = self.detector
-        verdict, missing, nearest = detector.judge(features), [None] * len(features), [""] * len(features)
-        if self.knows_images:
-            nearest = [self.training_name(row) for row in detector.neighbours(features, 1)[1][:, 0].tolist()]
+    def _score(self, features: Tensor) -> Iterator[Score]:
+        """Of each image, without its path."""
+        verdict, missing, nearest = self.detector.judge(features), [None] * len(features), [""] * len(features)
+        if self.knn is not None:
+            nearest = [self.training_name(row) for row in self.knn.neighbours(features, 1)[1][:, 0].tolist()]
         columns = (missing if column is None else column.tolist() for column in verdict)
         for score, label, threshold, p_value, near in zip(*columns, nearest, strict=True):
             prediction = "" if label is None else self.classes[int(label)]
             if threshold is not None and score > threshold:
                 prediction = UNKNOWN_NAME
             margin = None if threshold is None else score - threshold
-            seen = score, prediction, margin, p_value, near
-            yield lambda path, seen=seen: Score(path, *seen)
+            yield Score("", score, prediction, margin, p_value, near)
 
 
 def ahead(pool: Executor, function: Callable[[T], R], items: Iterable[T], count: int) -> Iterator[R]:

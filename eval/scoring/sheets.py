@@ -8,28 +8,31 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
-from gradmix.eval.scoring.scorer import UNKNOWN_NAME, Score, Scorer
+from gradmix.eval.scoring.scorer import UNKNOWN_NAME, Picture, Score, Scorer
 from gradmix.ssl.runs.files import write_atomically
 
 SIDE, GAP, CAPTION, MARGIN = 112, 10, 34, 14  # pixels: a picture, the space around it, its two lines of text
 PER_PAGE = 8
 
 
-def write_sheets(scorer: Scorer, paths: Sequence[str], folder: Path, limit: int = 200, k: int = 5) -> tuple[int, int]:
+def write_sheets(
+    scorer: Scorer, images: Sequence[Picture], folder: Path, limit: int = 200, k: int = 5
+) -> tuple[int, int]:
     """Write ``sheet-001.png``, ... with one row per image: the image, then its ``k`` nearest training images.
 
     Args:
-        paths: image files; those that can't be read are left out.
+        images: files that can't be read are left out.
         limit: at most so many images, the first ones.
 
     Returns:
         Numbers of images and of sheets.
     """
-    k = min(k, scorer.detector.bank_.shape[0])
-    rows, shown, sheets = [], 0, 0
-    for score in scorer.score(paths, batch_size=PER_PAGE):
+    k = min(k, len(scorer.check_neighbours().bank_))
+    rows: list[list[Image.Image]] = []
+    shown = sheets = 0
+    for image, score in zip(images, scorer.score(images, batch_size=PER_PAGE), strict=True):
         if not score.error:
-            rows.append(_row(scorer, score, k))
+            rows.append(_row(scorer, scorer.backbone.transform(image), score, k))
             shown += 1
         if len(rows) == PER_PAGE or shown == limit:
             sheets += 1
@@ -48,8 +51,7 @@ def _write(folder: Path, number: int, rows: list[list[Image.Image]]) -> None:
     write_atomically(folder / f"sheet-{number:03d}.png", lambda temporary: page.save(temporary, "PNG"))
 
 
-def _row(scorer: Scorer, score: Score, k: int) -> list[Image.Image]:
-    image = scorer.backbone.transform(score.path)
+def _row(scorer: Scorer, image: Tensor, score: Score, k: int) -> list[Image.Image]:
     distances, rows = scorer.neighbours(image[None], k)
     colour = (190, 30, 30) if score.prediction == UNKNOWN_NAME else (30, 120, 60)
     tiles = [_tile(image, os.path.basename(score.path), f"{score.prediction}, {score.score:.3f}".lstrip(", "), colour)]

@@ -6,12 +6,12 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
+from torch.utils.data import Dataset
 from torchvision.transforms.functional import InterpolationMode, center_crop, pad, pil_to_tensor, resize
 
 from gradmix.ssl.data.listing import Files
@@ -25,7 +25,7 @@ MEAN, STD = IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)
-class ImageSet:
+class ImageSet(Dataset[tuple[Tensor, int, int]]):
     """Images and labels.
 
     Attributes:
@@ -59,15 +59,31 @@ class ImageSet:
         return self.image(index), int(self.labels[index]), index
 
     def image(self, index: int) -> Tensor:
-        """``[3, S, S]`` uint8."""
+        """``[3, S, S]`` uint8.
+
+        Raises:
+            ValueError: its file can't be read, and the set is not ``lenient``.
+        """
         if self.images is not None:
             return self.images[index]
         try:
-            return decode(self.files[index], self.size, self.fit)
+            return decode(self.paths[index], self.size, self.fit)
         except ValueError:
             if self.lenient:
                 return torch.zeros(3, self.size, self.size, dtype=torch.uint8)
             raise
+
+    @property
+    def pixels(self) -> Tensor:
+        """``images``, which must be in memory."""
+        assert self.images is not None
+        return self.images
+
+    @property
+    def paths(self) -> Files:
+        """``files``, which the images must be."""
+        assert isinstance(self.files, Files)
+        return self.files
 
     @property
     def bytes(self) -> int:
@@ -85,7 +101,7 @@ class ImageSet:
             self,
             labels=self.labels[indices],
             images=None if self.images is None else self.images[indices],
-            files=None if self.files is None else cast(Files, self.files).select(indices),
+            files=None if self.files is None else self.paths.select(indices),
         )
 
 
@@ -145,6 +161,7 @@ def rgb(image: Image.Image) -> Image.Image:
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
+    """Turned as EXIF says, and in RGB."""
     return rgb(upright(image))
 
 

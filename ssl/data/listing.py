@@ -31,7 +31,7 @@ class Files(Sequence[str]):
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and list(self) == list(other)
 
-    __hash__ = None
+    __hash__ = None  # type: ignore[assignment]  # what can be compared like this is no key
 
     def select(self, indices: Tensor) -> "Files":
         """The paths at ``indices`` (int64), in that order."""
@@ -76,4 +76,5 @@ def list_folders(root: Path) -> list[str]:
 
 
 def is_hidden(name: str) -> bool:
+    """Whether a name is passed over: it begins with a dot, or systems put it there."""
     return name.startswith(".") or name in NO_CLASSES

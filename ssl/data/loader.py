@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from gradmix.ssl.data.images import ImageSet, decode
 from gradmix.ssl.data.views import Crops
@@ -17,9 +17,11 @@ VIEWS = 0xC809  # what is drawn for views has nothing to do with what else is dr
 
 
 class Batch(NamedTuple):
+    """What a training step is given."""
+
     images: Tensor  # uint8 [b, 3, S, S]: whole images; or [b, V, 3, S, S]: V views of each, cut already
     labels: Tensor  # int64 [b]
-    index: Tensor  # int64 [b], rows of the training set
+    index: Tensor  # type: ignore[assignment]  # int64 [b], rows of the training set; a tuple's own `index` is not used
     epoch: int
     step: int  # within the epoch
     bad: tuple[str, ...] = ()  # why files of this process's share can't be read; another image stands in for each
@@ -63,7 +65,8 @@ class TrainLoader:
     ):
         check_batch_size(batch_size, len(data), world_size)
         self.data, self.seed, self.epochs, self.start = data, seed, epochs, start
-        self.workers, self.on_bad_image, self.told = decoders(workers, world_size), on_bad_image, set()
+        self.workers, self.on_bad_image = decoders(workers, world_size), on_bad_image
+        self.told: set[str] = set()
         self.crops = crops if data.photographs else None
         self.rank, self.batch_size, self.share = rank, batch_size, batch_size // world_size
         self.steps_per_epoch = len(data) // batch_size
@@ -110,7 +113,7 @@ class TrainLoader:
                 yield epoch, step, order[first : first + self.share]
 
 
-class Stream:
+class Stream(Dataset["Batch | str"]):
     """What a worker makes of a place in the training: a :class:`Batch`. It keeps nothing from one to the next.
 
     Args:
@@ -133,7 +136,7 @@ class Stream:
 
     def _image(self, epoch: int, step: int, row: int, bad: dict[str, str]) -> Tensor:
         for candidate in self._candidates(row):
-            path = self.data.files[candidate]
+            path = self.data.paths[candidate]
             try:
                 if self.crops is None:
                     return decode(path, self.data.size, self.data.fit)
@@ -151,6 +154,7 @@ class Stream:
 
 
 def refusal(bad: tuple[str, ...]) -> str:
+    """What to say of files that can't be read."""
     return (
         f"data: {len(bad)} image files can't be read; replace or remove them, or leave them out with "
         f"data.on_bad_image=skip (data.scan=true looks at all files first): {'; '.join(sorted(bad))}"

@@ -1,6 +1,7 @@
 """Who is known: training, held-out and test images of one open-set split of a data set."""
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -70,11 +71,14 @@ def load_data(config: DataConfig, seed: int, look: bool = False, pixels: bool = 
     source = SOURCES.pick("data.name", config.name)(config, seed)
     source, photographs, notes = of_its_size(source, config)
     limit = int(config.memory_gib * 2**30) if not photographs else -1
+    known: list[int] = []
+    unknown: Sequence[int] = []
+    empty: list[str] = []
     if not source.classes:
         for key in ("known", "unknown_root"):
             if getattr(config, key) is not None:
                 raise ValueError(f"data.{key}: the images in data.root have no classes, so that none is known")
-        train, test, known, unknown, empty = source.train, source.test, [], [], []
+        train, test = source.train, source.test
     else:
         known = known_classes(config, source)
         unknown = range(len(source.classes)) if source.unknown is None else source.unknown
@@ -107,16 +111,17 @@ def load_data(config: DataConfig, seed: int, look: bool = False, pixels: bool = 
         scan.refuse_bad()
     check_present(train, classes, config)  # now of what can be read
     kept, aside = stratified(train.labels, config.holdout, seed)
-    sets = train.select(kept), train.select(aside), test
+    sets = [train.select(kept), train.select(aside), test]
     looked_at = look or config.scan or all(part.images is not None for part in sets)
     if look or config.scan:
-        sets = tuple(part if part.bytes <= limit else scan.read(part, -1) for part in sets)
+        sets = [part if part.bytes <= limit else scan.read(part, -1) for part in sets]
         if config.on_bad_image == "error":
             scan.refuse_bad()
         check_present(sets[0], classes, config)
     elif config.on_bad_image == "skip":
-        sets = tuple(replace(part, lenient=True) for part in sets)
-    return OpenSetData(*sets, classes, names, known, empty, scan.bad, [*source.notes, *notes], looked_at)
+        sets = [replace(part, lenient=True) for part in sets]
+    notes = [*source.notes, *notes]
+    return OpenSetData(sets[0], sets[1], sets[2], classes, names, known, empty, scan.bad, notes, looked_at)
 
 
 def of_its_size(source: Source, config: DataConfig) -> tuple[Source, bool, list[str]]:
@@ -130,8 +135,10 @@ def of_its_size(source: Source, config: DataConfig) -> tuple[Source, bool, list[
     size = config.image_size or usual_image_size(sizes)
     larger = (sizes > size).any(axis=1).mean() if len(sizes) else 0.0
     photographs = config.views == "files" or (config.views == "auto" and larger > 0)
-    same = {"size": size, "fit": config.fit, "photographs": photographs}
-    source = replace(source, train=replace(source.train, **same), test=replace(source.test, **same))
+    train, test = (
+        replace(part, size=size, fit=config.fit, photographs=photographs) for part in (source.train, source.test)
+    )
+    source = replace(source, train=train, test=test)
     how = "the files" if photographs else "squares"
     why = f"of {len(sizes)} looked at, {100 * larger:.0f} % are larger than {size} x {size}"
     return source, photographs, [f"training views are cut from {how}: {why} (data.views={config.views})"]
@@ -149,7 +156,11 @@ def check_present(train: ImageSet, classes: list[str], config: DataConfig) -> No
 
 
 def known_classes(config: DataConfig, source: Source) -> list[int]:
-    """Indices of the known classes: ``data.known``, else the data set's split, else all that have training images."""
+    """Indices of the known classes: ``data.known``, else the data set's split, else all that have training images.
+
+    Raises:
+        ValueError: no such class or split, or a class is named twice.
+    """
     if config.known is not None:
         by_name = {name: index for index, name in enumerate(source.classes)}
         known = []

@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import PIL
 import torch
@@ -32,7 +33,7 @@ class Scan:
         self.cache = cache
         self.bad: dict[str, str] = {}
         self.header = {"pillow": PIL.__version__}
-        self.answers: dict[str, list] | None = None  # path: [bytes, nanoseconds, why it can't be read or None]
+        self.answers: dict[str, list[Any]] | None = None  # path: [bytes, nanoseconds, why it can't be read or None]
 
     def read(self, images: ImageSet, limit: int) -> ImageSet:
         """The images that can be read, in order; decoded if all take at most ``limit`` bytes."""
@@ -45,7 +46,7 @@ class Scan:
         pixels = torch.empty(shape, dtype=torch.uint8) if images.bytes <= limit else None
 
         def look(index: int) -> str | None:
-            path = images.files[index]
+            path = images.paths[index]
             try:
                 state = list(stamp(path))
                 *unchanged, reason = answers.get(path, (None, None, None))
@@ -60,7 +61,7 @@ class Scan:
             except ValueError as error:
                 reason = str(error)
             if not known or reason is not None:
-                self.answers[path] = [*state, reason]
+                answers[path] = [*state, reason]
                 self.new_answers = True
             return reason
 
@@ -73,7 +74,7 @@ class Scan:
         if pixels is not None:
             images = replace(images, images=pixels)
         good = [index for index, reason in enumerate(reasons) if reason is None]
-        self.bad |= {images.files[i]: reason for i, reason in enumerate(reasons) if reason is not None}
+        self.bad |= {images.paths[i]: reason for i, reason in enumerate(reasons) if reason is not None}
         return images if len(good) == len(images) else images.select(torch.tensor(good, dtype=torch.long))
 
     @contextmanager
@@ -84,7 +85,7 @@ class Scan:
             yield
         finally:
             if self.new_answers:
-                write_kept(self.cache, self.header, self.answers)
+                write_kept(self.cache, self.header, self.answers or {})
 
     def refuse_bad(self) -> None:
         """

@@ -21,6 +21,7 @@ HEADER = {"shards": "1"}
 
 
 def list_shards(root: Path) -> list[str]:
+    """The tar files in a folder, sorted."""
     return sorted(str(path) for path in root.glob("*.tar") if not is_hidden(path.name) and path.is_file())
 
 

@@ -14,7 +14,7 @@ IMAGE_SIZES = (32, 64, 128, 224)
 
 def sample_sizes(files: Sequence[str]) -> np.ndarray:
     """Width and height ``[n, 2]`` of up to ``SAMPLE`` files; those that can't be read are left out."""
-    rows = np.unique(np.linspace(0, len(files) - 1, min(len(files), SAMPLE)).astype(int)) if len(files) else []
+    rows = np.unique(np.linspace(0, len(files) - 1, min(len(files), SAMPLE)).astype(int))
 
     def size_of(row: int) -> tuple[int, int] | None:
         try:

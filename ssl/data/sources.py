@@ -3,20 +3,22 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 import torch
+from sklearn.datasets import load_digits
 from torch import Tensor
+from torchvision import datasets
 
 from gradmix.registry import Registry
 from gradmix.ssl.config import DataConfig
 from gradmix.ssl.data.images import ImageSet, from_array
-from gradmix.ssl.data.listing import Files, list_folders, list_images
+from gradmix.ssl.data.listing import list_folders, list_images
 from gradmix.ssl.data.reading import EXTENSIONS
 from gradmix.ssl.data.shards import list_shards, read_shards
 from gradmix.ssl.data.splits import CIFAR_PLUS
 
+UNKNOWN_SIZE = 0  # of images that are still files, until gradmix.ssl.data.open_set chooses one by them
 TEST_FOLDERS = ("test", "val", "valid", "validation")  # beside train/; the first that is there is the test set
 
 
@@ -38,11 +40,9 @@ class Source:
 
 def digits(config: DataConfig, seed: int) -> Source:
     """scikit-learn's 1,797 real handwritten digits, 8 x 8; a fixed third of each class is the test set."""
-    from sklearn.datasets import load_digits
-
     data = load_digits()
     images = from_array((data.images * (255 / 16)).round().astype(np.uint8), config.image_size)
-    everything = ImageSet(torch.from_numpy(data.target).long(), config.image_size, images)
+    everything = ImageSet(torch.from_numpy(data.target).long(), images.shape[-1], images)
     train, test = stratified(everything.labels, 1 / 3, seed=0)  # fixed: the same test set for every seed
     return Source(everything.select(train), everything.select(test), [str(i) for i in range(10)])
 
@@ -51,24 +51,27 @@ def imagefolder(config: DataConfig, seed: int) -> Source:
     """``root/train/<class>/`` and ``root/test/<class>/``; or ``root/<class>/``; or ``root/`` with images alone.
 
     Instead of class folders there may be tar shards, ``root/train/*.tar`` or ``root/*.tar``.
+
+    Raises:
+        ValueError: a folder is missing, or has no images or one class only.
     """
-    root = _root_of(config)
+    root, size = _root_of(config), config.image_size or UNKNOWN_SIZE
     if (root / "train").is_dir():
         names = [name for name in TEST_FOLDERS if (root / name).is_dir()]
         if not names:
             raise ValueError(f"data.root: {root} has train/ but none of {', '.join(TEST_FOLDERS)} beside it")
-        train, test = (_by_class(root / name, config.image_size) for name in ("train", names[0]))
-        for name, (_, classes) in zip(("train", names[0]), (train, test), strict=True):
-            if not classes and (train[1] or test[1]):
+        (train, ours), (test, theirs) = (_by_class(root / name, size) for name in ("train", names[0]))
+        for name, own in (("train", ours), (names[0], theirs)):
+            if not own and (ours or theirs):
                 raise ValueError(f"data.root: no images in {root / name}/<class>/, though the other set has classes")
-        classes = train[1] if train[1] == test[1] else sorted({*train[1], *test[1]})
+        classes = ours if ours == theirs else sorted({*ours, *theirs})
         notes = [f"{root / name} is left out, {names[0]}/ is the test set" for name in names[1:]]
-        return Source(_of_classes(*train, classes), _of_classes(*test, classes), classes, notes=notes)
-    everything, classes = _by_class(root, config.image_size)
+        return Source(_of_classes(train, ours, classes), _of_classes(test, theirs, classes), classes, notes=notes)
+    everything, classes = _by_class(root, size)
     if len(classes) == 1:
         raise _only_one(root, classes[0])
-    train, test = stratified(everything.labels, config.test_fraction, seed)
-    return Source(everything.select(train), everything.select(test), classes)
+    kept, aside = stratified(everything.labels, config.test_fraction, seed)
+    return Source(everything.select(kept), everything.select(aside), classes)
 
 
 def _by_class(root: Path, size: int) -> tuple[ImageSet, list[str]]:
@@ -92,8 +95,12 @@ def _of_classes(images: ImageSet, own: list[str], classes: list[str]) -> ImageSe
 
 
 def tinyimagenet(config: DataConfig, seed: int) -> Source:
-    """TinyImageNet in its own layout; the validation images are the test set. Training folders may be missing."""
-    root = _root_of(config)
+    """TinyImageNet in its own layout; the validation images are the test set. Training folders may be missing.
+
+    Raises:
+        ValueError: the folder is not TinyImageNet's.
+    """
+    root, size = _root_of(config), config.image_size or UNKNOWN_SIZE
     root = root / "tiny-imagenet-200" if (root / "tiny-imagenet-200").is_dir() else root
     for needed in ("wnids.txt", "train", "val/val_annotations.txt"):
         if not (root / needed).exists():
@@ -105,18 +112,16 @@ def tinyimagenet(config: DataConfig, seed: int) -> Source:
     ]
     test = ImageSet(
         torch.tensor([index[wnid] for _, wnid in rows]),
-        config.image_size,
+        size,
         files=[str(root / "val/images" / file) for file, _ in rows],
     )
     present = [name for name in names if (root / "train" / name).is_dir()]
     found = {name: list_images(root / "train" / name) if name in present else [] for name in names}
-    return Source(_labelled(found, config.image_size), test, names)
+    return Source(_labelled(found, size), test, names)
 
 
 def _torchvision(name: str) -> Callable[[DataConfig, int], Source]:
     def load(config: DataConfig, seed: int) -> Source:
-        from torchvision import datasets
-
         if config.root is not None and (Path(config.root).expanduser() / "train").is_dir():
             return imagefolder(config, seed)  # the same classes as folders of image files, in the same order
         kind = getattr(datasets, name)
@@ -134,9 +139,10 @@ def _torchvision(name: str) -> Callable[[DataConfig, int], Source]:
             array = np.asarray(part.data)
             array = array.transpose(0, 2, 3, 1) if name == "SVHN" else array
             labels = torch.as_tensor(np.asarray(part.labels if name == "SVHN" else part.targets)).long()
-            sets.append(ImageSet(labels, config.image_size, from_array(array, config.image_size)))
+            images = from_array(array, config.image_size)
+            sets.append(ImageSet(labels, images.shape[-1], images))
         classes = [str(c) for c in range(10)] if name in ("SVHN", "MNIST") else list(parts[0].classes)
-        return Source(*sets, classes)
+        return Source(sets[0], sets[1], classes)
 
     return load
 
@@ -148,8 +154,9 @@ def _cifar_plus(name: str) -> Callable[[DataConfig, int], Source]:
         near, far = SOURCES["cifar10"](config, seed), SOURCES["cifar100"](config, seed)
         offset = len(near.classes)
         # An index that does not exist is known_classes' to report.
-        split = config.split if config.split in range(len(CIFAR_PLUS[name])) else None
-        chosen = range(len(far.classes)) if split is None else CIFAR_PLUS[name][split]
+        chosen: Sequence[int] = range(len(far.classes))
+        if isinstance(config.split, int) and config.split in range(len(CIFAR_PLUS[name])):
+            chosen = CIFAR_PLUS[name][config.split]
         test = join(near.test, replace(far.test, labels=far.test.labels + offset))
         return Source(near.train, test, near.classes + far.classes, [offset + i for i in chosen])
 
@@ -179,6 +186,11 @@ def _root_of(config: DataConfig) -> Path:
 
 
 def existing_root(root: str, key: str) -> Path:
+    """The folder that the key ``key`` names.
+
+    Raises:
+        ValueError: it is none.
+    """
     path = Path(root).expanduser()
     if not path.is_dir():
         where = "" if path.is_absolute() else f" here, in {Path.cwd()}"
@@ -203,7 +215,11 @@ def _only_one(root: Path, only: str) -> ValueError:
 
 
 def images_below(key: str, root: Path, size: int) -> ImageSet:
-    """Images of ``root`` and below, labelled -1."""
+    """Images of ``root`` and below, labelled -1.
+
+    Raises:
+        ValueError: none there.
+    """
     files = list_images(root)
     if not files:
         raise ValueError(f"{key}: no images in {root}; expected .jpg, .png, ... files there")
@@ -214,8 +230,8 @@ def join(first: ImageSet, second: ImageSet) -> ImageSet:
     """The images of both, which are all files or all in memory."""
     labels = torch.cat([first.labels, second.labels])
     if first.images is None:
-        return replace(first, labels=labels, files=cast(Files, first.files) + cast(Files, second.files))
-    return ImageSet(labels, first.size, torch.cat([first.images, second.images]))
+        return replace(first, labels=labels, files=first.paths + second.paths)
+    return ImageSet(labels, first.size, torch.cat([first.images, second.pixels]))
 
 
 def stratified(labels: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:

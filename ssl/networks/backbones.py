@@ -208,7 +208,14 @@ def backbone_metadata(encoder: Encoder, image_size: int, fit: str = "crop") -> d
 
 
 def load_backbone(run: str | Path) -> Backbone:
-    """See :func:`gradmix.load`.
+    """The pretrained backbone of a run's folder, or of a detector's, ready for features.
+
+    Args:
+        run: path of a run (it holds ``backbone.safetensors``) or of its ``detector/`` folder.
+
+    Returns:
+        A module in eval mode: ``model(images)`` takes float images ``[N, 3, H, W]`` in [0, 1] or uint8 and gives
+        features ``[N, F]``; ``model.transform(image)`` turns a PIL image, an array or a path into such an image.
 
     Raises:
         ValueError: no backbone there, or not one of ours.

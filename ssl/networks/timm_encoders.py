@@ -61,7 +61,7 @@ def import_timm() -> ModuleType:
         ValueError: timm is not installed.
     """
     try:
-        import timm
+        import timm  # only here: it takes seconds, and need not be there
     except ImportError as error:
         raise ValueError("encoder.name: timm's networks need one more package, pip install 'gradmix[timm]'") from error
     return timm

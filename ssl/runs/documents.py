@@ -122,7 +122,7 @@ def _fit(value: Any, schema: Any, where: str, name: str, facts: Key) -> Any:
     return value
 
 
-def _fit_dataclass(value: dict, schema: Any, where: str, name: str) -> Any:
+def _fit_dataclass(value: dict[str, Any], schema: Any, where: str, name: str) -> Any:
     types_of, known = get_type_hints(schema, include_extras=True), [one for one in fields(schema) if one.init]
     needed = [one.name for one in known if one.default is MISSING and one.default_factory is MISSING]
     for wrong, what in (({*value} - {one.name for one in known}, "no such field"), ({*needed} - {*value}, "missing")):
@@ -146,7 +146,7 @@ def _is(value: Any, schema: Any) -> bool:
     return type(value) is origin
 
 
-def _wrong(value: Any, kinds: tuple, where: str, name: str) -> NoReturn:
+def _wrong(value: Any, kinds: tuple[Any, ...], where: str, name: str) -> NoReturn:
     words = [
         WORDS.get(kind) or ("a list" if get_origin(kind) is list else "named fields") for kind in map(_bare, kinds)
     ]

@@ -104,14 +104,25 @@ def hash_json(value: dict[str, Any]) -> str:
 
 
 def write_text(path: str | Path, text: str) -> None:
+    """A text file, UTF-8 whatever the locale; as :func:`write_atomically`."""
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def write_json(path: str | Path, value: Any) -> None:
+    """A JSON file; as :func:`write_atomically`."""
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def write_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """A safetensors file; as :func:`write_atomically`.
+
+    Args:
+        tensors: on any device, by name.
+        metadata: for its header.
+
+    Raises:
+        OSError: it can't be written.
+    """
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
     def write(temporary: Path) -> None:

@@ -32,7 +32,7 @@ def claim(run_dir: Path, config: Config, key: str = "run_dir") -> None:
     """
     check_free(run_dir, config, key)
     path = run_dir / "config.yaml"
-    if path.exists() and got_anywhere(run_dir):
+    if path.exists() and has_begun(run_dir):
         stored = read_config(run_dir)
         if stored.data.on_bad_image != config.data.on_bad_image:  # one went bad on the way; evaluation must know
             stored.data.on_bad_image = config.data.on_bad_image
@@ -62,7 +62,7 @@ def check_free(run_dir: Path, config: Config, key: str = "run_dir") -> None:
         for key in sorted({*theirs, *ours})
         if theirs.get(key) != ours.get(key) and not key_of(Config, key).free
     ]
-    if different and got_anywhere(run_dir):
+    if different and has_begun(run_dir):
         raise ValueError(
             f"{key}: {run_dir} belongs to another config ({'; '.join(different[:4])}); "
             f"choose another {key}=, or delete that folder"
@@ -81,7 +81,7 @@ def read_config(run_dir: Path) -> Config:
     text = read_yaml(path)
     try:
         loaded = OmegaConf.load(StringIO(text))
-        for name, value in flat(cast(dict, OmegaConf.to_container(loaded, resolve=False))).items():
+        for name, value in flat(cast(dict[str, Any], OmegaConf.to_container(loaded, resolve=False))).items():
             if any("${" in str(one) for one in (name, value)):
                 raise ValueError(f"{name}: ${{...}} is not filled in")
         merged = OmegaConf.merge(OmegaConf.structured(Config), loaded)
@@ -121,7 +121,8 @@ def check_classes(run_dir: Path, classes: Sequence[str]) -> None:
     )
 
 
-def got_anywhere(run_dir: Path) -> bool:
+def has_begun(run_dir: Path) -> bool:
+    """Whether there is work of an earlier session in a run's folder."""
     return any(any(run_dir.glob(pattern)) for pattern in WORK)
 
 

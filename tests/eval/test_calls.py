@@ -65,6 +65,13 @@ def test_score_is_the_command(trained, command, tmp_path):
     assert not list(tmp_path.glob("scores.csv"))
 
 
+def test_images_that_are_no_files_are_explained_too(trained, tmp_path):
+    scores = gradmix.score(trained, [Image.fromarray(images(1)[0]), *images(3)[1:]], explain=tmp_path / "sheets")
+    assert [row.path for row in scores] == ["image 0", "image 1", "image 2"]
+    with Image.open(tmp_path / "sheets/sheet-001.png") as sheet:
+        assert np.ptp(np.asarray(sheet), axis=(0, 1)).min() > 100
+
+
 @pytest.mark.parametrize(
     ("keys", "message"),
     [

@@ -8,6 +8,11 @@ from gradmix.ssl.runs.outputs import check_output, check_writable
 
 
 def run_compare(runs: list[str], out: Path) -> None:
+    """Print the table of the runs in some folders, and write the page about them.
+
+    Raises:
+        ValueError: no runs there, runs that can't be read, or an ``out`` that holds something else.
+    """
     found = find_runs(runs)
     check_output("--out", out, folders=found)
     check_writable("--out", out.parent, [out.name])

@@ -2,6 +2,7 @@
 
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 from gradmix.eval.config import EvalConfig
 from gradmix.eval.protocols.evaluate import device_of, evaluate
@@ -25,6 +26,11 @@ from gradmix.ssl.runs.outputs import check_output, check_writable, folders_read
 
 
 def run_eval(config: EvalConfig) -> None:
+    """Evaluate, compare or export, as the config says, and print what came of it.
+
+    Raises:
+        ValueError: bad input, in one line.
+    """
     run_dir, out, parts, foreign = find_run(config)
     if config.against is not None or config.export:
         if foreign is not None:
@@ -43,16 +49,28 @@ def run_eval(config: EvalConfig) -> None:
     print(f"\n{path}: every number{over}")
 
 
+def evaluated(config: EvalConfig) -> tuple[Path, dict[str, Any], str]:
+    """For :func:`gradmix.evaluate`: the folder of the results, the numbers, and the table of them."""
+    numbers, path = measure_parts(config, *find_run(config))
+    return path.parent, numbers, as_text(numbers, config)
+
+
 def find_run(config: EvalConfig) -> tuple[Path, Path, list[str], Foreign | None]:
-    """The run's folder, that of the results, those of its splits (if any) in both, and a run that is none yet."""
+    """The run's folder, that of the results, those of its splits (if any) in both, and a run that is none yet.
+
+    Raises:
+        ValueError: not exactly one of ``run`` and ``checkpoint``, or an ``out`` that is something else's.
+    """
     if (config.run is None) == (config.checkpoint is None):
         raise ValueError("run: missing; give run=DIR, or checkpoint=FILE with encoder=, data= and out=")
     if config.out is not None:
         check_out(config, Path(config.out).expanduser())
-    foreign = read_foreign(config) if config.run is None else None
-    if foreign is not None:
-        check_free(Path(foreign[0].run_dir), foreign[0], "out")
-    run_dir = Path(config.run if foreign is None else foreign[0].run_dir).expanduser()
+    if config.run is not None:
+        foreign, run_dir = None, Path(config.run).expanduser()
+    else:
+        foreign = read_foreign(config)
+        run_dir = Path(foreign[0].run_dir).expanduser()
+        check_free(run_dir, foreign[0], "out")
     out = run_dir / f"transfer-{config.data.name}" if config.run and config.data.name else run_dir
     out = out if config.out is None else Path(config.out).expanduser()
     parts = [path.name for path in sorted(run_dir.glob("split-*"))] if not (run_dir / "config.yaml").exists() else []
@@ -72,7 +90,7 @@ def check_out(config: EvalConfig, out: Path) -> None:
 
 def measure_parts(
     config: EvalConfig, run_dir: Path, out: Path, parts: list[str], foreign: Foreign | None
-) -> tuple[dict, Path]:
+) -> tuple[dict[str, Any], Path]:
     """Evaluate a run, or those of its splits: the numbers, or their mean, and the file that they are in."""
     path = out / ("metrics.json" if config.corruptions is None else "metrics_corruptions.json")
     results = [eval_one(config, run_dir / part, out / part, foreign) for part in parts or [""]]
@@ -84,14 +102,18 @@ def measure_parts(
     return result, path
 
 
-def as_text(result: dict, config: EvalConfig) -> str:
+def as_text(result: dict[str, Any], config: EvalConfig) -> str:
+    """The numbers as the terminal shows them."""
     return table(result) if config.corruptions is None else corruption_table(result)
 
 
-def eval_one(config: EvalConfig, run_dir: Path, out: Path, foreign: Foreign | None = None) -> dict:
+def eval_one(config: EvalConfig, run_dir: Path, out: Path, foreign: Foreign | None = None) -> dict[str, Any]:
     """
     Args:
         foreign: what is to become the run in ``run_dir``, once everything that can be checked was checked.
+
+    Raises:
+        ValueError: bad input, in one line.
     """
     run = read_config(run_dir) if foreign is None else deepcopy(foreign[0])
     run.detectors = run.detectors if config.detectors is None else config.detectors

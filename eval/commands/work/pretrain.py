@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,13 +22,18 @@ from gradmix.ssl.data.open_set import OpenSetData, load_data, splits_of
 from gradmix.ssl.machine import check_precision
 from gradmix.ssl.processes import is_first, world_size
 from gradmix.ssl.runs.files import remove_strays, replacing, write_json
-from gradmix.ssl.runs.folder import FILES, FOLDERS, check_free, got_anywhere, read_config
+from gradmix.ssl.runs.folder import FILES, FOLDERS, check_free, has_begun, read_config
 from gradmix.ssl.runs.lock import alone_in
 from gradmix.ssl.runs.outputs import check_output, check_writable, folders_read
 from gradmix.ssl.train import check, train
 
 
 def run_pretrain(config: Config) -> None:
+    """Train and evaluate, and print the numbers.
+
+    Raises:
+        ValueError: bad input, in one line.
+    """
     result = pretrain(config)
     if result is None:
         return
@@ -39,7 +45,19 @@ def run_pretrain(config: Config) -> None:
         print(f"\n{over}; {config.run_dir}: report.html, and the runs in split-*")
 
 
-def pretrain(config: Config) -> dict | None:
+def trained(config: Config) -> tuple[Path, dict[str, Any], str]:
+    """For :func:`gradmix.pretrain`: the run's folder, its numbers, and the table of them.
+
+    Raises:
+        RuntimeError: this is not the first process of a distributed run, which alone has the numbers.
+    """
+    numbers = pretrain(config)
+    if numbers is None:
+        raise RuntimeError("only the first process of a distributed run has its numbers")
+    return Path(config.run_dir), numbers, table(numbers)
+
+
+def pretrain(config: Config) -> dict[str, Any] | None:
     """The run's numbers, or the mean of its splits'; None on all but the first process."""
     choose_measures(config)
     config.run_dir = str(Path(config.run_dir).expanduser())
@@ -49,25 +67,26 @@ def pretrain(config: Config) -> dict | None:
         check_output("run_dir", weights, files=[Path(config.encoder.init).expanduser()])
     if config.data.split != "all":
         return pretrain_one(config)
-    results = []
+    results: list[dict[str, Any] | None] = []
     for split in range(len(splits_of(config.data))):
         one = replace(config, data=replace(config.data, split=split), run_dir=f"{config.run_dir}/split-{split}")
         results.append(pretrain_one(one))
-    if None in results:
+    finished = [result for result in results if result is not None]
+    if len(finished) < len(results):
         return None
-    summary, folder = over_splits(results), Path(config.run_dir)
+    summary, folder = over_splits(finished), Path(config.run_dir)
     write_json(folder / "metrics.json", summary)
     write_comparison(find_runs([folder]), folder / "report.html")
     return summary
 
 
-def pretrain_one(config: Config) -> dict | None:
+def pretrain_one(config: Config) -> dict[str, Any] | None:
     """The run's numbers; None on all but the first process, which go on to the next run while it evaluates."""
     run_dir, first = Path(config.run_dir), is_first()
     check(config)
     check_precision(config)
     with alone_in(run_dir):
-        if config.data.image_size is None and got_anywhere(run_dir):  # chosen when the run began
+        if config.data.image_size is None and has_begun(run_dir):  # chosen when the run began
             config = replace(config, data=replace(config.data, image_size=read_config(run_dir).data.image_size))
         check_free(run_dir, config)  # before anything is written there
         if first:

@@ -1,17 +1,25 @@
 """What gradmix-score does: score image files with a saved detector."""
 
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from gradmix.eval.config import ScoreConfig
-from gradmix.eval.detectors.calibration import DRIFT, FEWEST, discoveries, drift
-from gradmix.eval.scoring.score_file import add_discoveries, check_replaceable, read_scores, write_scores
-from gradmix.eval.scoring.scorer import Scorer, find_images
+from gradmix.eval.detectors.calibration import DRIFT, FEWEST, Calibration, discoveries, drift
+from gradmix.eval.scoring.score_file import add_discoveries, check_replaceable, encode, read_scores, write_scores
+from gradmix.eval.scoring.scorer import Picture, Score, Scorer, find_images
 from gradmix.eval.scoring.sheets import write_sheets
 from gradmix.ssl.machine import pick_device
+from gradmix.ssl.runs.files import write_atomically
 from gradmix.ssl.runs.outputs import check_output, check_writable
 
 
 def run_score(config: ScoreConfig) -> None:
+    """Score image files into a file, and print what there is to say of them as a whole.
+
+    Raises:
+        ValueError: bad input, in one line; or some of the images can't be read, and the others are scored.
+    """
     paths = find_images(config.images)
     out, folder, images = (Path(name).expanduser() for name in (config.out, config.detector, config.images))
     outputs = {"out": out} | ({} if config.explain is None else {"explain": Path(config.explain).expanduser()})
@@ -31,7 +39,7 @@ def run_score(config: ScoreConfig) -> None:
     if detector.threshold is None:
         print("no threshold was calibrated (data.holdout=0), so nothing is called unknown")
     elif detector.calibration_ is not None and rows > unreadable:
-        summarise(scorer, out, config.false_discovery)
+        summarise(detector.calibration_, out, config.false_discovery)
     if config.explain is not None:
         shown, sheets = write_sheets(scorer, paths, Path(config.explain).expanduser(), config.explain_limit)
         print(f"{config.explain}: {sheets} sheets with {shown} images and their nearest training images")
@@ -39,9 +47,28 @@ def run_score(config: ScoreConfig) -> None:
         raise ValueError(f"images: {unreadable} of {rows} files can't be read; the error column of {out} says why")
 
 
-def summarise(scorer: Scorer, out: Path, false_discovery: float | None) -> None:
+def scored(config: ScoreConfig, images: Sequence[Picture] | None, write: bool) -> tuple[list[Score], float | None]:
+    """For :func:`gradmix.score`: every image's score, and the threshold.
+
+    Args:
+        images: instead of those that ``config.images`` names.
+        write: whether to write ``config.out``.
+    """
+    images = find_images(config.images) if images is None else images
+    scorer = Scorer(config.detector)
+    rows = list(scorer.score(images, config.batch_size, progress=True))
+    if write:
+        out = Path(config.out).expanduser()
+        text = encode(list(map(asdict, rows)), out.suffix == ".jsonl", header=True)
+        write_atomically(out, lambda path: path.write_bytes(text))
+    if config.explain is not None:
+        write_sheets(scorer, images, Path(config.explain).expanduser(), config.explain_limit)
+    return rows, scorer.detector.threshold
+
+
+def summarise(calibration: Calibration, out: Path, false_discovery: float | None) -> None:
     """Print what the scores say of these images as a whole."""
-    calibration, (scores, p_values) = scorer.detector.calibration_, read_scores(out)
+    scores, p_values = read_scores(out)
     if calibration.per_class:
         print(f"thresholds: {calibration.own_thresholds} of {calibration.classes} classes have one of their own")
     if not calibration.enough:

@@ -73,7 +73,7 @@ def test_any_detector_ships(digits_run, command, tmp_path):
     assert sorted(folders) == sorted([*keys, "deep_knn"])  # deep_knn: what the report explains with
     for key in keys:
         scorer = Scorer(folders[key])
-        assert scorer.detector.calibration_.accept == 0.9 and not scorer.knows_images
+        assert scorer.detector.calibration_.accept == 0.9 and scorer.knn is None
         scores = list(scorer.score(paths))
         ours, theirs = torch.tensor([s.score for s in scores]), measured[f"{key}/score"]
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)

@@ -57,7 +57,7 @@ def test_images_that_moved(whole, half):
     finish(half, "pretrain", *TINY, "data.root=elsewhere", "run_dir=run")
     assert_same(half / "run", whole / "run")
     (half / "elsewhere").rename(half / "third")
-    assert "elsewhere" in refused(half, "eval", "run=run")
+    assert "is not a folder here" in refused(half, "eval", "run=run")
     finish(half, "eval", "run=run", "root=third")
     finish(half, "score", "detector=run/detector", "images=third", "out=scores.csv", "explain=sheets")
 

@@ -153,7 +153,8 @@ def test_rights(finished, what, whole, half, tmp_path):
             said = finish(folder, name, *arguments, prepare=as_an_ordinary_user)
             named = "damaged checkpoint skipped"
     finally:
-        (folder / path).chmod(was)
+        if (folder / path).exists():  # of checkpoints the oldest go
+            (folder / path).chmod(was)
     assert named in said, said
     if "skipped" not in said:
         assert digest(folder / "run") == before

@@ -256,7 +256,8 @@ class Progress(Callback):
 
     def status(self, module: Pretraining) -> dict[str, str]:
         """Only for when it is shown: reading the loss makes a GPU wait."""
-        shown = {"loss": f"{module.scalars['train/loss'].item():.3f}"}
+        loss = module.scalars.get("train/loss")  # None where every step so far was left out
+        shown = {} if loss is None else {"loss": f"{loss.item():.3f}"}
         if self.knn is not None:
             shown["knn"] = f"{self.knn:.1f}%"
         return shown | {"img/s": f"{self.images_per_s:.0f}"}

@@ -108,6 +108,7 @@ class Guard(Callback):
     def on_train_batch_start(self, trainer: Trainer, module: Pretraining, batch: Batch, batch_idx: int) -> None:
         if self.skips and not self.rows:
             self.buffers = [buffer.clone() for buffer in module.buffers()]
+            self.scalars = module.scalars
         self.rows.append(batch.index)
         self.bad_images += batch.bad
 
@@ -138,6 +139,7 @@ class Guard(Callback):
             optimizer.zero_grad(set_to_none=True)  # an optimizer passes over what has no gradient
             for buffer, before in zip(module.buffers(), self.buffers, strict=True):
                 buffer.copy_(before)
+            module.scalars = self.scalars  # what is reported, too, is of the last step that was taken
 
     def is_finite(self) -> bool:
         """Whether the verdict that is still pending, if any, finds nothing wrong. It stays pending."""

@@ -92,7 +92,7 @@ def damage():
 @pytest.fixture
 def command(monkeypatch, capsys, tmp_path):
     """Run one of the commands in this process, in an empty folder: command("pretrain", "epochs=1", ...)."""
-    from gradmix.eval.commands import detector, embed, evaluate, pretrain, score
+    from gradmix.eval.commands import compare, detector, embed, evaluate, pretrain, score
 
     monkeypatch.chdir(tmp_path)
 
@@ -100,7 +100,14 @@ def command(monkeypatch, capsys, tmp_path):
         monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
         monkeypatch.setattr(sys, "argv", [f"gradmix-{name}", *map(str, arguments)])
         try:
-            modules = {"pretrain": pretrain, "eval": evaluate, "embed": embed, "score": score, "detector": detector}
+            modules = {
+                "pretrain": pretrain,
+                "eval": evaluate,
+                "embed": embed,
+                "score": score,
+                "detector": detector,
+                "compare": compare,
+            }
             modules[name].main()
             code = 0
         except SystemExit as stop:

@@ -5,6 +5,7 @@ Only a mistake of this project's own shows a traceback.
 
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -27,6 +28,7 @@ def in_one_line(name: str, debug: bool = False, explain: Callable[[Exception], s
         debug: errors keep their tracebacks.
         explain: an error's text, of which the first line is shown.
     """
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # of damaged metadata; what can't be read is said by name
     with safe_terminal():
         # While training, Guard listens instead. What nohup ignores stays ignored.
         numbers = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]

@@ -81,7 +81,7 @@ def options(group: str) -> dict[str, str]:
             folder = files(source.path.removeprefix("pkg://")) / group
             for file in sorted(folder.iterdir(), key=lambda file: file.name) if folder.is_dir() else ():
                 if file.name.endswith(".yaml"):
-                    comments = re.findall(r"^# (?!@package)(.*)", file.read_text(), re.M)
+                    comments = re.findall(r"^# (?!@package)(.*)", file.read_text(encoding="utf-8"), re.M)
                     found.setdefault(file.name.removesuffix(".yaml"), comments[0] if comments else "")
     return found
 

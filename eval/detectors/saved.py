@@ -66,7 +66,9 @@ def _check_values(name: str, array: np.ndarray, kind: str, sizes: dict[str, int]
         raise ValueError(f"{name}: expected numbers of another type, got {array.dtype}")
     if array.dtype.kind == "f":
         for rows in blocks((len(array), max(1, array[0].size))):
-            _check_floats(name, np.asarray(array[rows], np.float64), kind)
+            with np.errstate(invalid="ignore"):  # some NaNs would warn here, and are then reported
+                block = np.asarray(array[rows], np.float64)
+            _check_floats(name, block, kind)
         return
     if kind == "label" and (array[0] < 0 or (np.diff(array) <= 0).any()):
         raise ValueError(f"{name}: expected rising numbers from 0 on")

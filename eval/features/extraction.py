@@ -126,12 +126,21 @@ def batches(
     Args:
         backbone: uint8 images ``[n, 3, S, S]`` to features, in eval mode.
         workers: decoder processes for images that are still files; None: what the machine has.
+
+    Raises:
+        FloatingPointError: a feature is not finite.
     """
     workers = decoders(workers, world_size()) if images.images is None else 0
     loader = DataLoader(images, batch_size=BATCH, num_workers=workers)
     hidden = True if len(loader) < 20 else None  # None: where the output is no terminal
     for batch, _, _ in tqdm(loader, desc="features", disable=hidden, leave=False):
-        yield backbone(batch.to(device)).float()
+        features = backbone(batch.to(device)).float()
+        if not features.isfinite().all():
+            raise FloatingPointError(
+                "the network's features are not finite, though all of its weights are: the training has diverged; "
+                "train again, in another run_dir=, with a lower optimizer.base_lr"
+            )
+        yield features
 
 
 def raw_pixels_bytes(images: ImageSet) -> int:

@@ -47,5 +47,5 @@ def section(name: str, title: str, **values: Any) -> Section:
 
 def page(name: str, title: str, **values: Any) -> str:
     """A whole page that loads nothing: its style and its script are inside."""
-    style, script = (Markup((HERE / file).read_text()) for file in ("page.css", "map.js"))
+    style, script = (Markup((HERE / file).read_text(encoding="utf-8")) for file in ("page.css", "map.js"))
     return render(name, title=title, style=style, script=script, **values)

@@ -22,7 +22,7 @@ def kept_file(kind: str, root: str | Path | None) -> Path | None:
 def read_kept(path: Path | None, header: dict[str, str]) -> dict[str, Any]:
     """Answers that were kept under the same header; none where the file is missing, damaged or of another version."""
     try:
-        stored = json.loads(path.read_text()) if path is not None else {}
+        stored = json.loads(path.read_text(encoding="utf-8")) if path is not None else {}
         return stored["answers"] if stored["header"] == header else {}
     except (OSError, ValueError, KeyError, TypeError):
         return {}

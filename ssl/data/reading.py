@@ -85,5 +85,13 @@ def opened_image(path: str) -> Iterator[Image.Image]:
 
 
 def orientation(image: Image.Image) -> int:
-    """EXIF's: 1 is upright, from 5 on width and height change places."""
-    return image.getexif().get(ExifTags.Base.Orientation, 1)
+    """EXIF's, 1 to 8: 1 is upright, as is what says nonsense; from 5 on width and height change places."""
+    said: int = image.getexif().get(ExifTags.Base.Orientation, 1)
+    return said if said in range(2, 9) else 1
+
+
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """Width and height after turning."""
+    if image.format == "TIFF":  # Pillow turns these by itself: its size at once, the pixels and the tag with loading
+        image.load()
+    return image.size if orientation(image) < 5 else image.size[::-1]

@@ -60,6 +60,8 @@ class Scan:
                 return f"{path}: {error.strerror}"
             except ValueError as error:
                 reason = str(error)
+                if getattr(error.__cause__, "errno", None) is not None:  # no right to read it: that may pass too
+                    return reason
             if not known or reason is not None:
                 answers[path] = [*state, reason]
                 self.new_answers = True

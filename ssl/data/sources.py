@@ -105,9 +105,11 @@ def tinyimagenet(config: DataConfig, seed: int) -> Source:
     for needed in ("wnids.txt", "train", "val/val_annotations.txt"):
         if not (root / needed).exists():
             raise ValueError(f"data.root: {root} is not TinyImageNet's folder, {needed} is missing")
-    names = sorted((root / "wnids.txt").read_text().split())
+    names = sorted((root / "wnids.txt").read_text(encoding="utf-8").split())
     index = {name: i for i, name in enumerate(names)}
-    rows = [line.split("\t")[:2] for line in (root / "val/val_annotations.txt").read_text().splitlines()]
+    rows = [
+        line.split("\t")[:2] for line in (root / "val/val_annotations.txt").read_text(encoding="utf-8").splitlines()
+    ]
     test = ImageSet(
         torch.tensor([index[wnid] for _, wnid in rows]),
         size,

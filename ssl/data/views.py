@@ -13,7 +13,7 @@ from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.functional import pil_to_tensor
 
 from gradmix.ssl.data.images import upright_rgb
-from gradmix.ssl.data.reading import MAX_PIXELS, opened_image, orientation
+from gradmix.ssl.data.reading import MAX_PIXELS, opened_image, orientation, upright_size
 
 # JPEGs can be decoded at a half, a quarter or an eighth of their size for less work. That is done where the crops of
 # all views keep this many times the view's pixels on each side: then a view differs from that of the whole size by
@@ -43,8 +43,7 @@ class Crops:
             ValueError: the file is missing or no image that can be read in full; the message names it.
         """
         with opened_image(path) as image:
-            turned = orientation(image)
-            width, height = image.size if turned < 5 else image.size[::-1]
+            width, height = upright_size(image)
             boxes = [random_box(rng, width, height, self.area, self.ratio) for _ in range(self.count)]
             reduction = max(1, min(min(box[2:]) for box in boxes) // (SPARE * size))
             if image.format == "JPEG" and reduction > 1:
@@ -52,7 +51,7 @@ class Crops:
                 image = upright_rgb(image)
                 scale = round(width / image.width)
                 return torch.stack([_cut_reduced(image, box, scale, size) for box in boxes])
-            plain = image.format == "JPEG" and image.mode in ("RGB", "L") and turned == 1
+            plain = image.format == "JPEG" and image.mode in ("RGB", "L") and orientation(image) == 1
             pixels = _decode_jpeg(image) if plain else None
             if pixels is None:
                 pixels = torch.from_numpy(np.array(upright_rgb(image))).permute(2, 0, 1)

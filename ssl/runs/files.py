@@ -105,8 +105,8 @@ def hash_json(value: dict[str, Any]) -> str:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """A text file; as :func:`write_atomically`."""
-    write_atomically(path, lambda temporary: temporary.write_text(text))
+    """A text file, UTF-8 whatever the locale; as :func:`write_atomically`."""
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def write_json(path: str | Path, value: Any) -> None:

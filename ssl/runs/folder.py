@@ -21,6 +21,8 @@ from gradmix.ssl.runs.files import write_text
 from gradmix.ssl.runs.tensors import read_header
 
 WORK = ("checkpoints/*.ckpt", "head.safetensors", "metrics*.json")  # some of it lies in every run that got anywhere
+FILES = ("config.yaml", "backbone.safetensors", "head.safetensors", "training.json", "metrics.json", "report.html")
+FOLDERS = ("checkpoints", "tensorboard", "features", "detector", "detectors")
 
 
 def claim(run_dir: Path, config: Config, key: str = "run_dir") -> None:

@@ -1,6 +1,7 @@
 """Steps that are not finite: stopped or left out, and never saved."""
 
 import json
+import math
 import os
 import signal
 import socket
@@ -12,6 +13,7 @@ from pytorch_lightning import Callback, Trainer
 from pytorch_lightning.plugins import MixedPrecision
 
 import gradmix.ssl.train
+from gradmix.eval.runs.numbers import read_training
 from gradmix.ssl.callbacks import newest_checkpoint
 from gradmix.ssl.guard import Guard, check_finite
 from gradmix.ssl.train import train
@@ -76,6 +78,10 @@ def test_skipped_steps_change_nothing_are_counted_and_bounded(tmp_path, config, 
     train(settings, data, [Break("activation", 3, 7)])
     assert json.loads((tmp_path / "a/training.json").read_text())["train/skipped_steps"] == 2
     assert all(value.isfinite().all() for value in newest_checkpoint(tmp_path / "a/checkpoints")["module"].values())
+
+    train(config(tmp_path / "last", on_nonfinite="skip"), data, [Break("activation", 1, 10)])
+    said = read_training(tmp_path / "last/training.json")  # which takes no NaN
+    assert said["train/skipped_steps"] == 2 and math.isfinite(said["train/loss"])
 
     settings = config(tmp_path / "b", on_nonfinite="skip", max_skipped_steps=2, checkpoint_seconds=0)
     with pytest.raises(FloatingPointError, match=r"at step 5.*2 steps were skipped before, max_skipped_steps=2"):

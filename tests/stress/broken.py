@@ -7,12 +7,14 @@ import copy
 import hashlib
 import json
 import os
+import pickle
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from gradmix.ssl.runs.files import hash_file, hash_json
 
@@ -42,6 +44,15 @@ VALUES = {
     "code": {"_target_": "os.mkdir", "path": "executed"},
     "deep": DEEP,
 }
+
+
+class Canary:
+    """Unpickled, it makes a folder ``executed`` where the command runs."""
+
+    def __reduce__(self) -> tuple:
+        return os.mkdir, ("executed",)
+
+
 Change = tuple[str, Callable[[Path], None]]
 
 
@@ -72,7 +83,7 @@ def put(tree: Any, path: tuple, value: Any) -> Any:
 
 def broken_json(name: str, tree: dict) -> Iterator[Change]:
     def write(value: Any) -> Callable[[Path], None]:
-        return lambda folder: (folder / name).write_text(json.dumps(value))
+        return lambda folder: (folder / name).write_text(json.dumps(value))  # ASCII: half a surrogate is an escape
 
     yield from ((f"{name}: {label}", write(value)) for label, value in VALUES.items())
     for path in places(tree):
@@ -104,6 +115,8 @@ def broken_bytes(name: str, generator: np.random.Generator, count: int) -> Itera
         return write
 
     yield from ((f"{name}: bytes {seed}", change(int(seed))) for seed in generator.integers(2**31, size=count))
+    yield f"{name}: a pickle", lambda folder: (folder / name).write_bytes(pickle.dumps(Canary()))
+    yield f"{name}: a torch file", lambda folder: torch.save({"module": Canary()}, folder / name)
     yield f"{name}: missing", lambda folder: (folder / name).unlink()
     yield f"{name}: pipe", lambda folder: ((folder / name).unlink(), os.mkfifo(folder / name))
     yield f"{name}: folder", lambda folder: ((folder / name).unlink(), (folder / name).mkdir())
@@ -138,9 +151,10 @@ def copied(folder: Path, to: Path) -> Path:
 
 
 def digest(folder: Path) -> dict[str, str]:
-    """Every regular file of a folder, by name, hashed."""
+    """Everything in a folder, by name: regular files hashed, of the rest only that it is there."""
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("*"))
         if path.is_file() and not path.is_symlink()
+        else ""
+        for path in sorted(folder.rglob("*"))
     }

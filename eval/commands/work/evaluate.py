@@ -23,9 +23,9 @@ from gradmix.ssl.config import Config
 from gradmix.ssl.data.names import check_names
 from gradmix.ssl.data.open_set import load_data
 from gradmix.ssl.runs.files import remove_strays, replacing, write_json
-from gradmix.ssl.runs.folder import check_classes, check_free, claim, read_config
+from gradmix.ssl.runs.folder import FILES, FOLDERS, check_classes, check_free, claim, read_config
 from gradmix.ssl.runs.lock import alone_in
-from gradmix.ssl.runs.outputs import check_output, folders_read
+from gradmix.ssl.runs.outputs import check_output, check_writable, folders_read
 
 
 def run_eval(config: EvalConfig) -> None:
@@ -140,7 +140,9 @@ def eval_one(config: EvalConfig, run_dir: Path, out: Path, foreign: Foreign | No
     device = device_of(run, config.device)
     if foreign is None and not (run_dir / "training.json").exists():
         raise ValueError(f"run: {run_dir} has not finished training; gradmix-pretrain run_dir={run_dir} goes on")
-    with alone_in(out, "run" if config.out is None else "out"):
+    key = "run" if config.out is None else "out"
+    with alone_in(out, key):
+        check_writable(key, out, FILES, FOLDERS)
         remove_strays(out)
         data = load_data(run.data, run.seed, look=True)
         check_names(data.classes, data.train, data.held_out, data.test)

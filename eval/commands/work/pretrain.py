@@ -22,9 +22,9 @@ from gradmix.ssl.data.open_set import OpenSetData, load_data, splits_of
 from gradmix.ssl.machine import check_precision
 from gradmix.ssl.processes import is_first, world_size
 from gradmix.ssl.runs.files import remove_strays, replacing, write_json
-from gradmix.ssl.runs.folder import check_free, has_begun, read_config
+from gradmix.ssl.runs.folder import FILES, FOLDERS, check_free, has_begun, read_config
 from gradmix.ssl.runs.lock import alone_in
-from gradmix.ssl.runs.outputs import check_output, folders_read
+from gradmix.ssl.runs.outputs import check_output, check_writable, folders_read
 from gradmix.ssl.train import check, train
 
 
@@ -98,6 +98,8 @@ def pretrain_one(config: Config) -> dict[str, Any] | None:
                 return None
             print(f"{run_dir}: finished already; gradmix-eval run={run_dir} evaluates again")
             return read_metrics(run_dir / "metrics.json")
+        if first:
+            check_writable("run_dir", run_dir, FILES, FOLDERS)
         data = load_data(config.data, config.seed)
         config = replace(config, data=replace(config.data, image_size=data.train.size))
         if first:

@@ -12,7 +12,7 @@ from gradmix.eval.scoring.scorer import Picture, Score, Scorer, find_images
 from gradmix.eval.scoring.sheets import write_sheets
 from gradmix.ssl.machine import pick_device
 from gradmix.ssl.runs.files import write_atomically
-from gradmix.ssl.runs.outputs import check_output
+from gradmix.ssl.runs.outputs import check_output, check_writable
 
 
 def run_score(config: ScoreConfig) -> None:
@@ -32,6 +32,8 @@ def run_score(config: ScoreConfig) -> None:
     for key, path in outputs.items():
         check_output(key, path, [*paths, *files], [folder, *([images] if images.is_dir() else [])])
     check_replaceable(out)
+    if config.explain is not None:  # written last
+        check_writable("explain", outputs["explain"])
     scorer = Scorer(config.detector, pick_device(config.device))
     detector = scorer.detector
     if any(asked is not None for asked in (config.accept, config.per_class, config.false_discovery)):

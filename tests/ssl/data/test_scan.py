@@ -192,8 +192,8 @@ def test_unusual_images_are_read_right(tmp_path):
     for name in ("moving.gif", "moving.webp", "moving.png"):
         first.save(tmp_path / name, save_all=True, append_images=[second])
         assert decode(tmp_path / name, 8)[:, 4, 4].int().sub(torch.tensor([255, 0, 0])).abs().max() <= 4
-    for dtype, name in ((np.uint16, "deep.png"), (np.uint16, "deep.tif"), (np.int32, "deeper.tif")):
-        ramp = np.linspace(0, 65535, 64).astype(dtype).reshape(8, 8)
+    for name in ("deep.png", "deep.tif"):
+        ramp = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
         Image.fromarray(ramp).save(tmp_path / name)
         assert (decode(tmp_path / name, 8)[0].int() - torch.from_numpy(ramp // 257).int()).abs().max() <= 1
     for orientation in range(1, 9):  # a red upper left corner, wherever the camera stored it

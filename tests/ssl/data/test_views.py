@@ -193,3 +193,18 @@ def test_squares_of_images_that_are_not_larger_stream_as_before(tmp_path):
     data = ImageSet(torch.arange(8), 16, files=files)
     for batch in batches(data):
         assert torch.equal(batch.images, torch.stack([decode(files[i], 16) for i in batch.index]))
+
+
+@pytest.mark.parametrize("turned", range(1, 9))
+@pytest.mark.parametrize("compression", [None, "tiff_lzw"])
+def test_views_of_a_turned_tiff_are_cut_from_all_of_it(tmp_path, turned, compression):
+    """Pillow turns these by itself, at another moment than JPEGs; the view of everything is the whole."""
+    upright = Image.new("RGB", (60, 30))
+    upright.paste((255, 0, 0), (0, 0, 60, 15))
+    undo = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}
+    stored = upright if turned == 1 else upright.transpose(Image.Transpose(undo[turned]))
+    exif = Image.Exif()
+    exif[0x0112] = turned
+    stored.save(tmp_path / "a.tif", exif=exif.tobytes(), compression=compression)
+    view = Crops(1, (1.0, 1.0), (2.0, 2.0)).of(str(tmp_path / "a.tif"), 16, np.random.default_rng(0))[0]
+    assert torch.equal(view, cut(torch.from_numpy(np.array(upright)).permute(2, 0, 1), (0, 0, 60, 30), 16))

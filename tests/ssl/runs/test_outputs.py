@@ -5,7 +5,7 @@ import os
 import pytest
 
 from gradmix.ssl.config import DataConfig
-from gradmix.ssl.runs.outputs import check_output, folders_read
+from gradmix.ssl.runs.outputs import check_output, check_writable, folders_read
 
 
 def test_outputs_are_no_inputs(tmp_path):
@@ -29,3 +29,19 @@ def test_folders_of_images(tmp_path):
     (tmp_path / "train").mkdir()
     assert folders_read(data) == [tmp_path / "train"]
     assert folders_read(DataConfig(name="cifar10", root="x", unknown_root="far"))[0].name == "far"
+
+
+def test_outputs_can_be_put_in_place(tmp_path):
+    (tmp_path / "run").mkdir()
+    for new in (tmp_path / "run", tmp_path / "new/inner"):
+        check_writable("run_dir", new, ["a.json"], ["inner"])
+        assert not (tmp_path / "new").exists()
+    (tmp_path / "run/a.json").mkdir()
+    with pytest.raises(ValueError, match=r"^run_dir: .*run/a\.json is a folder, where a file is to be"):
+        check_writable("run_dir", tmp_path / "run", ["a.json"])
+    (tmp_path / "file").touch()
+    (tmp_path / "run/dangling").symlink_to("gone")
+    for folder, inner in (("file", []), ("file/inner", []), ("run", ["dangling"])):
+        with pytest.raises(ValueError, match=r"^run_dir: .* is no folder; remove it, or write elsewhere"):
+            check_writable("run_dir", tmp_path / folder, folders=inner)
+    check_writable("run_dir", tmp_path / "run", ["b.json"])

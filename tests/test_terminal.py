@@ -110,7 +110,7 @@ def test_help_has_a_line_for_every_option_and_key(command):
         ("pretrain", "epochs=0", 2),
         ("pretrain", "--shell-completion query=bash", 0),
         ("evaluate", "--help", 0),
-        ("score", "detector=1", 2),
+        ("score", "detectr=1", 2),
         ("detector", "--help", 0),
         ("compare", "--help", 0),
     ],
@@ -144,7 +144,7 @@ sys.exit(99 if "torch" in sys.modules else code)
             {f"encoder=timm/{name}" for name in timm.list_models("test_v*")},
         ),
         ("gradmix-pretrain epo", {"epochs="}),
-        ("gradmix-pretrain data.unk", {"data.unknown_root="}),
+        ("gradmix-pretrain data.unk", {"data.unknown_root=", "data.unknown_roots."}),
     ],
 )
 def test_tab_completes(command, monkeypatch, typed, offered):

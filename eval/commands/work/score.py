@@ -22,7 +22,8 @@ def run_score(config: ScoreConfig) -> None:
         ValueError: bad input, in one line; or some of the images can't be read, and the others are scored.
     """
     if (config.images is None) == (config.features is None):
-        raise ValueError("images: missing; give images=PATH, or features=FILE for features of images")
+        why = "missing" if config.images is None else "given beside features="
+        raise ValueError(f"images: {why}; give images=PATH, or features=FILE for features of images")
     given = None if config.features is None else read_embeddings(Path(config.features).expanduser())
     paths = names_of(given) if config.images is None else find_images(config.images)
     files = [] if config.features is None else [str(Path(config.features).expanduser())]

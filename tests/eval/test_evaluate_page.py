@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -49,9 +50,9 @@ def folder(tmp_path, digits_run):
     return tmp_path
 
 
-@pytest.mark.parametrize("line", commands(), ids=lambda line: line.split()[2 if "run=" in line else 1])
+@pytest.mark.parametrize("line", commands(), ids=lambda line: shlex.split(line)[2 if "run=" in line else 1])
 def test_commands_of_the_page(line, folder, command):
-    name, *arguments = line.split("#")[0].split()
+    name, *arguments = shlex.split(line, comments=True)
     name = name.removeprefix("gradmix-")
     result = command(name, *arguments, *SMALL[name])
     if "onnx" in line and torch.__version__ < "2.11":

@@ -100,7 +100,7 @@ def subject_with(labels, spaces=("features",), classes=("a",), memory=1.0):
     images = ImageSet(torch.tensor(labels), 8, torch.zeros(len(labels), 3, 8, 8, dtype=torch.uint8))
     config = Config(data=DataConfig(name="x", memory_gib=memory))
     data = OpenSetData(images, images, images, list(classes), [], [0])
-    return Subject(config, data, None, torch.device("cpu"), {space: {} for space in spaces})
+    return Subject(config, data, torch.nn.Identity(), torch.device("cpu"), {space: {} for space in spaces})
 
 
 def test_what_is_missing_is_said_once_for_all_measures_that_need_it():

@@ -95,8 +95,9 @@ def test_the_page_of_the_documentation_has_every_number():
 
 def test_an_entry_is_all_that_a_new_number_needs(monkeypatch):
     """The one that CONTRIBUTING shows: computed, titled, in the terminal, the documentation and comparisons."""
-    text = re.search(r"^Metric\(.*?^\),$", (ROOT / "CONTRIBUTING.md").read_text(), re.M | re.S)[0]
-    new = eval(textwrap.dedent(text).rstrip(","), {"Metric": Metric, "metrics": metrics})
+    text = re.search(r"^Metric\(.*?^\),$", (ROOT / "CONTRIBUTING.md").read_text(), re.M | re.S)
+    assert text, "CONTRIBUTING.md has no entry from `Metric(` to `),` at the start of lines: did ruff format wrap it?"
+    new = eval(textwrap.dedent(text[0]).rstrip(","), {"Metric": Metric, "metrics": metrics})
     new = replace(new, terminal=True, compared=True)
     monkeypatch.setattr(catalogue, "OPEN_SET", (*OPEN_SET, new))
     monkeypatch.setattr(catalogue, "METRICS", (*METRICS, new))

@@ -7,7 +7,8 @@ learning rate fits features of any scale.
 
 import copy
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -43,7 +44,9 @@ class ImageProbe:
             raise ValueError(f"protocols: expected some of cached, {', '.join(LEARNING_RATES)}, got {protocol!r}")
         check_values(settings, "probe.")
         self.protocol, self.settings, self.seed = protocol, settings, seed
-        self.augment = replace(augment, rotate=0.0, jitter=0.0, greyscale=0.0, blur=0.0)
+        kept = ("crop", "ratio", "flip")
+        off: dict[str, Any] = {field.name: 0.0 for field in fields(augment) if field.name not in kept}
+        self.augment = replace(augment, **off)  # 0 switches a step off
 
     def fit(self, backbone: Backbone, images: ImageSet, classes: int, workers: int | None = 0) -> "ImageProbe":
         """Train on images with labels 0..classes-1; ``backbone`` itself is never changed."""

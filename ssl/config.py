@@ -308,7 +308,7 @@ class Config:
 
 
 class TimmEncoders(ConfigSource):
-    """Any of timm's networks by its name: ViT, ConvNeXt, EfficientNet, ... (pip install 'gradmix[timm]')"""
+    """Any of timm's networks by its name: ViT, ConvNeXt, EfficientNet, ... (pip install timm)"""
 
     @staticmethod
     def scheme() -> str:

@@ -186,4 +186,4 @@ def parquet(key: str) -> Any:
     try:
         return import_module("pyarrow.parquet")
     except ImportError as error:
-        raise ValueError(f"{key}: .parquet needs one more package, pip install 'gradmix[parquet]'") from error
+        raise ValueError(f"{key}: .parquet needs one more package, pip install pyarrow") from error

@@ -56,7 +56,7 @@ def write_onnx(
         ValueError: a package that ONNX needs is missing, or too old.
     """
     if not find_spec("onnxscript"):  # what torch.onnx writes with
-        raise ValueError("export: onnx needs two more packages, pip install 'gradmix[export]'")
+        raise ValueError("export: onnx needs two more packages, pip install onnx onnxscript")
     if torch.__version__ < ONNX_TORCH:
         raise ValueError(f"export: onnx needs torch {ONNX_TORCH} or newer, this is {torch.__version__}")
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)

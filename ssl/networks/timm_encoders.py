@@ -101,7 +101,7 @@ def import_timm() -> ModuleType:
     try:
         import timm  # only here: it takes seconds, and need not be there
     except ImportError as error:
-        raise ValueError("encoder.name: timm's networks need one more package, pip install 'gradmix[timm]'") from error
+        raise ValueError("encoder.name: timm's networks need one more package, pip install timm") from error
     return timm
 
 

@@ -128,7 +128,7 @@ def test_positions_of_another_grid(tmp_path):
 
 def test_without_timm(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "timm", None)
-    with pytest.raises(ValueError, match=r"pip install 'gradmix\[timm\]'"):
+    with pytest.raises(ValueError, match=r"pip install timm"):
         build_backbone(encoder("test_vit"), 32)
     build_backbone(EncoderConfig("resnet18", 4), 32)
 

@@ -69,7 +69,7 @@ def _in_a_group(rank, count, meeting, function, folder):
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=count)
     function(rank, folder)
-    # Without it torch 2.6 can wait for ever: gloo's thread gives a tensor back, for which it needs Python's lock, and the
+    # Without it torch 2.6 can wait for ever: a thread of gloo gives a tensor back, which takes the lock of Python, and the
     # destructor waits for that thread and holds the lock.
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()

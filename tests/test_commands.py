@@ -206,6 +206,7 @@ def test_a_flat_folder_without_classes(command, tmp_path):
         ),
         (["mix.options.alpha=-1"], "mix.options.alpha: expected a finite number above 0"),
         (["mix.options.alhpa=1"], "mix.options.alhpa: gradmix has no such argument; did you mean alpha?"),
+        (["data=[[]]"], "data: expected the name of one option, got [[]]\n"),
         (["method=byol"], "method: no option 'byol'; choose from cider, joint, palm, simclr, sphor, supcon\n"),
         (["data.known=cat"], "data.known: expected a list, data.known=[A,B]"),
         (["data.known=[1,Käfer groß]"], "data.known: 'Käfer groß' is no class of data=digits"),

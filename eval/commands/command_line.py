@@ -92,6 +92,8 @@ def refuse(name: str, schema: type, arguments: list[str]) -> None:
             wrong = f"no such flag; {how}"
         elif equals and not value and _is_path(schema, flag):
             wrong = "empty; give a path"
+        elif value.startswith("[") and f"{flag}.name" in keys_of(schema):
+            wrong = f"expected the name of one option, got {value}"
         elif flag == "data" and not value.isidentifier() and Path(value).expanduser().is_dir():
             wrong = folder_as_data(value)  # Hydra would trip over the first blank
         else:

@@ -98,7 +98,8 @@ class Pretraining(LightningModule):
         self.mixed_weights = mixed_weights_of(config)
         self.teacher = build_teacher(config, self.backbone, self.head, self.target_loss, train.size)
         # All processes move the average alike, so that nothing has to be sent.
-        self._ddp_params_and_buffers_to_ignore = [name for name, _ in self.named_buffers() if name[:8] == "teacher."]
+        buffers = [name for name, _ in self.named_buffers()]
+        self._ddp_params_and_buffers_to_ignore = [name for name in buffers if name.startswith("teacher.")]
         self.outlier_loss = outlier_loss_of(config, self.target_loss or self.prototype_loss)
         watched = self.looker.layers_in(self.backbone) if self.looker is not None else []
         if config.speed.compile:
@@ -160,13 +161,15 @@ class Pretraining(LightningModule):
         scalars, outliers = dict(losses), None
 
         guide = own if method.attribution == "joint" else losses.get(method.attribution, own)
-        maps = self.attribute(views, z, guide) if looks else torch.zeros_like(views[:, 0])  # [2B, H, W]
-        disrupted = self.disrupt(views, maps, seed_of(seed, 2)) if looks else None  # [M, 3, S, S]
+        maps = self.attribute(views, z, guide) if looks else None  # [2B, H, W]
+        disrupted = None if maps is None else self.disrupt(views, maps, seed_of(seed, 2))  # [M, 3, S, S]
         if mixer is not None:
             others = batch.images if batch.images.ndim == 4 else batch.images[:, 2:]  # of photographs, four are cut
             again = partial(self.draw_views, others, seed_of(seed, 1))  # what extra_view calls
             generator = torch.Generator(views.device).manual_seed(seed)
             its_maps = maps if mixer.looks else None
+            if mixer.looks and maps is None:  # flat: boxes lie at random places
+                its_maps = torch.zeros_like(views[:, 0])
             mixed = mixer(views, guide, generator, projections=z, attribution=its_maps, new_views=again)
             mixed_features, p, outliers = self.embed_more(mixed.images, disrupted)  # [2B, F], [2B, D], [M, D]
             rows = rows._replace(p=p, kept=mixed.kept, other=labels[mixed.partner], partner=mixed.partner)

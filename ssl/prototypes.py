@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from gradmix.ssl.losses import positive_temperature
 from gradmix.ssl.processes import gather
+from gradmix.ssl.targets import check_rows
 
 ROUNDS = 3  # of Sinkhorn's scaling
 
@@ -84,13 +85,7 @@ class PrototypeLoss(nn.Module):
         Raises:
             ValueError: shapes that do not fit, or one of ``other`` and ``kept`` without its pair.
         """
-        if z.ndim != 2 or z.shape[1] != self.prototypes.shape[1]:
-            raise ValueError(f"z: expected [N, {self.prototypes.shape[1]}], got {tuple(z.shape)}")
-        if (other is None) != (kept is None):
-            raise ValueError("other and kept: give both or neither")
-        for name, rows in {"labels": labels, "other": other, "kept": kept}.items():
-            if rows is not None and rows.shape != z.shape[:1]:
-                raise ValueError(f"{name}: expected one per row of z, [{len(z)}], got {tuple(rows.shape)}")
+        check_rows(z, self.prototypes.shape[1], labels, other, kept)
         temperature = self.temperature if temperature is None else positive_temperature(temperature)
         with torch.autocast(z.device.type, enabled=False):
             z = z.float() if z.dtype in (torch.float16, torch.bfloat16) else z

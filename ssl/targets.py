@@ -62,13 +62,7 @@ class OrthogonalTargetLoss(nn.Module):
             ValueError: shapes that do not fit, one of ``other`` and ``kept`` without its pair, or a temperature of 0
                 or less.
         """
-        if z.ndim != 2 or z.shape[1] != self.targets.shape[1]:
-            raise ValueError(f"z: expected [N, {self.targets.shape[1]}], got {tuple(z.shape)}")
-        if (other is None) != (kept is None):
-            raise ValueError("other and kept: give both or neither")
-        for name, rows in {"labels": labels, "other": other, "kept": kept}.items():
-            if rows is not None and rows.shape != z.shape[:1]:
-                raise ValueError(f"{name}: expected one per row of z, [{len(z)}], got {tuple(rows.shape)}")
+        check_rows(z, self.targets.shape[1], labels, other, kept)
         temperature = self.temperature if temperature is None else positive_temperature(temperature)
         with torch.autocast(z.device.type, enabled=False):
             z = z.float() if z.dtype in (torch.float16, torch.bfloat16) else z
@@ -82,3 +76,17 @@ class OrthogonalTargetLoss(nn.Module):
     def logits(self, z: Tensor, temperature: float | None = None) -> Tensor:
         """Similarities ``[N, K]`` of L2-normalised ``z`` ``[N, D]`` to the targets, by the temperature."""
         return z @ self.targets.T.to(z.dtype) / (self.temperature if temperature is None else temperature)
+
+
+def check_rows(z: Tensor, dim: int, labels: Tensor, other: Tensor | None, kept: Tensor | None) -> None:
+    """
+    Raises:
+        ValueError: ``z`` is not ``[N, dim]``, the others are not ``[N]``, or one of ``other`` and ``kept`` has no pair.
+    """
+    if z.ndim != 2 or z.shape[1] != dim:
+        raise ValueError(f"z: expected [N, {dim}], got {tuple(z.shape)}")
+    if (other is None) != (kept is None):
+        raise ValueError("other and kept: give both or neither")
+    for name, rows in {"labels": labels, "other": other, "kept": kept}.items():
+        if rows is not None and rows.shape != z.shape[:1]:
+            raise ValueError(f"{name}: expected one per row of z, [{len(z)}], got {tuple(rows.shape)}")

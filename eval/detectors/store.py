@@ -21,8 +21,8 @@ import faiss
 import numpy as np
 import torch
 
-from gradmix.eval.features.array_file import DTYPES, Arrays, map_arrays, write_arrays
 from gradmix.eval.features.arrays import blocks
+from gradmix.eval.features.mapped import DTYPES, Arrays, map_arrays, write_arrays
 from gradmix.eval.features.search import SavedIndex
 from gradmix.ssl.keys import Key
 from gradmix.ssl.runs.documents import as_schema, read_document

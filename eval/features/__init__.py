@@ -1,1 +1,1 @@
-"""A network's features: extraction, cache, blocks of arrays, nearest-neighbour search."""
+"""A network's features: extraction, cache, blocks of arrays, nearest-neighbour search; and features as files."""

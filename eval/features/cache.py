@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from gradmix.eval.features.array_file import Arrays, map_arrays, write_arrays
+from gradmix.eval.features.mapped import Arrays, map_arrays, write_arrays
 from gradmix.ssl.data.images import Constants, ImageSet
 from gradmix.ssl.data.reading import content, stamp
 

@@ -13,9 +13,10 @@ import numpy as np
 import torch
 
 from gradmix.eval.config import EvalConfig
-from gradmix.eval.features.array_file import Arrays, map_arrays, write_arrays
 from gradmix.eval.features.arrays import blocks
-from gradmix.eval.features.embeddings import Embeddings, embeddings, read_embeddings
+from gradmix.eval.features.embeddings import Embeddings, embeddings
+from gradmix.eval.features.formats import read_embeddings
+from gradmix.eval.features.mapped import Arrays, map_arrays, write_arrays
 from gradmix.ssl.config import DataConfig
 from gradmix.ssl.data.images import ImageSet
 from gradmix.ssl.data.open_set import OpenSetData, known_classes

@@ -13,9 +13,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from gradmix.eval import detectors
 from gradmix.eval.detectors import PRIMARY, DeepKNN, Detector
-from gradmix.eval.features.array_file import Arrays, map_arrays
 from gradmix.eval.features.arrays import check_features, check_labels
 from gradmix.eval.features.feature_sets import FEATURES
+from gradmix.eval.features.mapped import Arrays, map_arrays
 from gradmix.eval.runs.foreign import ELSEWHERE
 from gradmix.eval.runs.numbers import read_metrics
 from gradmix.eval.scoring.scorer import LARGEST_LIST

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from gradmix.eval.classifiers.linear import LinearProbe
 from gradmix.eval.detectors import Detector
-from gradmix.eval.features.array_file import Arrays, map_arrays, write_arrays
 from gradmix.eval.features.arrays import blocks, check_features, check_labels
+from gradmix.eval.features.mapped import Arrays, map_arrays, write_arrays
 from gradmix.eval.scoring.scorer import FITTED_TO, THUMBNAILS, Scorer, shrunk, write_scorer
 from gradmix.ssl.data.images import ImageSet
 from gradmix.ssl.data.names import check_names

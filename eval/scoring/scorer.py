@@ -27,8 +27,7 @@ from torch import Tensor
 
 from gradmix.eval import detectors
 from gradmix.eval.detectors import DeepKNN, Detector
-from gradmix.eval.features.extraction import Model
-from gradmix.eval.features.files import looked_at
+from gradmix.eval.features.extraction import Model, looked_at
 from gradmix.ssl.data.images import decode
 from gradmix.ssl.data.listing import list_images
 from gradmix.ssl.data.names import UNKNOWN_NAME, check_class_names
@@ -252,7 +251,7 @@ class Scorer:
     def score(self, images: Sequence[Picture], batch_size: int = 256, progress: bool = False) -> Iterator[Score]:
         """Score images one batch at a time, in order. Unreadable files get a row with the error.
 
-        Decoding, network and detector overlap, see :func:`gradmix.eval.features.files.looked_at`.
+        Decoding, network and detector overlap, see :func:`gradmix.eval.features.extraction.looked_at`.
         """
         names = (str(x) if isinstance(x, str | Path) else f"image {number}" for number, x in enumerate(images))
         for batch, features in self.looks(images, batch_size, progress):

@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from gradmix.eval.config import EmbedConfig
-from gradmix.eval.features.embed import Done, check_replaceable, embed_files, embed_images
-from gradmix.eval.features.embedder import find_embedder
-from gradmix.eval.features.embedding_file import check_format
-from gradmix.eval.features.embeddings import Embeddings, beside, read_embeddings
+from gradmix.eval.features.embed import Done, check_replaceable, embed_files, embed_images, find_embedder
+from gradmix.eval.features.embeddings import Embeddings
+from gradmix.eval.features.formats import beside, check_format, read_embeddings
 from gradmix.eval.scoring.scorer import find_images
 from gradmix.ssl.data.listing import Files
 from gradmix.ssl.runs.outputs import check_output

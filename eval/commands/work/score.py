@@ -6,7 +6,8 @@ from pathlib import Path
 
 from gradmix.eval.config import ScoreConfig
 from gradmix.eval.detectors.calibration import DRIFT, FEWEST, Calibration, discoveries, drift
-from gradmix.eval.features.embeddings import Embeddings, read_embeddings
+from gradmix.eval.features.embeddings import Embeddings
+from gradmix.eval.features.formats import read_embeddings
 from gradmix.eval.scoring.score_file import add_discoveries, check_replaceable, encode, read_scores, write_scores
 from gradmix.eval.scoring.scorer import Picture, Score, Scorer, find_images
 from gradmix.eval.scoring.sheets import write_sheets

@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 
 import gradmix
-from gradmix.eval.features.embeddings import embeddings, read_embeddings
+from gradmix.eval.features.embeddings import embeddings
+from gradmix.eval.features.formats import read_embeddings
 from gradmix.ssl.networks.backbones import ResNet
 
 

@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save_file
 
 from gradmix.eval.classifiers.knn import KNNClassifier
 from gradmix.eval.classifiers.linear import LinearProbe
-from gradmix.eval.features.array_file import write_arrays
 from gradmix.eval.features.cache import cached_arrays, frozen, weights_key
 from gradmix.eval.features.extraction import Model, extract_together, raw_pixels, raw_pixels_bytes
+from gradmix.eval.features.mapped import write_arrays
 from gradmix.ssl.data.images import ImageSet, normalize
 from gradmix.ssl.networks.backbones import Backbone, ResNet, backbone_metadata
 from gradmix.ssl.runs.files import write_tensors

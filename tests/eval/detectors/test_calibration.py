@@ -1,6 +1,7 @@
 """A threshold to answer for: p-values and thresholds against slow loops, and the promise over thousands of draws."""
 
 import math
+from copy import deepcopy
 from fractions import Fraction
 
 import numpy as np
@@ -133,11 +134,11 @@ def test_a_saved_detector_can_be_asked_for_another_share(name, tmp_path):
     rng = np.random.default_rng(0)
     labels = np.arange(300) % 3 * 2
     train, held_out, test = (rng.normal(size=(300, 8)) + 4 * np.eye(8)[labels] for _ in range(3))
-    detector = DETECTORS[name]().fit(train, labels).calibrate(held_out, 0.95)
-    detector.save(tmp_path)
+    fitted = DETECTORS[name]().fit(train, labels)
+    deepcopy(fitted).calibrate(held_out, 0.95).save(tmp_path)
     loaded = load(tmp_path)
     for share, per_class in ((None, None), (0.8, None), (0.9, True), (None, False)):
-        expected = DETECTORS[name]().fit(train, labels)
+        expected = deepcopy(fitted)
         expected.calibrate(held_out, loaded.accept(share, per_class).calibration_.accept, bool(per_class))
         for ours, theirs in zip(loaded.judge(test), expected.judge(test), strict=True):
             np.testing.assert_array_equal(ours, theirs)
@@ -150,4 +151,4 @@ def test_a_saved_detector_can_be_asked_for_another_share(name, tmp_path):
     with pytest.raises(ValueError, match=r"accept: 1 can't be promised .*, no number is enough; at most 0\.9966 can"):
         loaded.accept(1.0)
     with pytest.raises(ValueError, match="accept: the detector keeps no scores of held-out images"):
-        DETECTORS[name]().fit(train, labels).accept(0.9)
+        fitted.accept(0.9)

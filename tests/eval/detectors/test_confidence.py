@@ -1,6 +1,7 @@
 """Confidence of a head against slow formulas of the papers and scipy."""
 
 import math
+from functools import cache
 
 import numpy as np
 import pytest
@@ -34,6 +35,12 @@ SLOW = [
 ]
 
 
+@cache
+def probe_head():
+    probe = LinearProbe().fit(TRAIN, np.arange(200) % 4)
+    return np.asarray(probe.weight_, np.float64), np.asarray(probe.bias_, np.float64)
+
+
 @pytest.mark.parametrize(("detector", "slow"), SLOW)
 @pytest.mark.parametrize("own", [True, False])
 def test_scores_and_classes(detector, slow, own, tmp_path):
@@ -41,8 +48,7 @@ def test_scores_and_classes(detector, slow, own, tmp_path):
     detector.fit(TRAIN, LABELS, head=HEAD if own else None)
     weight, bias = HEAD
     if not own:
-        probe = LinearProbe().fit(TRAIN, np.arange(200) % 4)
-        weight, bias = (np.asarray(part, np.float64) for part in (probe.weight_, probe.bias_))
+        weight, bias = probe_head()
     logits = QUERIES.astype(np.float64) @ weight.T + bias
     np.testing.assert_allclose(detector.score(QUERIES), slow(logits), rtol=1e-5)
     assert detector.classify(torch.from_numpy(QUERIES)).tolist() == np.unique(LABELS)[logits.argmax(axis=1)].tolist()

@@ -5,6 +5,8 @@ import os
 import pickle
 import subprocess
 import sys
+from copy import deepcopy
+from functools import cache
 
 import numpy as np
 import pytest
@@ -26,9 +28,14 @@ def blobs(train, test):
 TRAIN, LABELS, TEST = blobs(200, 60)
 
 
+@cache
+def fitted_once(name):
+    return DETECTORS[name]().fit(TRAIN, LABELS)
+
+
 @pytest.mark.parametrize("name", DETECTORS)
 def test_save_and_load(name, tmp_path):
-    detector = DETECTORS[name]().fit(TRAIN, LABELS)
+    detector = fitted_once(name)
     detector.save(tmp_path)
     for loaded in (load(tmp_path), type(detector).load(tmp_path)):
         assert loaded == detector and loaded.threshold is None and type(loaded) is type(detector)
@@ -40,7 +47,7 @@ def test_save_and_load(name, tmp_path):
 
 
 def test_loaded_in_another_process_they_give_the_same_bits(tmp_path):
-    detectors = {name: kind().fit(TRAIN, LABELS).calibrate(TEST) for name, kind in DETECTORS.items()}
+    detectors = {name: deepcopy(fitted_once(name)).calibrate(TEST) for name in DETECTORS}
     for name, detector in detectors.items():
         detector.save(tmp_path / name)
     np.save(tmp_path / "queries.npy", TEST)

@@ -44,9 +44,10 @@ class Metric:
         share: a number in [0, 1], which is shown in per cent.
         of: the method, or only the session that ran it: its machine, its length, its own loss. Sessions differ in these
             without one method being better, so they are never compared.
-        terminal: whether a command's table has it.
-        compared: whether it is among the few that stand for a run: in gradmix-compare's table, and in the
-            hyper-parameters tab of TensorBoard.
+        terminal: whether a command prints it: in a table, or in a line of its own where it is in neither `KNOWN` nor
+            `OPEN_SET`.
+        compared: whether it is among the few of a classifier or detector that stand for a run: in gradmix-compare's
+            table, and in the hyper-parameters tab of TensorBoard.
         compute: ``(predicted, labels)`` of known test images to the number, or `Scores` to the number, or to None where
             it can't be told; None for numbers that are measured elsewhere.
     """

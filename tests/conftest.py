@@ -1,3 +1,5 @@
+import fcntl
+import multiprocessing
 import os
 import platform
 import shutil
@@ -9,14 +11,16 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 
+# torch takes seconds, and not every process of the tests needs it: functions import it.
 ROOT = Path(__file__).parent.parent
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="gradmix-tests-")  # not the answers kept for the user's own runs
 # Who runs the tests in the background or under nohup ignores these, and so would every process that a test starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 if hasattr(signal, "SIGHUP"):
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+# Processes of "forkserver" start from one that has imported these (seconds), and has nothing else of this one.
+multiprocessing.set_forkserver_preload(["gradmix.eval.commands.work.pretrain", "pytest"])
 
 
 def pytest_unconfigure():
@@ -34,6 +38,8 @@ def pytest_ignore_collect(collection_path, config):
 
 def pytest_terminal_summary(terminalreporter):
     """What the tests ran on, at the end, for whoever reads a log of another machine."""
+    import torch
+
     from gradmix.ssl.machine import usable_cpus
 
     lines = [line.partition(":")[::2] for line in _cpuinfo()]
@@ -52,20 +58,33 @@ def _cpuinfo():
     return path.read_text().splitlines() if path.exists() else []
 
 
+@pytest.fixture(scope="session")
+def start_processes():
+    """start_processes(function, arguments, n): n processes, each calling function(rank, *arguments); ends with them."""
+    import torch
+
+    def start(function, arguments, count):
+        torch.multiprocessing.start_processes(function, arguments, count, start_method="forkserver")
+
+    return start
+
+
 @pytest.fixture
-def in_processes(tmp_path):
+def in_processes(start_processes, tmp_path):
     """in_processes(function, n): n processes of one gloo group, each calling function(rank, tmp_path)."""
 
     def run(function, count):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             meeting = f"tcp://127.0.0.1:{free.getsockname()[1]}"
-        torch.multiprocessing.spawn(_in_a_group, args=(count, meeting, function, tmp_path), nprocs=count)
+        start_processes(_in_a_group, (count, meeting, function, tmp_path), count)
 
     return run
 
 
 def _in_a_group(rank, count, meeting, function, folder):
+    import torch
+
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=count)
     function(rank, folder)
@@ -95,27 +114,46 @@ def damage():
 @pytest.fixture
 def command(monkeypatch, capsys, tmp_path):
     """Run one of the commands in this process, in an empty folder: command("pretrain", "epochs=1", ...)."""
-    from gradmix.eval.commands import compare, detector, embed, evaluate, pretrain, score
-
     monkeypatch.chdir(tmp_path)
 
     def run(name, *arguments):
-        monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
-        monkeypatch.setattr(sys, "argv", [f"gradmix-{name}", *map(str, arguments)])
-        try:
-            modules = {
-                "pretrain": pretrain,
-                "eval": evaluate,
-                "embed": embed,
-                "score": score,
-                "detector": detector,
-                "compare": compare,
-            }
-            modules[name].main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code
+        code = typed(name, *arguments)
         captured = capsys.readouterr()
         return SimpleNamespace(code=code, out=captured.out, err=captured.err)
 
     return run
+
+
+def typed(name, *arguments):
+    """The exit code of one of the commands, run in this process."""
+    from gradmix.eval.commands import compare, detector, embed, evaluate, pretrain, score
+
+    modules = {
+        "pretrain": pretrain,
+        "eval": evaluate,
+        "embed": embed,
+        "score": score,
+        "detector": detector,
+        "compare": compare,
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HYDRA_FULL_ERROR", "0")
+        patch.setattr(sys, "argv", [f"gradmix-{name}", *map(str, arguments)])
+        try:
+            modules[name].main()
+        except SystemExit as stop:
+            return stop.code
+    return 0
+
+
+@pytest.fixture(scope="session")
+def digits_run(tmp_path_factory):
+    """A small finished run, the same for all processes of pytest. Read only; tests that change it take a copy."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+    words = ("epochs=2", "encoder.width=4", "knn_every=1", "pictures_every=1", "trainer.accelerator=cpu")
+    with open(folder / "digits.lock", "w") as lock, pytest.MonkeyPatch.context() as patch:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        patch.chdir(folder)
+        assert typed("pretrain", *words, "run_dir=digits") == 0  # finished already: nothing is done
+    return folder / "digits"

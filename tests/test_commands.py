@@ -5,8 +5,8 @@ import json
 import os
 import shutil
 import socket
-import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 
 import numpy as np
 import pytest
@@ -16,22 +16,15 @@ from sklearn.datasets import load_digits
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import gradmix
+from gradmix.eval.commands import pretrain
+from gradmix.ssl.data.splits import SPLITS
 
 QUICK = ("epochs=2", "encoder.width=4", "knn_every=1", "pictures_every=1", "trainer.accelerator=cpu")
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """One small digits run, shared; tests that change it take a copy."""
-    folder = tmp_path_factory.mktemp("finished")
-    code = "from gradmix.eval.commands.pretrain import main; main()"
-    subprocess.run([sys.executable, "-c", code, *QUICK, "run_dir=run"], cwd=folder, check=True, capture_output=True)
-    return folder / "run"
-
-
 @pytest.fixture
-def run(finished, tmp_path):
-    return shutil.copytree(finished, tmp_path / "copied")
+def run(digits_run, tmp_path):
+    return shutil.copytree(digits_run, tmp_path / "copied")
 
 
 def digit_files(folder, count=6):
@@ -42,10 +35,10 @@ def digit_files(folder, count=6):
     return folder
 
 
-def test_a_run_folder_holds_what_the_design_lists(finished):
+def test_a_run_folder_holds_what_the_design_lists(digits_run):
     for name in ("config.yaml", "metrics.json", "backbone.safetensors", "checkpoints", "detector", "features"):
-        assert (finished / name).exists(), name
-    metrics = json.loads((finished / "metrics.json").read_text())
+        assert (digits_run / name).exists(), name
+    metrics = json.loads((digits_run / "metrics.json").read_text())
     for key in ("knn/top1", "linear/top1", "knn_pixels/top1", "osr/pixels/auroc", "train/images_per_s"):
         assert 0 < metrics[key]
     for detector in ("deep_knn", "class_knn", "mahalanobis"):
@@ -55,8 +48,8 @@ def test_a_run_folder_holds_what_the_design_lists(finished):
     assert metrics["train/resumed_from_step"] == 0
 
 
-def test_tensorboard_has_curves_and_pictures(finished):
-    events = EventAccumulator(str(finished / "tensorboard")).Reload()
+def test_tensorboard_has_curves_and_pictures(digits_run):
+    events = EventAccumulator(str(digits_run / "tensorboard")).Reload()
     scalars = set(events.Tags()["scalars"])
     assert {"train/loss", "train/images_per_s", "knn/held_out"} <= scalars
     assert any(tag.startswith("lr") for tag in scalars)
@@ -70,29 +63,32 @@ def test_evaluating_again_gives_the_same_numbers(run, command):
     assert json.loads((run / "metrics.json").read_text()) == first
 
 
-def test_a_finished_run_says_so(run, command, finished, monkeypatch):
+def test_a_finished_run_says_so(run, command, digits_run, monkeypatch):
     monkeypatch.setenv("HOME", str(run.parent))
     for folder in (run, f"~/{run.name}"):
         result = command("pretrain", *QUICK, f"run_dir={folder}")
         assert result.code == 0 and "finished already" in result.out
 
 
-def test_two_processes_train_every_split(tmp_path):
-    code = "from gradmix.ssl.data.splits import SPLITS; from gradmix.eval.commands.pretrain import main; "
-    code += "del SPLITS['digits'][2:]; main()"
+def one_of_two(rank, folder, meeting):
+    os.chdir(folder)
+    os.environ |= meeting | {"RANK": str(rank), "NODE_RANK": str(rank), "LOCAL_RANK": "0"}
+    torch.set_num_threads(1)
+    del SPLITS["digits"][2:]
     words = ["epochs=1", "batch_size=128", "encoder.width=4", "data.image_size=8", "data.split=all", "run_dir=run"]
     words += ["knn_every=0", "detectors=[deep_knn]"]
     words += ["trainer.accelerator=cpu", "trainer.devices=1", "trainer.num_nodes=2"]
+    sys.argv = ["gradmix-pretrain", *words]
+    with open(f"told-{rank}", "w") as told, redirect_stdout(told), redirect_stderr(told):
+        pretrain.main()
+
+
+def test_two_processes_train_every_split(start_processes, tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         meeting = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
-    processes = []
-    for rank in ("0", "1"):
-        place = meeting | {"RANK": rank, "NODE_RANK": rank, "LOCAL_RANK": "0", "OMP_NUM_THREADS": "1"}
-        options = {"cwd": tmp_path, "env": os.environ | place, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-        processes.append(subprocess.Popen([sys.executable, "-c", code, *words], text=True, **options))
-    told = [process.communicate(timeout=300)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], told
+    start_processes(one_of_two, (tmp_path, meeting), 2)
+    told = [(tmp_path / f"told-{rank}").read_text() for rank in range(2)]
     assert "mean ± standard deviation over 2 splits" in told[0]
     assert told[0].count("6 known classes") == 2 and "classes" not in told[1]  # the first one speaks
     parts = [json.loads((tmp_path / f"run/split-{i}/metrics.json").read_text()) for i in range(2)]

@@ -60,8 +60,9 @@ def small(words: list[str]) -> list[str]:
     folder = [f"data.image_size={32 if timm else 16}"] if "data=imagefolder" in words else []
     words = [word for word in words if not (folder and word.startswith("data.image_size="))]
     usual = [word for word in SMALL if not (timm and word.startswith("encoder.width="))]
-    if not folder:  # digits are many: fewer steps
+    if not folder:  # digits are many: fewer steps, of smaller images
         usual = ["batch_size=128" if word.startswith("batch_size=") else word for word in usual]
+        usual.append("data.image_size=8")
     return sorted([*words, *other, *folder, *usual], key=lambda word: word.startswith("--"))  # flags come last
 
 

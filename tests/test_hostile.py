@@ -5,8 +5,6 @@ import os
 import pickle
 import re
 import shutil
-import subprocess
-import sys
 import zipfile
 
 import pytest
@@ -64,31 +62,26 @@ def test_hostile_overrides(override, command, tmp_path):
     assert sorted(path for path in tmp_path.iterdir() if path.name != "run") == before
 
 
-STOPPED = """
-import shutil
-from gradmix.eval.commands.pretrain import main
-from gradmix.ssl.callbacks import Checkpoints
-
-save = Checkpoints.save
-
-def save_and_copy(self, trainer, module):
-    save(self, trainer, module)
-    if module.steps == 4:
-        shutil.copytree("run", "stopped")
-
-Checkpoints.save = save_and_copy
-main()
-"""
 RUN = (*TINY, "trainer.accelerator=cpu", "checkpoint_seconds=0", "run_dir=run")
 
 
-@pytest.fixture(scope="module")
-def stopped(tmp_path_factory):
+@pytest.fixture
+def stopped(command, monkeypatch, tmp_path):
     """A run as it was after four of its five steps, its newest checkpoint, and the weights that it ended with."""
-    folder = tmp_path_factory.mktemp("stopped")
-    subprocess.run([sys.executable, "-c", STOPPED, *RUN], cwd=folder, check=True, capture_output=True)
-    newest = torch.load(folder / "stopped/checkpoints/step-00000004.ckpt", weights_only=True)
-    return folder / "stopped", newest, load_file(folder / "run/backbone.safetensors")
+    save = Checkpoints.save
+
+    def save_and_copy(self, trainer, module):
+        save(self, trainer, module)
+        if module.steps == 4:
+            shutil.copytree("run", "stopped")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "save", save_and_copy)
+        assert command("pretrain", *RUN).code == 0
+    weights = load_file(tmp_path / "run/backbone.safetensors")
+    shutil.rmtree(tmp_path / "run")
+    (tmp_path / "stopped").rename(tmp_path / "run")
+    return torch.load(tmp_path / "run/checkpoints/step-00000004.ckpt", weights_only=True), weights
 
 
 def saved(value):
@@ -111,45 +104,60 @@ def changed(part, name, value):
     return saved(change)
 
 
-# What is written as the newest checkpoint, and whether the one before it is then used or the command refuses.
-CHECKPOINTS = {
-    "a pickle that executes": (lambda path, state: path.write_bytes(pickle.dumps(Execute(path / "x"))), True),
-    "a torch file that executes": (saved(lambda state: state | {"module": Execute("executed")}), True),
-    "executes beside the weights": (saved(lambda state: state | {"x": Execute("executed")}), True),
-    "a page": (lambda path, state: path.write_text("<html>404</html>"), True),
-    "nothing": (lambda path, state: path.write_bytes(b""), True),
-    "a zip bomb": (bomb, True),
-    "a list": (saved(lambda state: [1, 2, 3]), True),
-    "a path as its step": (changed(None, "step", "../../../executed"), True),
-    "not a number": (changed("module", "backbone.conv1.weight", lambda weight: weight * float("nan")), True),
-    "another network": (changed("module", "backbone.conv1.weight", lambda weight: weight[:1]), False),
-    "another optimizer": (changed("optimizer", "param_groups", []), False),
-    "other images": (changed(None, "images", "0" * 64), False),
+# What is written as newer checkpoints, all of which are passed over.
+PASSED_OVER = {
+    "a pickle that executes": lambda path, state: path.write_bytes(pickle.dumps(Execute("executed"))),
+    "a torch file that executes": saved(lambda state: state | {"module": Execute("executed")}),
+    "executes beside the weights": saved(lambda state: state | {"x": Execute("executed")}),
+    "a page": lambda path, state: path.write_text("<html>404</html>"),
+    "nothing": lambda path, state: path.write_bytes(b""),
+    "a zip bomb": bomb,
+    "a list": saved(lambda state: [1, 2, 3]),
+    "a path as its step": changed(None, "step", "../../../executed"),
+    "not a number": changed("module", "backbone.conv1.weight", lambda weight: weight * float("nan")),
+}
+# What makes the command refuse.
+REFUSED = {
+    "another network": changed("module", "backbone.conv1.weight", lambda weight: weight[:1]),
+    "another optimizer": changed("optimizer", "param_groups", []),
+    "other images": changed(None, "images", "0" * 64),
 }
 
 
-@pytest.mark.parametrize("kind", CHECKPOINTS)
-@pytest.mark.filterwarnings("ignore:.*damaged checkpoint skipped")
-def test_hostile_checkpoints(kind, stopped, command, tmp_path, monkeypatch):
-    run, state, weights = stopped
-    shutil.copytree(run, tmp_path / "run")
-    write, passed_over = CHECKPOINTS[kind]
-    newest = tmp_path / "run/checkpoints/step-00000004.ckpt"
-    newest.unlink()
-    write(newest, {**state, "module": dict(state["module"]), "optimizer": dict(state["optimizer"])})
+def write_checkpoint(write, path, state, step):
+    path.unlink(missing_ok=True)
+    write(path, {**state, "step": step, "module": dict(state["module"]), "optimizer": dict(state["optimizer"])})
+
+
+def test_hostile_checkpoints_are_passed_over(stopped, command, tmp_path, monkeypatch):
+    """One above the other, each newer than that of the third step: had one been taken, the run had gone on from it."""
+    state, weights = stopped
+    written = [tmp_path / f"run/checkpoints/step-{step:08}.ckpt" for step, _ in enumerate(PASSED_OVER, start=4)]
+    for step, (path, write) in enumerate(zip(written, PASSED_OVER.values(), strict=True), start=4):
+        write_checkpoint(write, path, state, step)
     resumed = []
     start = Checkpoints.on_train_start
     monkeypatch.setattr(Checkpoints, "on_train_start", lambda self, *a: (resumed.append(self.resume), start(self, *a)))
-    result = command("pretrain", *RUN)
-    if passed_over:
-        assert result.code == 0, result.err
-        assert resumed[0]["step"] == 3
-        ended = load_file(tmp_path / "run/backbone.safetensors")
-        assert all(torch.equal(weights[name], value) for name, value in ended.items())
-    else:
-        assert result.code == 2 and "run" in result.err
-        assert not (tmp_path / "run/backbone.safetensors").exists()
+    with pytest.warns(UserWarning, match="damaged checkpoint skipped") as warned:
+        result = command("pretrain", *RUN)
+    told = [str(warning.message) for warning in warned]
+    for path, kind in zip(written, PASSED_OVER, strict=True):
+        assert any(path.name in text for text in told), kind
+    assert result.code == 0, result.err
+    assert resumed[0]["step"] == 3
+    ended = load_file(tmp_path / "run/backbone.safetensors")
+    assert all(torch.equal(weights[name], value) for name, value in ended.items())
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_hostile_checkpoints_are_refused(stopped, command, tmp_path):
+    state, _ = stopped
+    for kind, write in REFUSED.items():
+        write_checkpoint(write, tmp_path / "run/checkpoints/step-00000004.ckpt", state, 4)
+        result = command("pretrain", *RUN)
+        assert result.code == 2 and "run" in result.err, kind
+        assert not (tmp_path / "run/backbone.safetensors").exists()
+        assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 EVIL_FILES = {

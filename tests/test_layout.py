@@ -115,7 +115,7 @@ from gradmix.eval.commands.pretrain import main
 main()
 """
     (tmp_path / "job.py").write_text(code)
-    job = ("epochs=1", "encoder.width=4", "run_dir=run")
+    job = ("epochs=1", "batch_size=128", "encoder.width=4", "data.image_size=8", "run_dir=run")
     out = python(str(tmp_path / "job.py"), *job, cwd=tmp_path, PYTHONPATH=str(site))
     assert "deep_knn on pixels" in out
     assert (tmp_path / "run" / "metrics.json").is_file()

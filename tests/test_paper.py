@@ -1,7 +1,6 @@
 """benchmarks/paper.py: runs that are continued, and the arithmetic of its table."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -10,32 +9,38 @@ import pytest
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 
-def paper(folder, *arguments):
-    command = [sys.executable, str(BENCHMARKS / "paper.py"), "--experiment", "none", "--splits", "0", "--mix", "none"]
-    small = ["--override", "data=digits", "encoder.width=4", "trainer.accelerator=cpu", "--tag", "small"]
-    paths = ["--runs", str(folder / "runs"), "--results", str(folder / "rows.json"), "--epochs", "1"]
-    return subprocess.run([*command, *small, *paths, *arguments], check=True, capture_output=True, text=True).stdout
+@pytest.fixture
+def benchmark(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import paper
+
+    return paper
 
 
-def test_a_matrix_goes_on_until_nothing_is_left(tmp_path):
-    assert "runs left: 1" in paper(tmp_path, "--minutes", "0.01")  # no time to start anything
+@pytest.fixture
+def paper(benchmark, monkeypatch, capsys, tmp_path):
+    def run(*arguments):
+        words = ["paper.py", "--experiment", "none", "--splits", "0", "--mix", "none"]
+        words += ["--override", "data=digits", "encoder.width=4", "trainer.accelerator=cpu", "--tag", "small"]
+        words += ["--runs", str(tmp_path / "runs"), "--results", str(tmp_path / "rows.json"), "--epochs", "1"]
+        monkeypatch.setattr(sys, "argv", [*words, *arguments])
+        benchmark.main()
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_a_matrix_goes_on_until_nothing_is_left(paper, tmp_path):
+    assert "runs left: 1" in paper("--minutes", "0.01")  # no time to start anything
     assert json.loads((tmp_path / "rows.json").read_text()) == []
-    assert "nothing left to run" in paper(tmp_path)
+    assert "nothing left to run" in paper()
     (row,) = json.loads((tmp_path / "rows.json").read_text())
     metrics = json.loads(next((tmp_path / "runs").rglob("metrics.json")).read_text())
     assert row["detectors"]["deep_knn"]["auroc"] == metrics["osr/deep_knn/auroc"]
     assert (row["data"], row["split"], row["mix"], row["epochs"], row["seed"]) == ("digits", 0, "none", 1, 0)
     assert row["minutes"] > 0 and row["commit"]
-    again = paper(tmp_path)  # at once: the run is there
+    again = paper()  # at once: the run is there
     assert "gradmix-pretrain" not in again and len(json.loads((tmp_path / "rows.json").read_text())) == 1
-
-
-@pytest.fixture
-def table(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    from paper import table
-
-    return table
 
 
 def row(mix, split, auroc):
@@ -49,11 +54,11 @@ def row(mix, split, auroc):
     )
 
 
-def test_the_table_has_means_deviations_and_paired_differences(table):
+def test_the_table_has_means_deviations_and_paired_differences(benchmark):
     rows = [row("none", 0, 0.70), row("none", 1, 0.80), row("gradmix", 0, 0.72), row("gradmix", 1, 0.86)]
     rows.append(row("gradmix", 2, 0.5))  # has no partner: counts in the mean, not in the difference
     rows.append(row("gradmix", 0, 0.71) | {"tag": "+ema"})  # added to the setting: compared with none without it
-    lines = {line.split("|")[3].strip(): line for line in table(rows).splitlines()[2:]}
+    lines = {line.split("|")[3].strip(): line for line in benchmark.table(rows).splitlines()[2:]}
     assert "| 1 | +1.00 | 71.00 |" in lines["gradmix +ema"]
     # none: mean 75, deviation 7.07; gradmix: 69.33 and 18.15; differences 2 and 6: mean 4, deviation 2.83
     assert "| 2 |  | 75.00 ± 7.07 |" in lines["none"]

@@ -1,9 +1,13 @@
-"""Every key of the commands, by what it declares: bounds are held, paths need no quotes, free keys may change."""
+"""Every key of the commands, by what it declares: bounds are held, paths need no quotes, free keys may change; and that
+somebody reads it."""
 
+import ast
 import math
 from copy import deepcopy
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, field, fields
+from functools import cache
 from operator import attrgetter
+from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -13,6 +17,7 @@ from gradmix.eval.commands.command_line import _quoted
 from gradmix.eval.config import DetectorConfig, EmbedConfig, EvalConfig, ScoreConfig
 from gradmix.ssl.checks import check_values
 from gradmix.ssl.config import Config, DataConfig, EncoderConfig, MethodConfig, MixConfig, OptimizerConfig, flat
+from gradmix.ssl.keys import key as declared
 from gradmix.ssl.keys import keys_of
 from gradmix.ssl.runs.folder import claim, read_config
 
@@ -194,3 +199,36 @@ def test_paths_with_blanks_and_brackets_need_no_quotes_and_others_stay_as_they_a
 def test_an_empty_path_is_refused(command, name, arguments):
     result = command(name, arguments)
     assert (result.code, result.err) == (2, f"gradmix-{name}: {arguments[:-1]}: empty; give a path\n")
+
+
+@cache
+def attributes_read():
+    """The names of attributes that code reads, declarations of keys left out."""
+    root = Path(__file__).parent.parent
+    declared = [root / name for name in ("ssl/config.py", "ssl/keys.py", "eval/config.py")]
+    paths = {path for room in ("ssl", "eval") for path in (root / room).rglob("*.py")} - set(declared)
+    nodes = [node for path in paths for node in ast.walk(ast.parse(path.read_text()))]
+    return {node.attr for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)}
+
+
+def nobody_reads(schema):
+    """Keys that no code asks for; one that shares its name with something else escapes."""
+    return [name for name in keys_of(schema) if name.rpartition(".")[2] not in attributes_read()]
+
+
+@pytest.mark.parametrize("schema", SCHEMAS)
+def test_somebody_reads_every_key(schema):
+    assert nobody_reads(schema) == []
+
+
+def test_a_key_that_nobody_reads_is_found():
+    @dataclass
+    class Mix(MixConfig):
+        sparkle: float = declared(0.0, "read by nobody")
+
+    @dataclass
+    class More(Config):
+        glitter: int = declared(0, "read by nobody", at_least=0)
+        mix: Mix = field(default_factory=lambda: Mix("none"))
+
+    assert sorted(nobody_reads(More)) == ["glitter", "mix.sparkle"]

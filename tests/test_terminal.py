@@ -20,7 +20,8 @@ from gradmix.eval.config import ScoreConfig
 from gradmix.ssl.callbacks import Progress
 from gradmix.ssl.config import Config
 
-QUICK = ("epochs=2", "encoder.width=4", "knn_every=1", "pictures_every=0", "trainer.accelerator=cpu", "run_dir=run")
+QUICK = ("epochs=2", "batch_size=128", "encoder.width=4", "data.image_size=8", "knn_every=1", "pictures_every=0")
+QUICK += ("trainer.accelerator=cpu", "run_dir=run")
 SCRIPT = "from gradmix.eval.commands.pretrain import main; main()"
 
 

@@ -14,18 +14,10 @@ TINY = ("epochs=1", "batch_size=128", "encoder.width=4", "data.image_size=8", "k
 QUICK = (*TINY, "trainer.accelerator=cpu", "detectors=[deep_knn]")
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("finished")
-    code = "from gradmix.eval.commands.pretrain import main; main()"
-    subprocess.run([sys.executable, "-c", code, *QUICK, "run_dir=run"], cwd=folder, check=True, capture_output=True)
-    return folder / "run"
-
-
-def test_the_list_of_what_a_run_writes_is_whole(finished):
-    there = {path.name for path in finished.iterdir()}
+def test_the_list_of_what_a_run_writes_is_whole(digits_run):
+    there = {path.name for path in digits_run.iterdir()}
     assert there <= {*FILES, *FOLDERS}
-    assert {path.name for path in finished.iterdir() if path.is_dir()} <= {*FOLDERS}
+    assert {path.name for path in digits_run.iterdir() if path.is_dir()} <= {*FOLDERS}
     assert {*FILES} <= there
 
 
@@ -47,16 +39,22 @@ def test_a_run_that_could_not_be_written_does_not_begin(command, tmp_path, name)
         ("compare", "--out", ["RUN", "--out", "taken/new.html"]),
         ("eval", "out", ["run=RUN", "out=taken"]),
         ("eval", "out", ["run=RUN", "out=taken/new"]),
+        ("embed", "out", ["run=RUN", "images=a.png", "out=taken/new.npy"]),
+        ("detector", "out", ["add", "RUN/detector", "images=a.png", "class=2", "out=taken/new"]),
+        ("detector", "out", ["remove", "RUN/detector", "class=2", "out=taken/new"]),
+        ("detector", "out", ["export", "RUN/detector", "out=taken/new.onnx"]),
+        ("detector", "out", ["export", "RUN/detector", "out=folder.onnx"]),
     ],
 )
-def test_an_output_that_could_not_be_put_in_place(command, finished, tmp_path, name, key, arguments):
+def test_an_output_that_could_not_be_put_in_place(command, digits_run, tmp_path, name, key, arguments):
     (tmp_path / "taken").touch()
-    (tmp_path / "folder.html").mkdir()
-    (tmp_path / "a.png").touch()
-    result = command(name, *(argument.replace("RUN", str(finished)) for argument in arguments))
+    for folder in ("folder.html", "folder.onnx"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "a.png").touch()  # no image: said where the work begins
+    result = command(name, *(argument.replace("RUN", str(digits_run)) for argument in arguments))
     assert result.code == 2 and result.err.startswith(f"gradmix-{name}: {key}: "), result.err
     assert len(result.err.splitlines()) == 1
-    assert sorted(os.listdir(tmp_path)) == ["a.png", "folder.html", "taken"]
+    assert sorted(os.listdir(tmp_path)) == ["a.png", "folder.html", "folder.onnx", "taken"]
 
 
 def test_a_training_that_diverged_is_said(command, tmp_path):
@@ -70,12 +68,12 @@ def test_a_training_that_diverged_is_said(command, tmp_path):
     assert json.loads((tmp_path / "run/training.json").read_text())["train/steps"] == 5
 
 
-def test_comparing_on_a_terminal_that_has_only_ascii(finished, tmp_path):
+def test_comparing_on_a_terminal_that_has_only_ascii(digits_run, tmp_path):
     """The table has arrows and the sign ±, and the page is UTF-8 whatever the locale says."""
     ascii_only = {"LC_ALL": "C", "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     code = "from gradmix.eval.commands.compare import main; main()"
     done = subprocess.run(
-        [sys.executable, "-c", code, finished], cwd=tmp_path, env={**os.environ, **ascii_only}, capture_output=True
+        [sys.executable, "-c", code, digits_run], cwd=tmp_path, env={**os.environ, **ascii_only}, capture_output=True
     )
     assert done.returncode == 0, done.stderr
     assert done.stderr == b"" and "kNN" in done.stdout.decode("ascii") and "\\u2191" in done.stdout.decode("ascii")

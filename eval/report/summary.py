@@ -66,7 +66,7 @@ def over_splits(results: list[dict[str, Any]]) -> dict[str, Any]:
 
 def table(result: dict[str, Any]) -> str:
     """What a person wants to see first, as text."""
-    lines = [*_known(result), *_open_set(result)]
+    lines = [*_known(result), *_open_set(result), *_others(result)]
     lines += [f"  not measured: {what} ({why})" for what, why in result.get("skipped", {}).items()]
     return "\n".join(lines)
 
@@ -96,6 +96,16 @@ def _open_set(result: dict[str, Any]) -> list[str]:
     return lines
 
 
+def _others(result: dict[str, Any]) -> list[str]:
+    """A line for each number of no classifier's and no detector's table."""
+    grids, lines = (*catalogue.KNOWN, *catalogue.OPEN_SET), []
+    for key in result:
+        metric, _ = catalogue.match(key) or (None, "")
+        if metric is not None and metric.terminal and metric not in grids and not catalogue.ENDS.search(key):
+            lines.append(f"  {catalogue.title(key)}{' %' * metric.share}: {_cell(result, key, metric.scale)}")
+    return ["", *lines] if lines else []
+
+
 def _grid(result: dict[str, Any], columns: list[catalogue.Metric]) -> list[str]:
     """Rows of text under their titles, one for each classifier or detector; the columns that nobody has left out."""
     titles = [metric.title for metric in columns]
@@ -114,13 +124,13 @@ def _grid(result: dict[str, Any], columns: list[catalogue.Metric]) -> list[str]:
     return [line("", titles), *(line(names[name], row) for name, row in cells.items())]
 
 
-def _cell(result: dict[str, Any], key: str) -> str:
+def _cell(result: dict[str, Any], key: str, scale: int = 100) -> str:
     if key not in result:
         return "-"
-    text = f"{100 * result[key]:.2f}"
+    text = f"{scale * result[key]:.2f}"
     for deviation in (f"{key}/std", f"{key}_std"):
         if deviation in result:
-            return f"{text} ± {100 * result[deviation]:.2f}"
+            return f"{text} ± {scale * result[deviation]:.2f}"
     if f"{key}_low" in result:
-        return f"{text} [{100 * result[f'{key}_low']:.1f}, {100 * result[f'{key}_high']:.1f}]"
+        return f"{text} [{scale * result[f'{key}_low']:.1f}, {scale * result[f'{key}_high']:.1f}]"
     return text

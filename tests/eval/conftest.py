@@ -1,10 +1,8 @@
-"""One trained digits run for the tests that read runs, and a headless Chromium to look at pages with."""
+"""A headless Chromium to look at pages with."""
 
 import json
 import os
 import shutil
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -13,17 +11,6 @@ try:
     from selenium import webdriver
 except ImportError:
     webdriver = None
-
-QUICK = ("epochs=2", "encoder.width=4", "knn_every=1", "pictures_every=1", "trainer.accelerator=cpu")
-
-
-@pytest.fixture(scope="session")
-def digits_run(tmp_path_factory):
-    """Read only; tests that change it take a copy."""
-    folder = tmp_path_factory.mktemp("digits")
-    code = "from gradmix.eval.commands.pretrain import main; main()"
-    subprocess.run([sys.executable, "-c", code, *QUICK, "run_dir=run"], cwd=folder, check=True, capture_output=True)
-    return folder / "run"
 
 
 @pytest.fixture(scope="session")

@@ -111,6 +111,14 @@ def test_an_entry_is_all_that_a_new_number_needs(monkeypatch):
     assert new.sentence in hooks().on_page_markdown("{metrics OPEN_SET}")
 
 
+def test_the_terminal_has_a_line_for_a_number_of_no_classifier(monkeypatch):
+    rank, error = (catalogue.metric_of(key) for key in ("quality/effective_rank", "corruptions/mean_error/knn"))
+    numbers = {"knn/top1": 0.9, rank.key: 3.25, f"{rank.key}/std": 0.5, "corruptions/mean_error/knn": 0.125}
+    assert "3.25" not in table(numbers) and "12.50" not in table(numbers)
+    monkeypatch.setattr(catalogue, "METRICS", tuple(replace(m, terminal=m in (*KNOWN, rank, error)) for m in METRICS))
+    assert "\n  Effective rank: 3.25 ± 0.50\n  Mean error of kNN %: 12.50" in table(numbers)
+
+
 def test_the_terminal_shows_imbalance():
     """Always the largest class: 90 % accurate, and right about one class of two."""
     labels = np.repeat([0, 1], [90, 10])

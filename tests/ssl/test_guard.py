@@ -137,14 +137,14 @@ def port():
         return probe.getsockname()[1]
 
 
-def test_processes_decide_alike(tmp_path, port, config, data):
+def test_processes_decide_alike(start_processes, tmp_path, port, config, data):
     runs = {
         "signal": (config(tmp_path / "a"), Ask()),
         "gradient": (config(tmp_path / "b"), Break("activation", 5, rank=1)),
     }
     for settings, _ in runs.values():
         settings.trainer = {"accelerator": "cpu", "devices": 1, "num_nodes": 2, "strategy": "ddp"}
-    torch.multiprocessing.spawn(one_process, (port, tmp_path, runs, data), nprocs=2)
+    start_processes(one_process, (port, tmp_path, runs, data), 2)
 
     assert [(tmp_path / f"signal-{rank}").read_text() for rank in range(2)] == ["SystemExit 143"] * 2
     assert newest_checkpoint(tmp_path / "a/checkpoints")["step"] == 5
@@ -188,11 +188,11 @@ def one_process_with_late_verdicts(rank, port, folder, runs, data):
     one_process(rank, port, folder, runs, data)
 
 
-def test_processes_that_save_at_different_times_leave_at_the_same_step(tmp_path, port, config, data):
+def test_processes_that_save_at_different_times_leave_at_the_same_step(start_processes, tmp_path, port, config, data):
     runs = {"signal": (config(tmp_path / "a"), Ask()), "gradient": (config(tmp_path / "b"), Overflow())}
     for settings, _ in runs.values():
         settings.trainer = {"accelerator": "cpu", "devices": 1, "num_nodes": 2, "strategy": "ddp"}
-    torch.multiprocessing.spawn(one_process_with_late_verdicts, (port, tmp_path, runs, data), nprocs=2)
+    start_processes(one_process_with_late_verdicts, (port, tmp_path, runs, data), 2)
 
     assert [(tmp_path / f"signal-{rank}").read_text() for rank in range(2)] == ["SystemExit 143"] * 2
     assert newest_checkpoint(tmp_path / "a/checkpoints")["step"] == 6  # sent after 4, agreed on at 5, read at 6

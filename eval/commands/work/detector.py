@@ -11,7 +11,7 @@ from gradmix.eval.runs.portable import export_scorer
 from gradmix.eval.scoring.growth import add_images, read_space, without_class, write_grown
 from gradmix.eval.scoring.scorer import FITTED_TO, Scorer, find_images
 from gradmix.ssl.machine import pick_device
-from gradmix.ssl.runs.outputs import check_output
+from gradmix.ssl.runs.outputs import check_output, check_writable
 from gradmix.ssl.runs.whole_folder import whole_folder
 
 TAKES = {"info": (), "add": ("images", "class_name", "out"), "remove": ("class_name", "out"), "export": ("out",)}
@@ -33,6 +33,7 @@ def run_detector(config: DetectorConfig) -> None:
     folder, out = Path(config.detector).expanduser(), Path(config.out or "").expanduser()
     if config.action == "export":
         check_output("out", out, folders=[folder])
+        check_writable("out", out.parent, [out.name])
         scorer = Scorer(folder)
         if config.accept is not None or config.per_class is not None:
             scorer.detector.accept(config.accept, config.per_class)
@@ -44,6 +45,7 @@ def run_detector(config: DetectorConfig) -> None:
             raise ValueError(f"out: {out} is there already; give a new name, or the detector's own to replace it")
         images = Path(config.images or "").expanduser()
         check_output("out", out, paths, [folder, *([images] if paths and images.is_dir() else [])])
+    check_writable("out", out.resolve().parent)
     with whole_folder(out) as new:
         scorer = Scorer(folder, pick_device(config.device))
         if config.action == "add":

@@ -11,7 +11,7 @@ from gradmix.eval.features.embeddings import Embeddings
 from gradmix.eval.features.formats import beside, check_format, read_embeddings
 from gradmix.eval.scoring.scorer import find_images
 from gradmix.ssl.data.listing import Files
-from gradmix.ssl.runs.outputs import check_output
+from gradmix.ssl.runs.outputs import check_output, check_writable
 
 
 def run_embed(config: EmbedConfig) -> None:
@@ -30,6 +30,7 @@ def embed(config: EmbedConfig, progress: bool = False) -> Done:
     for path in (out, *beside(out).values()):
         check_output("out", path, chain(weights, paths), [images] if images.is_dir() else [])
     check_replaceable(out)
+    check_writable("out", out.parent)
     embedder = find_embedder(config, paths)
     done = embed_files(embedder, paths, out, images, config.batch_size, progress)
     width, projected = embedder.widths

@@ -63,34 +63,34 @@ def test_arrays_are_evaluated_as_scikit_learn_does(arrays, tmp_path):
     assert run.numbers == json.loads((tmp_path / "out/metrics.json").read_text())
 
 
-@pytest.mark.parametrize("kind", ["npz", "npy", "safetensors"])
-def test_files_are_the_same_as_arrays(kind, arrays, command, tmp_path):
-    if kind == "npz":
-        np.savez("all.npz", **arrays)
-        given = ["features=all.npz"]
-    else:
-        given = [f"features=train.{kind}", f"test_features=test.{kind}", f"unknown_features=unknown.{kind}"]
+def test_files_are_the_same_as_arrays(arrays, command, tmp_path):
+    np.savez("all.npz", **arrays)
+    given = {"npz": ["features=all.npz"]}
+    for kind in ("npy", "safetensors"):
+        given[kind] = [f"features=train.{kind}", f"test_features=test.{kind}", f"unknown_features=unknown.{kind}"]
         for name in ("train", "test", "unknown"):
             write(tmp_path / f"{name}.{kind}", arrays[f"{name}_features"], arrays.get(f"{name}_labels"))
-    result = command("eval", *given, *QUICK, "out=out")
-    assert result.code == 0 and "out: report.html, metrics.json, and the detector" in result.out, result.err
-    numbers = json.loads((tmp_path / "out/metrics.json").read_text())
     called = gradmix.evaluate_features(
         *arrays.values(), data={"holdout": 0.1}, out=tmp_path / "called", detectors=["deep_knn", "mahalanobis"]
     )
-    for name in ("knn/top1", "osr/deep_knn/auroc", "osr/deep_knn/false_alarms", "osr/mahalanobis/oscr"):
-        assert numbers[name] == called[name], name
-    saved = load_file(tmp_path / "out/features/train.safetensors")
-    assert (
-        len(saved["features"]) == 216 and len(load_file(tmp_path / "out/features/held_out.safetensors")["labels"]) == 24
-    )
+    for kind, words in given.items():
+        result = command("eval", *words, *QUICK, f"out={kind}")
+        assert result.code == 0 and f"{kind}: report.html, metrics.json, and the detector" in result.out, result.err
+        numbers = json.loads((tmp_path / kind / "metrics.json").read_text())
+        for name in ("knn/top1", "osr/deep_knn/auroc", "osr/deep_knn/false_alarms", "osr/mahalanobis/oscr"):
+            assert numbers[name] == called[name], name
+        train, held_out = (
+            load_file(tmp_path / kind / f"features/{name}.safetensors") for name in ("train", "held_out")
+        )
+        assert len(train["features"]) == 216 and len(held_out["labels"]) == 24
     # again into the same folder; of other features it is refused, and so is the run without its features
-    assert command("eval", *given, *QUICK, "out=out").code == 0
+    assert command("eval", *given["npy"], *QUICK, "out=npy").code == 0
     np.savez("other.npz", **arrays)
-    refused = command("eval", "features=other.npz", "data.known=[a,b]", *QUICK, "out=out")
-    assert refused.code == 2 and "out belongs to another config" in refused.err
-    again = command("eval", "run=out")
-    assert again.code == 2 and "run: out was made of features=, with no network to evaluate" in again.err
+    for kind in given:
+        refused = command("eval", "features=other.npz", "data.known=[a,b]", *QUICK, f"out={kind}")
+        assert refused.code == 2 and "out belongs to another config" in refused.err
+        again = command("eval", f"run={kind}")
+        assert again.code == 2 and f"run: {kind} was made of features=, with no network to evaluate" in again.err
 
 
 def write(path, features, labels):

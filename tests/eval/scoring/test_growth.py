@@ -28,7 +28,6 @@ from gradmix.ssl.data.sources import stratified
 from gradmix.ssl.runs import files, whole_folder
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["gradmix.eval.commands.work.detector", "sklearn.datasets", "pytest"])
 ADD = ("add", "detector", "images=new", "class=zero", "out=detector", "batch_size=16", "device=cpu")
 
 

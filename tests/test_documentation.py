@@ -9,6 +9,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -89,6 +90,11 @@ def workplace(tmp_path):
     return tmp_path
 
 
+@cache
+def help_of(script: str) -> str:
+    return subprocess.run([sys.executable, ROOT / script, "--help"], check=True, capture_output=True, text=True).stdout
+
+
 def run_step(kind: str, text: str, command, monkeypatch) -> str:
     """Run one step in this process; what it printed, or "" for what other tests run."""
     if kind == "python":
@@ -99,9 +105,8 @@ def run_step(kind: str, text: str, command, monkeypatch) -> str:
     if name == "make":
         assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.M), f"no target: {text}"
     elif name == "python" and words[1].startswith("benchmarks/"):  # hours: whether it has these arguments
-        told = subprocess.run([sys.executable, ROOT / words[1], "--help"], check=True, capture_output=True, text=True)
         for word in words[2:]:
-            assert not word.startswith("--") or word in told.stdout, f"{text}: no argument {word}"
+            assert not word.startswith("--") or word in help_of(words[1]), f"{text}: no argument {word}"
     elif name == "cp":
         subprocess.run(words, check=True)
     elif name == "gradmix-compare":
@@ -122,7 +127,11 @@ def alone(page: str) -> list[tuple[str, str]]:
     return [step for step in steps(page) if not any(word in step[1] for word in SEVERAL)]
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if not set(alone(page)) <= set(alone("README.md"))])
+FOLLOWED = ("README.md", "docs/recipes/evaluate.md")  # below, to the end that their text promises
+OTHERS = [page for page in PAGES if page not in FOLLOWED and not set(alone(page)) <= set(alone("README.md"))]
+
+
+@pytest.mark.parametrize("page", OTHERS)
 def test_commands_of_the_pages(page, workplace, command, monkeypatch):
     for kind, text in alone(page):
         run_step(kind, text, command, monkeypatch)

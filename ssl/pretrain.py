@@ -1,7 +1,7 @@
 """The training step: two views, contrastive loss, attribution on the same graph, mixed views, one backward pass."""
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import cast
@@ -152,45 +152,61 @@ class Pretraining(LightningModule):
         rows = Rows(z, labels, temperature, features=features)
         losses = {name: loss(rows) for name, loss in self.losses.items()}
         total = own = sum((self.weights[name] * value for name, value in losses.items()), z.new_zeros(()))
+        guide = own if method.attribution == "joint" else losses.get(method.attribution, own)
+        for name, weight, value in self.terms_beside(batch, views, rows, guide, mixer, looks, seed):
+            total = total if weight is None else total + weight * value
+            losses[name] = value
+
+        self.scalars = {f"train/{name}": value.detach() for name, value in {"loss": total, **losses}.items()}
+        self.steps = batch.epoch * self.loader.steps_per_epoch + batch.step + 1
+        return total
+
+    def terms_beside(
+        self, batch: Batch, views: Tensor, rows: Rows, guide: Tensor, mixer: Mixer | None, looks: bool, seed: int
+    ) -> Iterator[tuple[str, float | None, Tensor]]:
+        """What comes on top of the method's own losses: the teacher's, that of mixed images, that of outliers.
+
+        Args:
+            guide: the loss that attribution follows, where it ``looks``.
+
+        Yields:
+            name, weight (None: it is told, not added) and value of each.
+        """
         if self.teacher is not None:
             self.teacher.follow(self.backbone, self.head, self.optimizer_steps(batch))
-            rows = rows._replace(taught=self.teacher(views, temperature))
+            rows = rows._replace(taught=self.teacher(views, rows.temperature))
         for name, loss in self.beside.items():
-            losses[name] = loss(rows)
-            total = total + self.weights[name] * losses[name]
-        scalars, outliers = dict(losses), None
-
-        guide = own if method.attribution == "joint" else losses.get(method.attribution, own)
-        maps = self.attribute(views, z, guide) if looks else None  # [2B, H, W]
+            yield name, self.weights[name], loss(rows)
+        maps = self.attribute(views, rows.z, guide) if looks else None  # [2B, H, W]
         disrupted = None if maps is None else self.disrupt(views, maps, seed_of(seed, 2))  # [M, 3, S, S]
+        outliers = None
         if mixer is not None:
-            others = batch.images if batch.images.ndim == 4 else batch.images[:, 2:]  # of photographs, four are cut
-            again = partial(self.draw_views, others, seed_of(seed, 1))  # what extra_view calls
-            generator = torch.Generator(views.device).manual_seed(seed)
-            its_maps = maps if mixer.looks else None
-            if mixer.looks and maps is None:  # flat: boxes lie at random places
-                its_maps = torch.zeros_like(views[:, 0])
-            mixed = mixer(views, guide, generator, projections=z, attribution=its_maps, new_views=again)
+            mixed = self.mix(mixer, batch, views, rows.z, guide, maps, seed)
             mixed_features, p, outliers = self.embed_more(mixed.images, disrupted)  # [2B, F], [2B, D], [M, D]
-            rows = rows._replace(p=p, kept=mixed.kept, other=labels[mixed.partner], partner=mixed.partner)
-            taught_mixed = self.teach_mixed(mixed.images, temperature)
+            rows = rows._replace(p=p, kept=mixed.kept, other=rows.labels[mixed.partner], partner=mixed.partner)
+            taught_mixed = self.teach_mixed(mixed.images, rows.temperature)
             rows = rows._replace(mixed_features=mixed_features, taught_mixed=taught_mixed)
             for name, weight in self.mixed_weights.items():
-                mixed_loss = (self.losses | self.beside)[name](rows)
-                total = total + weight * mixed_loss
-                scalars["mixed" if name == method.mixed_loss else f"{name}_mixed"] = mixed_loss
-            scalars["kept"] = mixed.kept.mean()
+                told = "mixed" if name == self.config.method.mixed_loss else f"{name}_mixed"
+                yield told, weight, (self.losses | self.beside)[name](rows)
+            yield "kept", None, mixed.kept.mean()
             self.pictures = views, mixed
         elif disrupted is not None:
             outliers = self.embed(disrupted)[1]
         if outliers is not None:
-            outlier_loss = self.outlier_loss(rows._replace(outliers=outliers))
-            total = total + self.config.outliers.weight * outlier_loss
-            scalars["outliers"] = outlier_loss
+            yield "outliers", self.config.outliers.weight, self.outlier_loss(rows._replace(outliers=outliers))
 
-        self.scalars = {f"train/{name}": value.detach() for name, value in {"loss": total, **scalars}.items()}
-        self.steps = batch.epoch * self.loader.steps_per_epoch + batch.step + 1
-        return total
+    def mix(
+        self, mixer: Mixer, batch: Batch, views: Tensor, z: Tensor, guide: Tensor, maps: Tensor | None, seed: int
+    ) -> Mixed:
+        """What the mixer makes of the views."""
+        others = batch.images if batch.images.ndim == 4 else batch.images[:, 2:]  # of photographs, four are cut
+        again = partial(self.draw_views, others, seed_of(seed, 1))  # what extra_view calls
+        generator = torch.Generator(views.device).manual_seed(seed)
+        its_maps = maps if mixer.looks else None
+        if mixer.looks and maps is None:  # flat: boxes lie at random places
+            its_maps = torch.zeros_like(views[:, 0])
+        return mixer(views, guide, generator, projections=z, attribution=its_maps, new_views=again)
 
     def optimizer_steps(self, batch: Batch) -> int:
         """How many the optimizer has done when a batch comes."""

@@ -17,11 +17,10 @@ scikit-learn's LogisticRegression on the same features at the strength that the 
 
 import argparse
 import statistics
-import time
 
 import numpy as np
 import torch
-from machine import device_here, hardware, save, wait
+from machine import device_here, hardware, in_turns, save
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
@@ -60,14 +59,7 @@ def main() -> None:
         "extraction": lambda: extract(backbone, images, device),
         "loop": lambda: ImageProbe("augmented", settings, AugmentConfig()).fit(backbone, images, 10),
     }
-    seconds = {name: [] for name in steps}
-    for _ in range(arguments.repeats):
-        for name, step in steps.items():
-            wait(device)
-            start = time.perf_counter()
-            step()
-            wait(device)
-            seconds[name].append(time.perf_counter() - start)
+    seconds = in_turns(steps, arguments.repeats, device)
     seconds["loop"] = [value * EPOCHS / MEASURED_EPOCHS for value in seconds["loop"]]
     median = {name: round(statistics.median(values), 3) for name, values in seconds.items()}
 

@@ -3,6 +3,8 @@
 import json
 import os
 import platform
+import time
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 
@@ -36,6 +38,19 @@ def processor() -> str:
 def wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize()
+
+
+def in_turns(steps: Mapping[str, Callable[[], object]], repeats: int, device: torch.device) -> dict[str, list[float]]:
+    """Seconds of each step, by name and repeat: one after the other, so that what else runs meets all of them."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(repeats):
+        for name, step in steps.items():
+            wait(device)
+            start = time.perf_counter()
+            step()
+            wait(device)
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
 
 
 def plot(path: Path, lines: dict[str, dict[float, float]], x: str, y: str, log: bool = False) -> None:

@@ -31,7 +31,7 @@ import faiss
 import numpy as np
 import torch
 import torchvision
-from machine import device_here, hardware, save, wait
+from machine import device_here, hardware, in_turns, save, wait
 from PIL import Image
 from safetensors.torch import save_file
 from sklearn.datasets import load_sample_images
@@ -127,14 +127,7 @@ def speed(folder: Path, files: Files, scratch: Path, device: torch.device, repea
     }
     scores = {name: way() for name, way in ways.items()}  # also a warm-up
     inside.clear()
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(repeats):
-        for name, way in ways.items():
-            wait(device)
-            start = time.perf_counter()
-            way()
-            wait(device)
-            seconds[name].append(time.perf_counter() - start)
+    seconds = in_turns(ways, repeats, device)
     apart = {name: float(np.abs(scores[name] - scores["gradmix"]).max()) for name in ways}
     rate = {name: round(len(files) / statistics.median(values), 1) for name, values in seconds.items()}
     claims = []

@@ -2,11 +2,13 @@ import fcntl
 import multiprocessing
 import os
 import platform
+import resource
 import shutil
 import signal
 import socket
 import sys
 import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -109,6 +111,22 @@ def damage():
         path.write_bytes(content)
 
     return copy
+
+
+@pytest.fixture
+def files_up_to():
+    """files_up_to(room): a context in which no file grows beyond so many bytes, as on a disk that fills up."""
+
+    @contextmanager
+    def limited(room):
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    return limited
 
 
 @pytest.fixture

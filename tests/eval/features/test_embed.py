@@ -3,7 +3,6 @@
 import csv
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -127,14 +126,10 @@ def test_stopped_it_goes_on_to_the_same_bytes(number, digits_run, photos, comman
 
 
 @pytest.mark.parametrize("room", [0, 3000])
-def test_a_full_disk_loses_no_batch(room, digits_run, photos, command, tmp_path):
+def test_a_full_disk_loses_no_batch(room, files_up_to, digits_run, photos, command, tmp_path):
     arguments = (f"run={digits_run}", "images=photos", "batch_size=3")
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))  # of any file: a disk that fills up
+    with files_up_to(room):
         full = command("embed", *arguments)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert full.code == 2 and "gradmix-embed: features.npy: can't be written (File too large)\n" in full.err
     again = command("embed", *arguments)
     assert ("embedded already" in again.out) == bool(room)

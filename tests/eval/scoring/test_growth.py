@@ -3,7 +3,6 @@
 import hashlib
 import multiprocessing
 import os
-import resource
 import shutil
 import signal
 
@@ -246,13 +245,10 @@ def test_a_kill_at_any_moment_leaves_the_old_detector_or_the_new(detector, comma
 
 
 @pytest.mark.parametrize("room", [0, 2000, 100_000, 450_000])
-def test_a_full_disk_leaves_the_old_detector(room, detector, command, tmp_path):
-    before, limit = digest(detector), resource.getrlimit(resource.RLIMIT_FSIZE)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (room, limit[1]))  # of any file: a disk that fills up
+def test_a_full_disk_leaves_the_old_detector(room, files_up_to, detector, command, tmp_path):
+    before = digest(detector)
+    with files_up_to(room):
         full = command("detector", *ADD)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert full.code == 2 and "out: " in full.err and "File too large" in full.err, full.err
     assert len(full.err.splitlines()) == 1
     assert digest(detector) == before and not list(tmp_path.glob(".*"))

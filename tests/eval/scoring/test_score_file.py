@@ -4,7 +4,6 @@ import csv
 import fcntl
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -104,15 +103,11 @@ def test_a_signal_loses_no_batch(number, code, detector, photos, command, tmp_pa
 
 
 @pytest.mark.parametrize("room", [0, 1500])
-def test_a_full_disk_loses_no_batch(room, detector, photos, command, tmp_path):
+def test_a_full_disk_loses_no_batch(room, files_up_to, detector, photos, command, tmp_path):
     arguments = (f"detector={detector}", f"images={photos}", "batch_size=3")
     command("score", *arguments, "out=whole.csv")
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))  # of any file: a disk that fills up
+    with files_up_to(room):
         full = command("score", *arguments)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert full.code == 2 and "gradmix-score: scores.csv: can't be written (File too large)\n" in full.err
     assert ("of 40 images are scored; the same command goes on after them" in full.err) == bool(room)
     assert len(parts(tmp_path)) == bool(room)

@@ -88,7 +88,7 @@ def test_files_are_the_same_as_arrays(arrays, command, tmp_path):
     np.savez("other.npz", **arrays)
     for kind in given:
         refused = command("eval", "features=other.npz", "data.known=[a,b]", *QUICK, f"out={kind}")
-        assert refused.code == 2 and "out belongs to another config" in refused.err
+        assert refused.code == 2 and f"out: {kind} belongs to another config" in refused.err
         again = command("eval", f"run={kind}")
         assert again.code == 2 and f"run: {kind} was made of features=, with no network to evaluate" in again.err
 

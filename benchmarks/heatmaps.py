@@ -38,7 +38,7 @@ from gradmix.ssl.networks.backbones import build_encoder, load_backbone
 from gradmix.ssl.runs.folder import read_config
 
 STAGES = ["layer2", "layer3"]
-POOL, BANK = 20_000, 2_000  # training patches to choose from, and chosen
+POOL = 20_000  # training patches to choose from
 BATCH = 250  # images
 KINDS = ("unknown", "known")  # whose the rectangle is
 LESS = " less the usual"
@@ -49,18 +49,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="+")
     parser.add_argument("--rectangles", type=int, default=600)
+    parser.add_argument("--bank", type=int, default=2000, help=f"patches chosen of {POOL}")
     parser.add_argument("--save", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)
     result = {}
     for run in options.runs:
-        result[run.name] = of_run(run, options.rectangles)
+        result[run.name] = of_run(run, options.rectangles, options.bank)
         show(run.name, result[run.name])
     if options.save:
         save("heatmaps", {"runs": result, "hardware": hardware(torch.device("cpu"), "faiss-cpu")})
 
 
-def of_run(run: Path, count: int) -> dict:
+def of_run(run: Path, count: int, bank: int) -> dict:
     config = read_config(run)
     data = load_data(config.data, config.seed)
     train, test = whole(data.train), whole(data.test)
@@ -75,7 +76,7 @@ def of_run(run: Path, count: int) -> dict:
     }
     maps: dict[str, dict[str, Tensor]] = {}
     for name, patches in kinds.items():
-        maps[name], maps[name + LESS] = of_patches(patches, train, pasted)
+        maps[name], maps[name + LESS] = of_patches(patches, train, pasted, bank)
     maps["centre"] = dict.fromkeys(KINDS, centre(train.shape[-1]).expand(count, -1, -1))
     of = {name: {kind: measure(of_kind[kind], inside) for kind in KINDS} for name, of_kind in maps.items()}
     return {
@@ -165,19 +166,21 @@ def of_pixels(images: Tensor, grid: int) -> Tensor:
     return F.unfold(around, kernel_size=6, stride=2).unflatten(2, (grid, grid))
 
 
-def of_patches(patches: Patches, train: Tensor, pasted: dict[str, Tensor]) -> list[dict[str, Tensor]]:
-    """Heat maps ``[N, S, S]`` of each kind of images: as they are, and less the usual map."""
+def of_patches(
+    patches: Patches, train: Tensor, pasted: dict[str, Tensor], size: int
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Heat maps ``[N, S, S]`` of each kind of images: as they are, and less the usual map; ``size``: of the bank."""
     aside = torch.arange(len(train)) % 10 == 0  # training images that are not in the bank, for the usual map
     pool = np.concatenate([rows(patches(batch)) for batch in train[~aside].split(BATCH)])
     pool = pool[np.sort(np.random.default_rng(0).permutation(len(pool))[:POOL])]
-    bank = pool[k_centre(pool, min(BANK, len(pool)))]
+    bank = pool if size >= len(pool) else pool[k_centre(pool, size)]
 
     def heats(images: Tensor) -> Tensor:
         return torch.cat([heat(patches(batch), bank, train.shape[-1]) for batch in images.split(BATCH)])
 
     maps = {kind: heats(images) for kind, images in pasted.items()}
     usual = heats(train[aside])
-    return [maps, {kind: (of_kind - usual.mean(0)) / usual.std(0) for kind, of_kind in maps.items()}]
+    return maps, {kind: (of_kind - usual.mean(0)) / usual.std(0) for kind, of_kind in maps.items()}
 
 
 def rows(maps: Tensor) -> np.ndarray:

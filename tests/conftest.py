@@ -168,10 +168,11 @@ def typed(name, *arguments):
 def digits_run(tmp_path_factory):
     """A small finished run, the same for all processes of pytest. Read only; tests that change it take a copy."""
     folder = tmp_path_factory.getbasetemp()
-    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+    folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "digits"
+    folder.mkdir(exist_ok=True)
     words = ("epochs=2", "encoder.width=4", "knn_every=1", "pictures_every=1", "trainer.accelerator=cpu")
-    with open(folder / "digits.lock", "w") as lock, pytest.MonkeyPatch.context() as patch:
+    with open(folder / "lock", "w") as lock, pytest.MonkeyPatch.context() as patch:
         fcntl.flock(lock, fcntl.LOCK_EX)
         patch.chdir(folder)
-        assert typed("pretrain", *words, "run_dir=digits") == 0  # finished already: nothing is done
-    return folder / "digits"
+        assert typed("pretrain", *words, "run_dir=run") == 0  # finished already: nothing is done
+    return folder / "run"

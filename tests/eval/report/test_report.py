@@ -138,7 +138,8 @@ def test_the_command_in_it_makes_the_same_run(digits_run, command):
 
 def test_the_command_that_was_typed(report):
     typed = re.search(r"typed</h3><pre>(.*?)</pre>", report.read_text())[1]
-    assert typed == "-c epochs=2 encoder.width=4 knn_every=1 pictures_every=1 trainer.accelerator=cpu run_dir=run"
+    words = "epochs=2 encoder.width=4 knn_every=1 pictures_every=1 trainer.accelerator=cpu run_dir=run"
+    assert typed == f"gradmix-pretrain {words}"
 
 
 def test_sixty_classes_stay_readable(digits_run, tmp_path, browser):

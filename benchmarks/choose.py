@@ -59,6 +59,13 @@ DEMO = {
     "sphor, crop 0.8": ["method=sphor", "data.augment.crop=[0.8,1.0]"],
     "sphor, temperature 0.2": ["method=sphor", "method.temperature=0.2"],
     "sphor, temperature 0.05": ["method=sphor", "method.temperature=0.05"],
+    "sphor, ema": ["method=sphor", "distill=ema"],
+    "sphor, ema, quarter": ["method=sphor", "distill=ema", "distill.weight=0.25", "distill.mixed=0.25"],
+    "sphor, ema logits, quarter": [
+        *("method=sphor", "distill=ema", "distill.form=logits", "distill.weight=0.25", "distill.mixed=0.25"),
+    ],
+    "sphor, outliers": ["method=sphor", "outliers=attribution"],
+    "sphor, outliers, quarter": ["method=sphor", "outliers=attribution", "outliers.weight=0.25"],
     "quarter, targets": [QUARTER, *TARGETS],
     "quarter, targets mixed": [QUARTER, *TARGETS, "method.mixed_loss=targets", "method.attribution=targets"],
 }

@@ -11,7 +11,7 @@ training images of split 0 and val/; a small network is trained on it (inside_tr
 import argparse
 import json
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +105,11 @@ def network(path: Path) -> tuple[nn.Module, nn.Module]:
     return load_backbone(path).encoder, nn.Identity()
 
 
+def pixels(images: ImageSet, indices: Iterable[int]) -> Tensor:
+    """``[N, 3, S, S]`` uint8, from memory or from the files."""
+    return torch.stack([images.image(index) for index in indices])
+
+
 def with_boxes(test: ImageSet, tiny: Path) -> tuple[Tensor, Tensor]:
     """The validation images of known classes, ``[N, 3, S, S]`` uint8, and their objects ``[N, 4]``: (top, left,
     bottom, right) in sides of the image, ends exclusive."""
@@ -115,7 +120,7 @@ def with_boxes(test: ImageSet, tiny: Path) -> tuple[Tensor, Tensor]:
     for index in known.tolist():
         left, top, right, bottom = corners[Path(test.files[index]).name]
         boxes.append([top / 64, left / 64, (bottom + 1) / 64, (right + 1) / 64])
-    return test.images[known], torch.tensor(boxes)
+    return pixels(test, known.tolist()), torch.tensor(boxes)
 
 
 def views_of(images: Tensor, seed: int = 0) -> Tensor:
@@ -302,7 +307,7 @@ def of_cifar10(options: argparse.Namespace) -> tuple[dict, dict, dict]:
         margin = np.diff(np.sort(shares, 1)[:, -2:], axis=1)[:, 0]
         answers[path.stem] = np.array(data.classes)[shares.argmax(1)], margin
         truth = of_file[known]
-        maps = maps_of(backbone, head, data.train.images[: 4 * BATCH])
+        maps = maps_of(backbone, head, pixels(data.train, range(4 * BATCH)))
         places[path.stem] = {kind: place(peaks(m)) for kind, m in maps.items()}
     y, x = torch.meshgrid(torch.arange(SIZE), torch.arange(SIZE), indexing="ij")
     places["any pixel"] = {name: value[0] for name, value in place(torch.stack([y, x], 2).flatten(0, 1)).items()}

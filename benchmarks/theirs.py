@@ -1,6 +1,7 @@
 """Two sets of rules side by side, on one batch: ours, and those of the GradMix authors' published code.
 
-Written from a description of what their code does, not from the code; docs/study.md has the list. Called by inside.py.
+Written from a description of what their code does, not from the code; docs/authors-code.md has the list. Called by
+inside.py.
 """
 
 import torch

@@ -1,5 +1,6 @@
 """Writing files so that a crash leaves the old content or the new, never half of it."""
 
+import glob
 import hashlib
 import json
 import os
@@ -29,6 +30,7 @@ def write_atomically(path: str | Path, write: Callable[[Path], Any]) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}{STRAY}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_strays_of(path)
         write(temporary)
         umask = os.umask(0)
         os.umask(umask)
@@ -39,6 +41,26 @@ def write_atomically(path: str | Path, write: Callable[[Path], Any]) -> None:
     finally:
         with suppress(OSError):  # nothing there, as after success, or no folder to have been in
             temporary.unlink()
+
+
+def _remove_strays_of(path: Path) -> None:
+    """Remove what killed processes of this machine left while they wrote the same file."""
+    for stray in path.parent.glob(f".{glob.escape(path.name)}.*{STRAY}"):
+        process = stray.name.removesuffix(STRAY).rpartition(".")[2]
+        if process.isdecimal() and not _is_running(int(process)):
+            stray.unlink(missing_ok=True)
+
+
+def _is_running(process: int) -> bool:
+    if os.name == "nt":  # which can't be asked so
+        return True
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:  # somebody else's
+        return True
+    return True
 
 
 def put_in_place(temporary: Path, path: Path) -> None:

@@ -80,7 +80,7 @@ def test_files_that_can_not_be_written_whole(name, trained, cases, tell, tmp_pat
     for _ in range(cases(FULL)):
         if name == "eval":
             shutil.rmtree(folder / "run/features")
-        limit = int(rng.uniform(0, 0.9 * largest))
+        limit = int(rng.uniform(min(1000, 0.5 * largest), 0.9 * largest))  # what it says goes to a file too
         said = refused(folder, name, *ARGUMENTS[name], prepare=with_files_of_at_most(limit))
         full += 1
         assert "can't be written" in said or "File too large" in said, said

@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -29,6 +31,18 @@ def test_what_can_not_be_written_is_named(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match=r"file/below/metrics\.json: can't be written"):
         write_json(tmp_path / "file/below/metrics.json", {})
+
+
+def test_what_a_killed_process_left_goes_with_the_next_writing(tmp_path):
+    """And only that: not what a living process writes, nor what belongs to another file."""
+    killed = subprocess.Popen([sys.executable, "-c", ""])
+    killed.wait()
+    left = tmp_path / f".a [1].{killed.pid}.gradmix-tmp"
+    others = [f".a [1].{os.getppid()}.gradmix-tmp", f".b.{killed.pid}.gradmix-tmp", f".a 1.{killed.pid}.gradmix-tmp"]
+    for path in (left, *(tmp_path / name for name in others)):
+        path.touch()
+    write_text(tmp_path / "a [1]", "new")
+    assert names(tmp_path) == sorted(["a [1]", *others])
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""What gradmix-score costs beside the same work by hand, and what it takes at 100,000 images.
+"""What gradmix-score costs beside the same work by hand, and what it and gradmix-embed take at 100,000 images and more.
 
     python benchmarks/scoring.py            # prints; --save writes results/scoring.json; some minutes
 
@@ -13,12 +13,11 @@ training features (deep_knn, exact). Three ways, in turn, start-up left out, the
 
 The claims: at least as fast as either, by the median of the ratios; 80 % of the time inside the network. Memory:
 the largest resident size of a process that scores links to one small image, 1,000 and 100,000 of them, with a small
-network.
+network; and of one that embeds them, 1,000 and 200,000.
 """
 
 import argparse
 import csv
-import resource
 import statistics
 import subprocess
 import sys
@@ -39,9 +38,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
+from gradmix.eval.config import EmbedConfig
 from gradmix.eval.detectors import DeepKNN
+from gradmix.eval.features.embed import embed_files, find_embedder
 from gradmix.eval.scoring.score_file import write_scores
 from gradmix.eval.scoring.scorer import Scorer, write_scorer
+from gradmix.ssl.data import listing
 from gradmix.ssl.data.images import IMAGENET
 from gradmix.ssl.machine import usable_cpus
 from gradmix.ssl.networks.backbones import ResNet, backbone_metadata
@@ -57,12 +59,18 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=768)
     parser.add_argument("--side", type=int, default=128)
     parser.add_argument("--links", type=int, default=100_000)
-    parser.add_argument("--score", nargs=2, help=argparse.SUPPRESS)  # a process of its own: DETECTOR IMAGES
+    parser.add_argument("--alone", nargs=3, help=argparse.SUPPRESS)  # a process of its own: score or embed, the rest
     arguments = parser.parse_args()
-    if arguments.score:
-        scorer, folder = Scorer(arguments.score[0]), Path(arguments.score[1])
-        write_scores(scorer, sorted(map(str, folder.iterdir())), folder.with_suffix(".csv"))
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    if arguments.alone:
+        work, detector, folder = arguments.alone[0], arguments.alone[1], Path(arguments.alone[2])
+        files = listing.Files(listing.list_images(folder))
+        if work == "score":
+            write_scores(Scorer(detector), files, folder.with_suffix(".csv"))
+        else:
+            embed_files(find_embedder(EmbedConfig(run=detector), files), files, folder.with_suffix(".npy"), folder)
+        # not ru_maxrss, which begins with what the process that started this one had
+        status = Path("/proc/self/status").read_text().split()
+        print(int(status[status.index("VmHWM:") + 1]) / 1024)
         return
     device = device_here()
     with tempfile.TemporaryDirectory() as name:
@@ -72,7 +80,8 @@ def main() -> None:
         result = {"hardware": hardware(device, "faiss-cpu"), "images": len(files), "side": arguments.side}
         print(" ".join(f"{key}={value}" for key, value in result["hardware"].items()))
         result |= speed(detector, files, folder, device, arguments.repeats)
-        result["memory_mib"] = memory(folder, arguments.links)
+        result["memory_mib"] = memory(folder, "score", arguments.links)
+        result["memory_mib_embedding"] = memory(folder, "embed", 2 * arguments.links)
     if arguments.save:
         save("scoring", result)
 
@@ -112,7 +121,7 @@ def speed(folder: Path, files: Files, scratch: Path, device: torch.device, repea
     index = faiss.IndexFlatL2(bank.shape[1])
     index.add(bank)
     inside: list[float] = []
-    scorer._look_at = timed(scorer._look_at, inside, device)
+    scorer.look = timed(scorer.look, inside, device)
 
     def gradmix() -> np.ndarray:
         (scratch / "ours.csv").unlink(missing_ok=True)
@@ -197,20 +206,21 @@ def openood(network: torch.nn.Module, index: faiss.Index, images: DataLoader, de
     return np.sqrt(-torch.cat(confidences).numpy())
 
 
-def memory(folder: Path, links: int) -> dict[str, float]:
-    """Largest resident size, MiB, of a process that scores so many images."""
+def memory(scratch: Path, work: str, links: int) -> dict[str, float]:
+    """Largest resident size, MiB, of a process that scores or embeds so many images."""
+    folder, used = scratch / work, {}
+    folder.mkdir()
     detector = make_detector(folder / "small", 16, width=4, stem="small", rows=1000)
     Image.fromarray(np.full((16, 16, 3), 128, np.uint8)).save(folder / "one.png")
-    used = {}
     for count in (1000, links):
         (folder / str(count)).mkdir()
         for number in range(count):
             (folder / str(count) / f"{number:07d}.png").symlink_to(folder / "one.png")
-        words = [sys.executable, __file__, "--score", str(detector), str(folder / str(count))]
+        words = [sys.executable, __file__, "--alone", work, str(detector), str(folder / str(count))]
         start = time.perf_counter()
         said = subprocess.run(words, capture_output=True, text=True, check=True).stdout
-        used[str(count)] = round(float(said.split()[-1]), 1)
-        print(f"  {count:>7} images: {used[str(count)]:.0f} MiB, {count / (time.perf_counter() - start):.0f} images/s")
+        used[str(count)], rate = round(float(said.split()[-1]), 1), count / (time.perf_counter() - start)
+        print(f"  {work} {count:>7} images: {used[str(count)]:.0f} MiB, {rate:.0f} images/s")
     return used
 
 

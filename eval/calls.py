@@ -21,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 import gradmix
 from gradmix.eval.commands import later
-from gradmix.eval.commands.command_line import checked, explain, folder_as_data
+from gradmix.eval.commands.command_line import checked, explain, folder_as_data, not_one_option
 from gradmix.eval.config import EmbedConfig, EvalConfig, ScoreConfig
 from gradmix.ssl.config import Config, flat, register_configs
 from gradmix.ssl.keys import key_of
@@ -245,6 +245,9 @@ def configured(name: str, schema: type, given: Mapping[str, Any]) -> Any:
         with initialize_config_module("gradmix.configs", version_base="1.3"):
             groups = [group for group in GlobalHydra.instance().config_loader().list_groups("") if group != "hydra"]
             chosen = {group: values.pop(key) for group in groups for key in (f"{group}.name", group) if key in values}
+            for group, option in chosen.items():
+                if str(option).startswith("["):
+                    raise ValueError(f"{group}: {not_one_option(option)}")
             data = str(chosen.get("data", ""))
             if data and not data.isidentifier() and Path(data).expanduser().is_dir():
                 raise ValueError(f"data: {folder_as_data(data)}")

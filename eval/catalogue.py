@@ -14,6 +14,8 @@ import numpy as np
 
 from gradmix.eval import metrics
 
+FULL_SPECTRUM = "full_spectrum"  # after a detector's name: corrupted copies of the known images count as known too
+
 
 class Scores(NamedTuple):
     """What a detector says of the test images; higher scores are more unknown.
@@ -37,7 +39,7 @@ class Metric:
 
     Attributes:
         key: of metrics.json; ``{classifier}``, ``{detector}`` or ``{kind}`` stand for what is measured. Of named sets
-            of unknown images ``{detector}`` is ``deep_knn/NAME``.
+            of unknown images ``{detector}`` is ``deep_knn/NAME``; see also `FULL_SPECTRUM`.
         title: what it is called, in a few words.
         sentence: what it says, in one plain sentence.
         better: which way is better; "" where neither is.
@@ -85,7 +87,8 @@ class Metric:
     def pattern(self) -> re.Pattern[str]:
         """The keys, with what is measured as the group."""
         parts = re.split(r"(\{\w+\})", self.key)
-        inside = {"{classifier}": "(.+)", "{detector}": "([^/]+(?:/[^/]+)?)", "{kind}": "(.+)"}
+        detector = f"([^/]+(?:/{FULL_SPECTRUM})?(?:/[^/]+)?)"
+        inside = {"{classifier}": "(.+)", "{detector}": detector, "{kind}": "(.+)"}
         return re.compile("".join(inside.get(part) or re.escape(part) for part in parts))
 
 

@@ -93,13 +93,17 @@ def refuse(name: str, schema: type, arguments: list[str]) -> None:
         elif equals and not value and _is_path(schema, flag):
             wrong = "empty; give a path"
         elif value.startswith("[") and f"{flag}.name" in keys_of(schema):
-            wrong = f"expected the name of one option, got {value}"
+            wrong = not_one_option(value)
         elif flag == "data" and not value.isidentifier() and Path(value).expanduser().is_dir():
             wrong = folder_as_data(value)  # Hydra would trip over the first blank
         else:
             continue
         print(f"gradmix-{name}: {flag}: {wrong}", file=sys.stderr)
         sys.exit(2)
+
+
+def not_one_option(value: object) -> str:
+    return f"expected the name of one option, got {value}"  # of a list Hydra would say something about its own code
 
 
 def explain(error: Exception, schema: type) -> str:

@@ -13,6 +13,7 @@ from gradmix.eval.detectors.mahalanobis import covariance
 from gradmix.eval.features.arrays import Array, blocks, unit_rows
 from gradmix.eval.features.search import inner_product
 
+HEAD_ROUNDING = float(np.finfo(np.float32).eps)  # of weights that sum to zero over the classes; it is no direction
 SMALLEST_VARIANCE = 1e-10  # of a direction that the features span, relative to the largest
 
 
@@ -71,7 +72,8 @@ class ViM(Detector):
         self.origin_ = features.mean(axis=0, dtype=np.float64)
         if self._given is not None:
             self.head_ = check_head(self._given, self.class_count, width)
-            self.origin_ = -np.linalg.pinv(self.head_[:, :-1]) @ self.head_[:, -1]
+            weight, bias = self.head_[:, :-1], self.head_[:, -1]
+            self.origin_ = -np.linalg.pinv(weight, rcond=max(weight.shape) * HEAD_ROUNDING) @ bias
         elif positions is not None:
             self.means_ = unit_rows(class_means(features, positions, self.class_count, prepare=unit_rows))
 

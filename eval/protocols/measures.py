@@ -5,11 +5,12 @@ group ``gradmix.measures``, and ``gradmix-eval measures=[NAME]`` asks for it.
 """
 
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
+from torch import Tensor
 
 from gradmix.eval import metrics, quality
 from gradmix.eval.catalogue import Scores, of_predictions, of_scores
@@ -20,6 +21,7 @@ from gradmix.eval.classifiers.linear import LinearProbe
 from gradmix.eval.config import EvalConfig
 from gradmix.eval.detectors import PRIMARY, Detector
 from gradmix.eval.detectors.options import build_detector, parse_detector
+from gradmix.eval.features.arrays import Array
 from gradmix.eval.protocols.subject import Subject
 from gradmix.eval.runs.foreign import ELSEWHERE
 from gradmix.registry import Registry
@@ -30,6 +32,7 @@ from gradmix.ssl.networks.backbones import Backbone
 # classes: of the images, with test images among the known ones. All have features.
 NEEDS = ("features", "projections", "classes", "images", "pixels", "start", "unknown images")
 GROUPS = ("near", "far")  # of named sets of unknown images
+One = TypeVar("One", bound="Measure")
 
 
 class Skipped(NamedTuple):
@@ -210,6 +213,49 @@ class Quality(Measure):
         yield "quality/alignment", quality.alignment(*subject.two_views()) if why is None else Skipped(why)
 
 
+class Judged(NamedTuple):
+    """What a detector says of some images.
+
+    Attributes:
+        score: higher is more unknown, ``[N]``.
+        correct: whether the image is known and its closest class the right one, ``[N]``.
+        flagged: whether it is called unknown, ``[N]``; None without a threshold.
+    """
+
+    score: Tensor
+    correct: Tensor
+    flagged: Tensor | None
+
+    def of(self, rows: Tensor) -> "Judged":
+        """Of some of the images."""
+        return Judged(self.score[rows], self.correct[rows], None if self.flagged is None else self.flagged[rows])
+
+
+def together(parts: Sequence[Judged]) -> Judged:
+    """Of all images of some parts, in order."""
+    flagged = [part.flagged for part in parts if part.flagged is not None]
+    score, correct = torch.cat([part.score for part in parts]), torch.cat([part.correct for part in parts])
+    return Judged(score, correct, torch.cat(flagged) if flagged else None)
+
+
+def open_set_numbers(known: Judged, unknown: Judged, sets: Mapping[str, Tensor]) -> dict[str, float]:
+    """Every number of known against unknown images; and of named sets of unknown ones, ``NAME/METRIC``, with the means
+    over those of a group.
+
+    Args:
+        sets: which unknown images are in each, by name, ``[M]``.
+    """
+
+    def against(some: Judged) -> dict[str, float]:
+        flagged = None if known.flagged is None else (known.flagged, some.flagged)
+        return of_scores(Scores(known.score, some.score, known.correct, flagged))
+
+    values = against(unknown)
+    for name, rows in sets.items():
+        values |= {f"{name}/{metric}": value for metric, value in against(unknown.of(rows)).items()}
+    return values | group_means(values, sets)
+
+
 class OpenSet(Measure):
     """``osr/KEY/...``: what one detector is worth. ``subject.scores`` gets its score of every test image, and whether
     the image is known and its closest class the right one.
@@ -253,25 +299,31 @@ class OpenSet(Measure):
             raise ValueError(f"primary: {kind.NAME} needs classes, and the images have none")
 
     def measure(self, subject: Subject) -> Iterator[tuple[str, float]]:
-        images, known = subject.space(self.space), subject.known
-        verdict = subject.detector(self.detector.NAME, self.space).judge(images["test"])
-        score = torch.from_numpy(verdict.score)
-        correct = (torch.from_numpy(verdict.closest) == subject.data.test.labels) & known
-        subject.scores |= {f"{self.key}/score": score, f"{self.key}/correct": correct}
-        flagged = None
-        if verdict.threshold is not None:
-            above = torch.from_numpy(verdict.score > verdict.threshold)
-            flagged = above[known], above[~known]
-        values = of_scores(Scores(score[known], score[~known], correct[known], flagged))
-        for name, rows in subject.data.unknown_sets.items():
-            apart = None if flagged is None else (above[known], above[rows])
-            part = of_scores(Scores(score[known], score[rows], correct[known], apart))
-            values |= {f"{name}/{metric}": value for metric, value in part.items()}
-        values |= group_means(values, subject.data.unknown_sets)
+        known, unknown, sets = self.judge_test(subject)
+        values = open_set_numbers(known, unknown, sets)
         if self.interval:
-            interval = metrics.bootstrap(metrics.auroc, score[known], score[~known])
+            interval = metrics.bootstrap(metrics.auroc, known.score, unknown.score)
             values |= {"auroc_low": interval.low, "auroc_high": interval.high}
         yield from ((f"{self.name}/{name}", value) for name, value in values.items())
+
+    def judge(self, subject: Subject, images: Array, labels: Tensor) -> Judged:
+        """
+        Args:
+            images: in the detector's space, ``[N, D]``.
+            labels: of their classes, negative for unknown ones, ``[N]``.
+        """
+        verdict = subject.detector(self.detector.NAME, self.space).judge(images)
+        correct = torch.from_numpy(verdict.closest) == labels
+        flagged = None if verdict.threshold is None else torch.from_numpy(verdict.score > verdict.threshold)
+        return Judged(torch.from_numpy(verdict.score), correct, flagged)
+
+    def judge_test(self, subject: Subject) -> tuple[Judged, Judged, dict[str, Tensor]]:
+        """The known test images, the unknown ones, and which of these are in which named set."""
+        known = subject.known
+        judged = self.judge(subject, subject.space(self.space)["test"], subject.data.test.labels)
+        subject.scores |= {f"{self.key}/score": judged.score, f"{self.key}/correct": judged.correct}
+        sets = {name: rows[~known] for name, rows in subject.data.unknown_sets.items()}
+        return judged.of(known), judged.of(~known), sets
 
 
 def group_means(values: Mapping[str, float], names: Collection[str]) -> dict[str, float]:
@@ -342,12 +394,9 @@ def check_neighbours(key: str, k: int, data: OpenSetData) -> None:
         raise ValueError(f"{key}: expected 1 to {len(data.train)}, the size of the training set, got {k}")
 
 
-def measure_all(measures: list[Measure], subject: Subject) -> tuple[dict[str, Any], dict[str, str]]:
-    """Every number by its name; and what could not be measured, with the reason.
-
-    A measure that lacks something is left out; what it lacks is said once for all measures that do.
-    """
-    skipped: dict[str, str] = {}
+def can_be_measured(measures: Sequence[One], subject: Subject) -> tuple[list[One], dict[str, str]]:
+    """The measures that lack nothing; and the names of the others with the reason, once for all that lack the same."""
+    measures, skipped = list(measures), dict[str, str]()
     for need in NEEDS:
         why = subject.lacks(need)
         stopped = [m for m in measures if need in m.needs]
@@ -363,6 +412,12 @@ def measure_all(measures: list[Measure], subject: Subject) -> tuple[dict[str, An
         }
         names = named.get(need, [kinds])
         skipped |= dict.fromkeys(names, why)
+    return measures, skipped
+
+
+def measure_all(measures: list[Measure], subject: Subject) -> tuple[dict[str, Any], dict[str, str]]:
+    """Every number by its name; and what could not be measured, with the reason."""
+    measures, skipped = can_be_measured(measures, subject)
     result: dict[str, Any] = {}
     for measure in measures:
         for name, value in measure.measure(subject):

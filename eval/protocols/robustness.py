@@ -1,8 +1,10 @@
-"""How much of a run's accuracy survives corrupted images: CIFAR-10-C, TinyImageNet-C, or corruptions made here."""
+"""How much of a run's accuracy and of its detectors survives corrupted images: CIFAR-10-C, TinyImageNet-C, or
+corruptions made here.
+"""
 
 import sys
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +13,21 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from gradmix.eval.catalogue import FULL_SPECTRUM
 from gradmix.eval.config import EvalConfig
+from gradmix.eval.features.arrays import Array
 from gradmix.eval.features.extraction import raw_pixels
 from gradmix.eval.protocols.corruptions import CORRUPTIONS, SEVERITIES, corrupt
-from gradmix.eval.protocols.measures import KNN, KNNOnPixels, Linear
+from gradmix.eval.protocols.measures import (
+    KNN,
+    Judged,
+    KNNOnPixels,
+    Linear,
+    OpenSet,
+    can_be_measured,
+    open_set_numbers,
+    together,
+)
 from gradmix.eval.protocols.subject import subject_of
 from gradmix.ssl.config import Config
 from gradmix.ssl.data.images import ImageSet, from_array
@@ -33,7 +46,7 @@ Batches = Iterator[tuple[str, int, Tensor, Tensor]]  # kind, severity, images [n
 def evaluate_corruptions(
     run_dir: Path, config: Config, data: OpenSetData, where: str, device: str = "cpu", out: Path | None = None
 ) -> dict[str, Any]:
-    """Accuracy on corrupted test images of the known classes; writes ``metrics_corruptions.json`` and returns it.
+    """Corrupted test images of the known classes; writes ``metrics_corruptions.json`` and returns it.
 
     METHOD is knn, linear (both on the backbone's features) or knn_pixels (kNN on raw pixels):
 
@@ -44,7 +57,11 @@ def evaluate_corruptions(
       ``corruptions/mce/METHOD``, the mean over kinds, is the mean corruption error of arXiv 1903.12261. The paper's
       reference is AlexNet; ours is kNN on the raw pixels of the same training images, which needs no learning and is
       the same for every run. Its errors count as one image at least, so that nothing is divided by zero. Below 1 is
-      more robust than raw pixels.
+      more robust than raw pixels;
+    - ``osr/DETECTOR/full_spectrum/...``: the unknown test images against the known ones and all of their corrupted
+      copies, each of which counts as one more known image: OpenOOD's full-spectrum detection (arXiv 2306.09301), with
+      the sets and means that ``data.unknown_roots`` names. Left out, and listed under ``skipped``, where there are no
+      unknown images.
 
     Args:
         where: a folder in CIFAR-10-C's or TinyImageNet-C's layout, or ``make``.
@@ -60,28 +77,38 @@ def evaluate_corruptions(
         raise ValueError("corruptions: the run's test set has no images of known classes")
     batches = find_batches(where, data, test)  # bad input is said before anything is computed
     out = run_dir if out is None else out
-    subject = subject_of(run_dir, out, config, data, device, EvalConfig(), ["train"])
+    subject = subject_of(run_dir, out, config, data, device, EvalConfig(), data.sets())
     limit = int(config.data.memory_gib * 2**30)
-    train_pixels = raw_pixels(data.train, out / "features" / "train_pixels.safetensors", limit)
-    subject.spaces["pixels"] = {"train": train_pixels}
+    subject.spaces["pixels"] = {
+        name: raw_pixels(images, out / "features" / f"{name}_pixels.safetensors", limit)
+        for name, images in data.sets().items()
+    }
     classifiers = {measure: measure.fit(subject) for measure in METHODS.values()}
+    asked = [measure for measure in OpenSet.asked_for(config, EvalConfig()) if isinstance(measure, OpenSet)]
+    detectors, skipped = can_be_measured(asked, subject)
+    tested = {detector: detector.judge_test(subject) for detector in detectors}
+    corrupted: dict[OpenSet, list[Judged]] = {detector: [] for detector in detectors}
 
-    def correct(images: Tensor, labels: Tensor) -> np.ndarray:
+    def correct(seen: Mapping[str, Array], labels: Tensor) -> np.ndarray:
         """Numbers of right answers: in the order of METHODS, then the number of images."""
-        with torch.inference_mode():
-            features = subject.look(images.to(subject.device)).float().cpu()
-        seen = {"features": features, "pixels": raw_pixels(ImageSet(labels, test.size, images))}
         answers = [classifier.predict(seen[measure.SPACE]) for measure, classifier in classifiers.items()]
         return np.array([*((answer == labels).sum().item() for answer in answers), len(labels)])
 
     none = np.zeros(len(METHODS) + 1, dtype=np.int64)
-    clean = sum((correct(*images_of(test, rows)) for rows in torch.arange(len(test)).split(CHUNK)), none)
+    clean = correct({space: subject.known_test(space)[0] for space in ("features", "pixels")}, test.labels)
     counts: dict[tuple[str, int], np.ndarray] = defaultdict(none.copy)
     for kind, severity, images, labels in tqdm(batches, desc="corruptions", unit="batch", leave=False, disable=None):
-        counts[kind, severity] += correct(images, labels)
+        seen = subject.in_all_spaces(images)
+        counts[kind, severity] += correct(seen, labels)
+        for detector, parts in corrupted.items():
+            parts.append(detector.judge(subject, seen[detector.space], labels))
     if not counts:
         raise ValueError(f"corruptions: {where} holds no images of the known classes {', '.join(data.classes[:10])}")
-    result = summarise(clean, counts) | {"corruptions/source": where} | provenance()
+    result = summarise(clean, counts)
+    for detector, (known, unknown, sets) in tested.items():
+        numbers = open_set_numbers(together([known, *corrupted[detector]]), unknown, sets)
+        result |= {f"{detector.name}/{FULL_SPECTRUM}/{name}": value for name, value in numbers.items()}
+    result |= {"skipped": skipped, "corruptions/source": where} | provenance()
     write_json(out / "metrics_corruptions.json", result)
     return result
 

@@ -9,17 +9,19 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import normalize as normalize_rows
 
 from gradmix.eval.classifiers.linear import LinearProbe
 from gradmix.eval.config import EvalConfig
 from gradmix.eval.detectors import Detector
 from gradmix.eval.detectors.options import build_detector
+from gradmix.eval.features.arrays import Array
 from gradmix.eval.features.extraction import Model, extract, raw_pixels, raw_pixels_bytes
 from gradmix.eval.features.feature_sets import Parts, write_space
 from gradmix.eval.runs.foreign import ELSEWHERE
 from gradmix.ssl.augment import TwoViews
 from gradmix.ssl.config import Config
-from gradmix.ssl.data.images import normalize
+from gradmix.ssl.data.images import ImageSet, normalize
 from gradmix.ssl.data.open_set import OpenSetData
 from gradmix.ssl.networks.backbones import Backbone, Encoder, build_backbone
 
@@ -39,6 +41,7 @@ class Subject:
         asked: what gradmix-eval was asked for beside the usual.
         scores: what measures say of each test image, by name: ``[N]`` each, kept in ``features/scores.safetensors``.
         detectors: fitted ones, by name and space.
+        head: features to projections, which are not normalised yet; None where there is none.
     """
 
     config: Config
@@ -49,6 +52,7 @@ class Subject:
     asked: EvalConfig = field(default_factory=EvalConfig)
     scores: dict[str, Tensor] = field(default_factory=dict)
     detectors: dict[tuple[str, str], Detector] = field(default_factory=dict)
+    head: nn.Module | None = None
 
     def lacks(self, need: str) -> str | None:
         """Why a need (one of :data:`gradmix.eval.protocols.measures.NEEDS`) can't be met; None: it can be."""
@@ -131,6 +135,16 @@ class Subject:
         assert self.encoder is not None
         return self.encoder(normalize(images, self.encoder.constants))
 
+    @torch.inference_mode()
+    def in_all_spaces(self, images: Tensor) -> dict[str, Array]:
+        """Other images, ``[n, 3, S, S]`` uint8, in every space that can be had (see `space`): ``[n, D]`` on the CPU."""
+        features = self.look(images.to(self.device)).float()
+        pixels = raw_pixels(ImageSet(torch.zeros(len(images), dtype=torch.long), images.shape[-1], images))
+        seen: dict[str, Array] = {"features": features.cpu(), "pixels": pixels}
+        if self.head is not None:
+            seen["projections"] = normalize_rows(self.head(features), dim=1).cpu()
+        return seen
+
     def two_views(self) -> tuple[Tensor, Tensor]:
         """Features of two random views of up to ``MOST_VIEWED`` evenly spaced training images, always the same."""
         images, encoder = self.data.train, self.encoder
@@ -160,7 +174,7 @@ def subject_of(
         arrays = model.features(sets[name], here, there, config.data.workers, most)
         for space in spaces:
             spaces[space][name] = arrays[space]
-    return Subject(config, data, model.backbone.encoder, model.device, spaces, asked)
+    return Subject(config, data, model.backbone.encoder, model.device, spaces, asked, head=model.head)
 
 
 def subject_of_features(

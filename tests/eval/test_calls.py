@@ -82,6 +82,8 @@ def test_images_that_are_no_files_are_explained_too(trained, tmp_path):
         ({"epochs": "many"}, "epochs: Value 'many'"),
         ({"data": "digitss"}, "data: no option 'digitss'; did you mean digits?"),
         ({"data": "/"}, "data: / is a folder; say data=imagefolder data.root=/"),
+        ({"data": [[]]}, "data: expected the name of one option, got [[]]"),
+        ({"data": {"name": [[]]}}, "data: expected the name of one option, got [[]]"),
         ({"data": Path("/")}, "data: / is a folder; say data=imagefolder data.root=/"),
     ],
 )

@@ -33,6 +33,8 @@ def test_every_number_of_a_run_is_in_the_table(digits_run):
         ("osr/deep_knn/auroc_low", "AUROC of deep_knn", True),
         ("osr/deep_knn/balanced_accuracy", "Balanced decisions of deep_knn", True),
         ("osr/pixels/auroc", "AUROC of raw pixels", False),
+        ("osr/vim/full_spectrum/far/auroc", "AUROC of vim, full_spectrum/far", True),
+        ("osr/pixels/full_spectrum/fpr95", "FPR95 of raw pixels, full_spectrum", False),
         ("knn/balanced_accuracy", "Balanced accuracy of kNN", True),
         ("knn/k=20,t=0.1/top1", "Accuracy of kNN, k=20,t=0.1", True),
         ("few_labels/1%/top1_std", "Accuracy of linear, few labels, 1%", True),

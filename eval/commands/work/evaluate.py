@@ -116,7 +116,7 @@ def measure_parts(
 
 def as_text(result: dict[str, Any], config: EvalConfig) -> str:
     """The numbers as the terminal shows them."""
-    return table(result) if config.corruptions is None else corruption_table(result)
+    return table(result) if config.corruptions is None else f"{corruption_table(result)}\n{table(result)}"
 
 
 def eval_one(config: EvalConfig, run_dir: Path, out: Path, foreign: Foreign | None = None) -> dict[str, Any]:

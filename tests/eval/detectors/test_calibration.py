@@ -1,14 +1,17 @@
 """A threshold to answer for: p-values and thresholds against slow loops, and the promise over thousands of draws."""
 
+import itertools
 import math
+from collections import defaultdict
 from copy import deepcopy
 from fractions import Fraction
 
 import numpy as np
 import pytest
 from scipy import stats
+from sklearn.datasets import load_digits
 
-from gradmix.eval.detectors import DETECTORS, load
+from gradmix.eval.detectors import DETECTORS, DeepKNN, load
 from gradmix.eval.detectors.calibration import Calibration, discoveries, drift, needed
 
 
@@ -79,6 +82,34 @@ def test_per_class_the_promise_holds_in_every_class():
     high = stats.binom.ppf(1 - 1e-5, draws, 1 - accept)
     assert (wrong[True][:2] <= high).all(), wrong[True] / draws
     assert wrong[False][1] > 1.5 * high  # one threshold for all flags the wide class far too often
+
+
+def test_known_digits_are_flagged_as_often_as_promised_over_a_thousand_splits():
+    """DeepKNN on the pixels of real images, cut at random into images to fit, held out and to test. Of m test images
+    that are compared with n held-out ones, the flagged ones are beta-binomial, whatever the images and the scores.
+    """
+    images, labels = load_digits(return_X_y=True)
+    images, labels = images[labels < 4], labels[labels < 4]
+    rng, seen = np.random.default_rng(0), defaultdict(list)
+    for _ in range(1000):
+        fit, held_out, test = np.split(rng.permutation(len(images)), [80, 580])
+        detector = DeepKNN().fit(images[fit], labels[fit]).calibrate(images[held_out])
+        score, closest, *_ = detector.judge(images[test])
+        looks_like = detector.calibration_.positions
+        for share, per_class in itertools.product((0.95, 0.99), (False, True)):
+            flagged = score > detector.accept(share, per_class).calibration_.thresholds(closest, len(test))
+            for group in range(4) if per_class else [slice(None)]:
+                rows, n = (closest == group, sum(looks_like == group)) if per_class else (group, len(held_out))
+                assert n >= needed(share)  # so that every class has a threshold of its own
+                seen[share, str(group)].append((n, len(flagged[rows]), flagged[rows].sum(), flagged[rows][0]))
+    assert len(seen) == 2 * 5
+    for (share, group), splits in seen.items():
+        n, m, flagged, first = np.transpose(splits)
+        rank = np.ceil((n + 1) * share - 1e-9)
+        mean, variance = stats.betabinom.stats(m, n + 1 - rank, rank)
+        assert (mean <= m * (1 - share) + 1e-9).all()
+        assert abs(flagged.sum() - mean.sum()) < 4.4 * np.sqrt(variance.sum()), (share, group)
+        assert first.sum() <= stats.binom.ppf(1 - 1e-5, 1000, 1 - share), (share, group)  # one new image a split
 
 
 def test_small_classes_share_a_threshold_and_few_others_take_that_of_all():

@@ -427,6 +427,17 @@ def test_vim_of_other_dimensions(dimension):
     np.testing.assert_array_equal(detector.classify(QUERIES), classes)
 
 
+def test_vim_of_a_head_whose_weights_sum_to_zero_over_the_classes():
+    """As those of our probe do, up to rounding. The origin is the shortest feature with the same logit everywhere."""
+    generator = np.random.default_rng(0)
+    weight, bias = generator.normal(size=(4, 12)), generator.normal(size=4)
+    weight = (weight - weight.mean(axis=0)).astype(np.float32)
+    detector = ViM(5).fit(TRAIN, TRAIN_LABELS, head=(weight, bias))
+    differences = np.diff(weight.astype(np.float64), axis=0)  # three of full rank
+    origin = -np.linalg.pinv(differences) @ np.diff(bias)
+    np.testing.assert_allclose(detector.origin_, origin, rtol=1e-5, atol=1e-6)
+
+
 def test_vim_needs_something_outside_the_principal_space():
     with pytest.raises(ValueError, match="dimension: expected 0 to 11, below the features' rank, got 12"):
         ViM(12).fit(TRAIN)

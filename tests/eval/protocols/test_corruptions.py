@@ -3,6 +3,7 @@
 import colorsys
 import io
 import json
+import math
 import shutil
 from itertools import pairwise
 
@@ -11,12 +12,16 @@ import pytest
 import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
+from sklearn.metrics import average_precision_score, roc_auc_score
 
+from gradmix.eval.detectors import load
+from gradmix.eval.features.extraction import Model
 from gradmix.eval.protocols.corruptions import CORRUPTIONS, SEVERITIES, corrupt, plasma
 from gradmix.eval.protocols.robustness import METHODS, summarise
 from gradmix.ssl.config import DataConfig
 from gradmix.ssl.data.images import to_square
 from gradmix.ssl.data.open_set import load_data
+from gradmix.ssl.runs.folder import read_config
 
 DETERMINISTIC = {"defocus_blur", "zoom_blur", "brightness", "contrast", "pixelate", "jpeg_compression"}
 
@@ -275,3 +280,42 @@ def test_corruptions_made_here(digits_run, command, tmp_path):
     ratios = [got[f"corruptions/{kind}/ce/knn"] for kind in CORRUPTIONS]
     assert got["corruptions/mce/knn"] == pytest.approx(np.mean(ratios))
     assert not (digits_run / "metrics_corruptions.json").exists()
+
+
+def test_full_spectrum_against_sklearn(digits_run, command, tmp_path, everything):
+    """Known images are mixed with what they look like upside down; unknown ones are as they were."""
+    images, labels = everything
+    folder, upside_down = tmp_path / "turned", images.flip(2)
+    folder.mkdir()
+    np.save(folder / "labels.npy", np.tile(labels.numpy(), 5))
+    np.save(folder / "fog.npy", np.tile(upside_down.permute(0, 2, 3, 1).numpy(), (5, 1, 1, 1)))
+    asked = "detectors=[deep_knn,energy,deep_knn@projections]"
+    result = command("eval", f"run={digits_run}", f"corruptions={folder}", asked, "out=out")
+    assert result.code == 0, result.err
+    got = scores(tmp_path / "out")
+    assert command("eval", f"run={digits_run}", asked, "out=plain").code == 0
+    plain = scores(tmp_path / "plain", "metrics.json")
+
+    config = read_config(digits_run)
+    data, model = load_data(config.data, config.seed), Model(digits_run)
+    known = data.test.labels >= 0
+    assert torch.equal(data.test.images[known], images[torch.isin(labels, torch.tensor(data.known))])
+    with torch.inference_mode():
+        features = model.backbone(torch.cat([data.test.images, data.test.images[known].flip(2)]))
+        seen = {"deep_knn": features, "deep_knn_projections": torch.nn.functional.normalize(model.head(features))}
+    folders = {"deep_knn": "detector", "deep_knn_projections": "detectors/deep_knn_projections"}
+    for key, folder in folders.items():
+        verdict = load(tmp_path / "plain" / folder).judge(seen[key])
+        clean, turned = np.split(verdict.score, [len(known)])
+        score = np.concatenate([clean[known], *[turned] * 5, clean[~known]])
+        unknown = np.arange(len(score)) >= 6 * int(known.sum())
+        assert got[f"osr/{key}/full_spectrum/auroc"] == pytest.approx(roc_auc_score(unknown, score), abs=2e-5)
+        assert got[f"osr/{key}/full_spectrum/aupr"] == pytest.approx(average_precision_score(unknown, score), abs=1e-4)
+        least = np.sort(score[unknown])[::-1][math.ceil(0.95 * unknown.sum()) - 1]
+        assert got[f"osr/{key}/full_spectrum/fpr95"] == pytest.approx((score[~unknown] >= least).mean(), abs=1e-3)
+        alarms = (verdict.score > verdict.threshold).astype(float)
+        expected = (alarms[: len(known)][known].sum() + 5 * alarms[len(known) :].sum()) / (~unknown).sum()
+        assert got[f"osr/{key}/full_spectrum/false_alarms"] == pytest.approx(expected, abs=1e-3)
+    for key in ("deep_knn", "energy", "deep_knn_projections", "pixels"):
+        assert got[f"osr/{key}/full_spectrum/auroc"] < plain[f"osr/{key}/auroc"] - 0.02
+        assert ", full_spectrum" in result.out

@@ -59,6 +59,8 @@ DEMO = {
     "sphor, crop 0.8": ["method=sphor", "data.augment.crop=[0.8,1.0]"],
     "sphor, temperature 0.2": ["method=sphor", "method.temperature=0.2"],
     "sphor, temperature 0.05": ["method=sphor", "method.temperature=0.05"],
+    "sphor, border": ["method=sphor", "+mix.options.border=0.125"],
+    "sphor, random box": ["method=sphor", "mix=random_box"],
     "sphor, ema": ["method=sphor", "distill=ema"],
     "sphor, ema, quarter": ["method=sphor", "distill=ema", "distill.weight=0.25", "distill.mixed=0.25"],
     "sphor, ema logits, quarter": [

@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-import gradmix.eval.protocols.evaluate
 import gradmix.eval.report
 import gradmix.ssl.callbacks
 import gradmix.ssl.runs.files
 import gradmix.ssl.train
 from gradmix.eval.commands.pretrain import main
+from gradmix.eval.detectors import DeepKNN
 from gradmix.eval.protocols.online import OnlineKNN
 from gradmix.ssl.callbacks import Checkpoints
 from gradmix.ssl.pretrain import Pretraining
@@ -49,7 +49,7 @@ class Trouble:
         owner, name = {
             "training": (Pretraining, "training_step"),
             "validation": (OnlineKNN, "accuracy"),
-            "FAISS fit": (gradmix.eval.protocols.evaluate, "open_set"),
+            "FAISS fit": (DeepKNN, "fit"),
             "checkpoint": (gradmix.ssl.callbacks, "write_atomically"),
             "results": (gradmix.ssl.runs.files, "save_file"),
         }[self.place]

@@ -114,6 +114,17 @@ def damage():
 
 
 @pytest.fixture
+def benchmarks(monkeypatch):
+    """The scripts in benchmarks/ can be imported; afterwards they are gone."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    before = set(sys.modules)
+    yield
+    for name in set(sys.modules) - before:
+        if (ROOT / "benchmarks" / f"{name}.py").exists():
+            del sys.modules[name]
+
+
+@pytest.fixture
 def files_up_to():
     """files_up_to(room): a context in which no file grows beyond so many bytes, as on a disk that fills up."""
 

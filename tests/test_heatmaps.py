@@ -1,22 +1,11 @@
 """benchmarks/heatmaps.py: its patches, bank and counting, against slow loops and scikit-learn."""
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 from sklearn.metrics import roc_auc_score
 
-
-@pytest.fixture(autouse=True)
-def benchmarks(monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")
-    before = set(sys.modules)
-    yield
-    for name in set(sys.modules) - before:
-        if name in ("heatmaps", "machine"):
-            del sys.modules[name]
+pytestmark = pytest.mark.usefixtures("benchmarks")
 
 
 def test_bank_by_greedy_k_centre():

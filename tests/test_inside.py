@@ -1,8 +1,5 @@
 """benchmarks/inside.py: its counting, against loops over pixels and pairs."""
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -12,15 +9,7 @@ from gradmix import layercam
 from gradmix.attribution import record
 from gradmix.ssl.losses import NTXentLoss
 
-
-@pytest.fixture(autouse=True)
-def benchmarks(monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")
-    before = set(sys.modules)
-    yield
-    for name in set(sys.modules) - before:
-        if name in ("inside", "inside_training", "theirs", "study", "paper", "machine"):
-            del sys.modules[name]
+pytestmark = pytest.mark.usefixtures("benchmarks")
 
 
 def test_evidence_in_boxes():

@@ -9,7 +9,7 @@ from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
 from gradmix.eval.scoring.scorer import UNKNOWN_NAME, Picture, Score, Scorer
-from gradmix.ssl.runs.files import remove_strays, write_atomically
+from gradmix.ssl.runs.files import write_atomically
 
 SIDE, GAP, CAPTION, MARGIN = 112, 10, 34, 14  # pixels: a picture, the space around it, its two lines of text
 PER_PAGE = 8
@@ -28,7 +28,6 @@ def write_sheets(
         Numbers of images and of sheets.
     """
     k = min(k, len(scorer.check_neighbours().bank_))
-    remove_strays(folder)
     rows: list[list[Image.Image]] = []
     shown = sheets = 0
     for image, score in zip(images, scorer.score(images, batch_size=PER_PAGE), strict=True):

@@ -48,7 +48,8 @@ def _remove_strays_of(path: Path) -> None:
     for stray in path.parent.glob(f".{glob.escape(path.name)}.*{STRAY}"):
         process = stray.name.removesuffix(STRAY).rpartition(".")[2]
         if process.isdecimal() and not _is_running(int(process)):
-            stray.unlink(missing_ok=True)
+            with suppress(OSError):  # somebody else's, in a folder for all
+                stray.unlink()
 
 
 def _is_running(process: int) -> bool:

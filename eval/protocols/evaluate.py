@@ -9,7 +9,8 @@ from gradmix.eval.detectors import PRIMARY
 from gradmix.eval.detectors.calibration import needed
 from gradmix.eval.detectors.options import parse_detector
 from gradmix.eval.features.cache import image_hashes
-from gradmix.eval.protocols.measures import Measure, choose_measures, measure_all
+from gradmix.eval.protocols.measure import Measure
+from gradmix.eval.protocols.measures import choose_measures, measure_all
 from gradmix.eval.protocols.subject import Subject, subject_of
 from gradmix.eval.runs.numbers import read_training
 from gradmix.eval.scoring.scorer import save_scorer

@@ -9,7 +9,9 @@ from gradmix.eval.detectors import PRIMARY
 from gradmix.eval.detectors.options import build_detector
 from gradmix.eval.features.cache import frozen
 from gradmix.eval.features.extraction import extract
-from gradmix.eval.protocols.measures import KNN, OpenSet, Quality, measure_all
+from gradmix.eval.protocols.closed_set import KNN, Quality
+from gradmix.eval.protocols.measures import measure_all
+from gradmix.eval.protocols.open_set import OpenSet
 from gradmix.eval.protocols.subject import Subject
 from gradmix.ssl.callbacks import EpochCallback, Progress
 from gradmix.ssl.config import Config

@@ -17,17 +17,10 @@ from gradmix.eval.catalogue import FULL_SPECTRUM
 from gradmix.eval.config import EvalConfig
 from gradmix.eval.features.arrays import Array
 from gradmix.eval.features.extraction import raw_pixels
+from gradmix.eval.protocols.closed_set import KNN, KNNOnPixels, Linear
 from gradmix.eval.protocols.corruptions import CORRUPTIONS, SEVERITIES, corrupt
-from gradmix.eval.protocols.measures import (
-    KNN,
-    Judged,
-    KNNOnPixels,
-    Linear,
-    OpenSet,
-    can_be_measured,
-    open_set_numbers,
-    together,
-)
+from gradmix.eval.protocols.measures import can_be_measured
+from gradmix.eval.protocols.open_set import Judged, OpenSet, open_set_numbers, together
 from gradmix.eval.protocols.subject import subject_of
 from gradmix.ssl.config import Config
 from gradmix.ssl.data.images import ImageSet, from_array

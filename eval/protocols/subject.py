@@ -55,7 +55,7 @@ class Subject:
     head: nn.Module | None = None
 
     def lacks(self, need: str) -> str | None:
-        """Why a need (one of :data:`gradmix.eval.protocols.measures.NEEDS`) can't be met; None: it can be."""
+        """Why a need (one of :data:`gradmix.eval.protocols.measure.NEEDS`) can't be met; None: it can be."""
         if need in ("images", "pixels") and self.encoder is None:
             return "there are features, and no images"
         if need == "start":

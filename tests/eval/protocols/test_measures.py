@@ -12,7 +12,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from gradmix.eval.detectors import Detector
 from gradmix.eval.protocols.evaluate import evaluate
-from gradmix.eval.protocols.measures import Measure, Skipped, measure_all
+from gradmix.eval.protocols.measure import Measure, Skipped
+from gradmix.eval.protocols.measures import measure_all
 from gradmix.eval.protocols.online import OnlineQuality, watchers
 from gradmix.eval.protocols.subject import Subject
 from gradmix.eval.quality import class_spread, effective_rank

@@ -83,11 +83,14 @@ class Scores(Sequence["Score"]):
 
     Attributes:
         rows: one for each image.
-        threshold: a score above it is unknown; None where none was calibrated.
+        threshold: a score above it is unknown; None where none was calibrated. With ``per_class``, a class with enough
+            held-out images has its own: ``row.margin`` says how far each image lies above its threshold.
+        discovery_limit: with ``false_discovery``, the p-value up to which an image is one of :attr:`discoveries`.
     """
 
     rows: "list[Score]" = field(default_factory=list)
     threshold: float | None = None
+    discovery_limit: float | None = None
 
     @property
     def scores(self) -> np.ndarray:
@@ -98,6 +101,17 @@ class Scores(Sequence["Score"]):
     def predictions(self) -> list[str]:
         """The class, or ``unknown``."""
         return [row.prediction for row in self.rows]
+
+    @property
+    def discoveries(self) -> np.ndarray:
+        """``[N]`` bool: unknown images, of which on average at most the share ``false_discovery`` is known.
+
+        Raises:
+            ValueError: ``false_discovery`` was not asked for.
+        """
+        if self.discovery_limit is None:
+            raise ValueError("discoveries: score(..., false_discovery=SHARE) looks for them")
+        return np.array([row.p_value is not None and row.p_value <= self.discovery_limit for row in self.rows], bool)
 
     def __getitem__(self, index: Any) -> Any:
         return replace(self, rows=self.rows[index]) if isinstance(index, slice) else self.rows[index]

@@ -65,6 +65,36 @@ def test_score_is_the_command(trained, command, tmp_path):
     assert not list(tmp_path.glob("scores.csv"))
 
 
+def test_score_takes_every_key_of_the_command(trained, command, tmp_path):
+    arrays = images(40)
+    (tmp_path / "photos").mkdir()
+    for i, array in enumerate(arrays):
+        Image.fromarray(array).save(tmp_path / f"photos/{i:02d}.png")
+    keys = {"accept": 0.5, "per_class": True, "false_discovery": 0.9}
+    given = [f"{key}={value}" for key, value in keys.items()]
+    assert command("score", f"detector={trained.detector}", "images=photos", "out=theirs.csv", *given).code == 0
+    rows = list(csv.DictReader(open(tmp_path / "theirs.csv")))
+    ours = gradmix.score(trained, tmp_path / "photos", keys, out=tmp_path / "ours.csv")
+    assert ours.predictions == [row["prediction"] for row in rows]
+    assert ours.predictions != gradmix.score(trained, list(arrays)).predictions
+    assert [str(found).lower() for found in ours.discoveries] == [row["discovery"] for row in rows]
+    assert (tmp_path / "ours.csv").read_text().splitlines()[0] == ",".join(rows[0])
+    with pytest.raises(ValueError, match="discoveries: score"):
+        _ = gradmix.score(trained, list(arrays)).discoveries
+    with pytest.raises(ValueError, match=r"accept: 0\.9999 can't be promised"):
+        gradmix.score(trained, list(arrays), accept=0.9999)
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="device: torch finds no cuda"):
+            gradmix.score(trained, list(arrays), device="cuda")
+
+
+def test_score_overwrites_nothing_else(trained, tmp_path):
+    (tmp_path / "thesis.csv").write_text("years of work\n")
+    with pytest.raises(ValueError, match="is no file of scores"):
+        gradmix.score(trained, list(images(1)), out=tmp_path / "thesis.csv")
+    assert (tmp_path / "thesis.csv").read_text() == "years of work\n"
+
+
 def test_images_that_are_no_files_are_explained_too(trained, tmp_path):
     scores = gradmix.score(trained, [Image.fromarray(images(1)[0]), *images(3)[1:]], explain=tmp_path / "sheets")
     assert [row.path for row in scores] == ["image 0", "image 1", "image 2"]

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
+
 from gradmix.eval.config import ScoreConfig
 from gradmix.eval.detectors.calibration import DRIFT, FEWEST, Calibration, discoveries, drift
 from gradmix.eval.features.embeddings import Embeddings
@@ -28,22 +30,12 @@ def run_score(config: ScoreConfig) -> None:
     given = None if config.features is None else read_embeddings(Path(config.features).expanduser())
     paths = names_of(given) if config.images is None else find_images(config.images)
     files = [] if config.features is None else [str(Path(config.features).expanduser())]
-    out, folder = (Path(name).expanduser() for name in (config.out, config.detector))
-    images = Path(config.images or config.features or "").expanduser()
-    outputs = {"out": out} | ({} if config.explain is None else {"explain": Path(config.explain).expanduser()})
-    for key, path in outputs.items():
-        check_output(key, path, [*paths, *files], [folder, *([images] if images.is_dir() else [])])
-    check_replaceable(out)
-    if config.explain is not None:  # written last
-        check_writable("explain", outputs["explain"])
-    scorer = Scorer(config.detector, pick_device(config.device))
+    out = Path(config.out).expanduser()
+    check_outputs(config, [*paths, *files])
+    scorer = scorer_of(config)
     detector = scorer.detector
-    if any(asked is not None for asked in (config.accept, config.per_class, config.false_discovery)):
-        detector.accept(config.accept, config.per_class)
-    if config.explain is not None:
-        scorer.check_neighbours()
-        if given is not None:
-            raise ValueError("explain: needs images, features=FILE has none")
+    if config.explain is not None and given is not None:
+        raise ValueError("explain: needs images, features=FILE has none")
     features = None if given is None else given.projections if scorer.space == "projections" else given.features
     if given is not None and features is None:
         raise ValueError(f"features: {config.features} has no projections, which the detector looks at")
@@ -61,14 +53,50 @@ def run_score(config: ScoreConfig) -> None:
         raise ValueError(f"images: {unreadable} of {rows} files can't be read; the error column of {out} says why")
 
 
+def check_outputs(config: ScoreConfig, files: Sequence[str], write: bool = True) -> None:
+    """
+    Args:
+        files: that are read.
+        write: whether ``config.out`` is written.
+
+    Raises:
+        ValueError: what would be written is something that is read, or something else's.
+    """
+    images = Path(config.images or config.features or "").expanduser()
+    folders = [Path(config.detector).expanduser(), *([images] if images.is_dir() else [])]
+    out = Path(config.out).expanduser()
+    if write:
+        check_output("out", out, files, folders)
+        check_replaceable(out)
+    if config.explain is not None:  # written last
+        check_output("explain", Path(config.explain).expanduser(), files, folders)
+        check_writable("explain", Path(config.explain).expanduser())
+
+
+def scorer_of(config: ScoreConfig) -> Scorer:
+    """The detector, on the device and with the threshold that are asked for.
+
+    Raises:
+        ValueError: no detector, no such device, or it lacks what is asked for.
+    """
+    scorer = Scorer(config.detector, pick_device(config.device))
+    if any(asked is not None for asked in (config.accept, config.per_class, config.false_discovery)):
+        scorer.detector.accept(config.accept, config.per_class)
+    if config.explain is not None:
+        scorer.check_neighbours()
+    return scorer
+
+
 def names_of(given: Embeddings | None) -> list[str]:
     """What to call the images whose features are given."""
     assert given is not None
     return [f"row {row}" for row in range(len(given))] if given.paths is None else list(given.paths)
 
 
-def scored(config: ScoreConfig, images: Sequence[Picture] | None, write: bool) -> tuple[list[Score], float | None]:
-    """For :func:`gradmix.score`: every image's score, and the threshold.
+def scored(
+    config: ScoreConfig, images: Sequence[Picture] | None, write: bool
+) -> tuple[list[Score], float | None, float | None]:
+    """For :func:`gradmix.score`: every image's score, the threshold, and the p-value up to which one is a discovery.
 
     Args:
         images: instead of those that ``config.images`` names.
@@ -80,15 +108,22 @@ def scored(config: ScoreConfig, images: Sequence[Picture] | None, write: bool) -
                 "features: gradmix-score features=FILE scores them; here detectors.load(folder).judge does"
             )
         images = find_images(config.images)
-    scorer = Scorer(config.detector)
+    check_outputs(config, [str(image) for image in images if isinstance(image, str | Path)], write)
+    scorer = scorer_of(config)
     rows = list(scorer.score(images, config.batch_size, progress=True))
     if write:
         out = Path(config.out).expanduser()
         text = encode(list(map(asdict, rows)), out.suffix == ".jsonl", header=True)
         write_atomically(out, lambda path: path.write_bytes(text))
+    limit = None
+    if config.false_discovery is not None:
+        p_values = np.array([row.p_value for row in rows if row.p_value is not None])
+        limit = discoveries(p_values, config.false_discovery)
+        if write:
+            add_discoveries(out, limit)
     if config.explain is not None:
         write_sheets(scorer, images, Path(config.explain).expanduser(), config.explain_limit)
-    return rows, scorer.detector.threshold
+    return rows, scorer.detector.threshold, limit
 
 
 def summarise(calibration: Calibration, out: Path, false_discovery: float | None) -> None:

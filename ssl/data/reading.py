@@ -12,7 +12,8 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 # Rasters only: for some of its other formats Pillow starts programs (PostScript).
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
-EXTENSIONS = frozenset(extension for extension, kind in Image.registered_extensions().items() if kind in FORMATS)
+NOT_READ = frozenset((".heic", ".heif", ".jxl"))  # listed like the others, so that nobody misses them without a word
+EXTENSIONS = NOT_READ | {extension for extension, kind in Image.registered_extensions().items() if kind in FORMATS}
 MAX_PIXELS = 89_478_485  # Pillow's limit, a quarter of a GiB as RGB: more is a decompression bomb
 AT_ONCE = 2**25  # bytes of files that are read whole: Pillow reads headers in many small pieces
 MEMBER = re.compile(r"(.+\.tar)#(\d+)\+(\d+)#", re.DOTALL)  # shard#offset+bytes#name: see gradmix.ssl.data.shards
@@ -78,7 +79,7 @@ def opened_image(path: str) -> Iterator[Image.Image]:
     except MemoryError:
         raise
     except UnidentifiedImageError as error:
-        raise ValueError(f"{path}: not a readable image (no format known here)") from error
+        raise ValueError(f"{path}: not a readable image (no format known here; save it as JPEG or PNG)") from error
     except Exception as error:  # a damaged file can raise nearly anything
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise ValueError(f"{path}: not a readable image ({reason})") from error

@@ -17,6 +17,7 @@ from gradmix.ssl.data.reading import stamp
 from gradmix.ssl.machine import usable_cpus
 
 BLOCK = 4096  # files handed to the threads at a time
+NAMED = 20  # files that can't be read in a message
 
 
 class Scan:
@@ -92,10 +93,11 @@ class Scan:
     def refuse_bad(self) -> None:
         """
         Raises:
-            ValueError: there are files that can't be read; the message names every one.
+            ValueError: there are files that can't be read; the message names the first ``NAMED``.
         """
         if self.bad:
+            more = f"; and {len(self.bad) - NAMED} more" if len(self.bad) > NAMED else ""
             raise ValueError(
                 f"data: {len(self.bad)} image files can't be read; replace or remove them, or leave them out with "
-                f"data.on_bad_image=skip: {'; '.join(sorted(self.bad.values()))}"
+                f"data.on_bad_image=skip: {'; '.join(sorted(self.bad.values())[:NAMED])}{more}"
             )

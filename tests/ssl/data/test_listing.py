@@ -3,6 +3,7 @@
 import os
 import pickle
 import tracemalloc
+from dataclasses import replace
 
 import pytest
 import torch
@@ -68,6 +69,18 @@ def test_empty_folders_beside_loose_images_are_no_classes(tmp_path):
     assert load_data(DataConfig("imagefolder", str(tmp_path), image_size=8), 0).classes == []
     with pytest.raises(ValueError, match="no images in"):
         load_data(DataConfig("imagefolder", str(tmp_path / "empty"), image_size=8), 0)
+
+
+def test_photographs_of_a_kind_that_is_not_read_are_named(tmp_path):
+    for name in ("a/1.png", "a/2.png", "a/3.png", "b/1.png", "b/2.png", "b/3.png"):
+        picture(tmp_path / name)
+    (tmp_path / "a/IMG_0042.HEIC").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(64))
+    (tmp_path / "a/notes.txt").write_text("no image")
+    config = DataConfig("imagefolder", str(tmp_path), image_size=8, holdout=0, views="squares")
+    with pytest.raises(ValueError, match=r"1 image files can't be read.*IMG_0042\.HEIC.*save it as JPEG or PNG"):
+        load_data(config, 0)
+    data = load_data(replace(config, on_bad_image="skip"), 0)
+    assert len(data.train) + len(data.test) == 6
 
 
 def test_files_are_a_list_of_strings():

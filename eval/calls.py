@@ -24,7 +24,7 @@ from gradmix.eval.commands import later
 from gradmix.eval.commands.command_line import checked, explain, folder_as_data, not_one_option
 from gradmix.eval.config import EmbedConfig, EvalConfig, ScoreConfig
 from gradmix.ssl.config import Config, flat, register_configs
-from gradmix.ssl.keys import key_of
+from gradmix.ssl.keys import keys_of
 
 if TYPE_CHECKING:  # torch takes seconds
     from PIL.Image import Image
@@ -266,12 +266,9 @@ def configured(name: str, schema: type, given: Mapping[str, Any]) -> Any:
             if data and not data.isidentifier() and Path(data).expanduser().is_dir():
                 raise ValueError(f"data: {folder_as_data(data)}")
             composed = compose(name, [f"{group}={option}" for group, option in chosen.items()])
+        dicts = tuple(f"{name}." for name, about in keys_of(schema).items() if about.is_dict)
         for key, value in values.items():
-            try:
-                entry = key_of(schema, key).is_dict
-            except KeyError:
-                entry = False
-            OmegaConf.update(composed, key, value, merge=False, force_add=entry)
+            OmegaConf.update(composed, key, value, merge=False, force_add=f"{key}.".startswith(dicts))
         return checked(composed, schema)
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(explain(error, schema)) from error

@@ -5,7 +5,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from gradmix.ssl.config import DataConfig
+from gradmix.ssl.config import FITS, DataConfig
 from gradmix.ssl.keys import key
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
@@ -99,7 +99,7 @@ class EmbedConfig:
     fit: str = key(
         "crop",
         "of a checkpoint: the middle of an image, with black borders, or squashed",
-        choices=("crop", "pad", "squash"),
+        choices=FITS,
     )
     images: str = key(MISSING, "an image, a folder or a pattern", path=True)
     out: str = key("features.npy", ".npy (paths and labels in a .csv beside it), .safetensors or .parquet", path=True)

@@ -11,14 +11,12 @@ from typing import Any, cast
 import torch
 from pytorch_lightning import Callback, Trainer
 from pytorch_lightning.loggers import TensorBoardLogger
-from torchvision.utils import make_grid
 from tqdm.auto import tqdm
 
-from gradmix.mixing import Mixed
-from gradmix.ssl.data.images import Constants, denormalize
 from gradmix.ssl.data.loader import Batch
 from gradmix.ssl.guard import Guard, check_finite
 from gradmix.ssl.loggers import log
+from gradmix.ssl.pictures import mixing_picture
 from gradmix.ssl.pretrain import Pretraining
 from gradmix.ssl.runs.files import write_atomically
 
@@ -287,41 +285,3 @@ class Pictures(EpochCallback):
         if module.pictures is not None or module.disrupted is not None:
             picture = mixing_picture(module.pictures, module.backbone.constants, disrupted=module.disrupted)
             cast(TensorBoardLogger, module.loggers[0]).experiment.add_image("mixing", picture, module.steps)
-
-
-def mixing_picture(
-    mixing: tuple[torch.Tensor, Mixed] | None,
-    constants: Constants,
-    pairs: int = 8,
-    disrupted: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
-) -> torch.Tensor:
-    """A grid ``[3, H, W]`` with rows: the other view, the view, its attribution map (if any), partner, mix; outlier.
-
-    Args:
-        mixing: views and what became of them, if any were mixed.
-        disrupted: the first views, their maps, and the outliers made of them; few of them leave the row's end empty.
-    """
-    tiles, attribution = [], None if disrupted is None else disrupted[1]
-    if mixing is None:
-        assert disrupted is not None
-        tiles.append(denormalize(disrupted[0][:pairs], constants))
-    else:
-        views, mixed = mixing
-        batch = len(views) // 2
-        rows = slice(0, min(pairs, batch))
-        tiles += [denormalize(views[batch:][rows], constants), denormalize(views[rows], constants)]
-        attribution = mixed.attribution[rows] if mixed.attribution is not None else attribution
-    if attribution is not None:
-        tiles.append(_filled(attribution[:pairs, None].expand(-1, 3, -1, -1), len(tiles[0])))
-    if mixing is not None:
-        tiles += [denormalize(views[mixed.partner[rows]], constants), denormalize(mixed.images[rows], constants)]
-    if disrupted is not None:
-        tiles.append(_filled(denormalize(disrupted[2][:pairs], constants), len(tiles[0])))
-    picture = torch.cat([tile.float().cpu() for tile in tiles])
-    picture = torch.nn.functional.interpolate(picture, scale_factor=max(1, 64 // picture.shape[-1]))
-    return make_grid(picture, nrow=len(tiles[0]))
-
-
-def _filled(images: torch.Tensor, count: int) -> torch.Tensor:
-    """The first ``count`` images, black ones for those that are missing."""
-    return torch.cat([images[:count], images.new_zeros(max(0, count - len(images)), *images.shape[1:])])

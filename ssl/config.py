@@ -18,6 +18,8 @@ from omegaconf import MISSING, OmegaConf
 
 from gradmix.ssl.keys import Key, key
 
+FITS = ("crop", "pad", "squash")  # how an image of any size becomes a square
+
 
 @dataclass
 class AugmentConfig:
@@ -48,7 +50,7 @@ class DataConfig:
     fit: str = key(
         "crop",
         "how a whole image becomes a square: its middle, with black borders, or squashed",
-        choices=("crop", "pad", "squash"),
+        choices=FITS,
         role="data",
     )
     views: str = key(
@@ -245,12 +247,22 @@ class SpeedConfig:
 
 # What of the Trainer's a training step works with: float32 weights, all of them in every process.
 TRAINER = {
-    "precision": Key(choices=("auto", "32-true", "bf16-mixed", "16-mixed", "32", "bf16", "16")),
-    "strategy": Key(choices=("auto", "ddp", "ddp_find_unused_parameters_true", "ddp_find_unused_parameters_false")),
+    "precision": Key(choices=("auto", "32-true", "bf16-mixed", "16-mixed", "32", "bf16", "16"), free=True, role="none"),
+    "strategy": Key(
+        choices=("auto", "ddp", "ddp_find_unused_parameters_true", "ddp_find_unused_parameters_false"),
+        free=True,
+        role="none",
+    ),
     "accumulate_grad_batches": Key(at_least=1),
-    "num_nodes": Key(at_least=1),
+    "num_nodes": Key(at_least=1, free=True, role="none"),
     "gradient_clip_val": Key(at_least=0),
-    "logger": Key(meaning="beside TensorBoard; several as [A,B]", choices=("tensorboard", "wandb", "mlflow", "csv")),
+    "gradient_clip_algorithm": Key(choices=("norm", "value")),
+    "logger": Key(
+        meaning="beside TensorBoard; several as [A,B]",
+        choices=("tensorboard", "wandb", "mlflow", "csv"),
+        free=True,
+        role="none",
+    ),
 }
 
 

@@ -126,15 +126,16 @@ def _keys_of(schema: type, prefix: str) -> Iterator[tuple[str, Key]]:
 
 
 def key_of(schema: type, name: str) -> Key:
-    """The key that a full name belongs to: itself, or the dict whose entry it is (``trainer.devices``: ``trainer``).
+    """The key that a full name belongs to: itself, a declared entry of a dict (``trainer.precision``), or else the dict
+    (``trainer.devices``: ``trainer``).
 
     Raises:
         KeyError: no such key.
     """
-    known = keys_of(schema)
+    known, asked = keys_of(schema), name
     while name not in known and "." in name:
         name = name.rpartition(".")[0]
-    return known[name]
+    return known[name].entries.get(asked.removeprefix(f"{name}."), known[name])
 
 
 def as_typed(value: Any) -> str:

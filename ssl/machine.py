@@ -66,7 +66,7 @@ def check_limits(config: Config, network: nn.Module, images: int, num_features: 
     _check(f"data: the features of {images} images", features, memory, "in memory", hint)
 
     on_gpu = torch.cuda.is_available() and config.trainer.get("accelerator", "auto") != "cpu"
-    places = config.trainer.get("num_nodes", 1) * (torch.cuda.device_count() if on_gpu else 1)
+    places = config.trainer.get("num_nodes", 1) * (gpus_of(config) if on_gpu else 1)
     views = (2 if config.mix.name == "none" else 4) * config.batch_size // places  # the mixed ones have a graph too
     views = min(views, config.speed.micro_batch or views)
     half = "16" in str(precision(config))
@@ -108,6 +108,14 @@ def pick_device(asked: str = "auto") -> str:
         found = ", ".join(name for name, available in there.items() if available)
         raise ValueError(f"device: torch finds no {asked} on this machine (there is {found}); auto takes what there is")
     return asked
+
+
+def gpus_of(config: Config) -> int:
+    """How many of this machine's GPUs a run takes; at least one."""
+    asked = config.trainer.get("devices", "auto")
+    if isinstance(asked, list):
+        return max(1, len(asked))
+    return asked if isinstance(asked, int) and asked > 0 else max(1, torch.cuda.device_count())
 
 
 def own_gpu(config: Config) -> int:

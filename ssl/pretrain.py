@@ -97,9 +97,11 @@ class Pretraining(LightningModule):
         self.weights = weights_of(method) | {"distill": config.distill.weight}
         self.mixed_weights = mixed_weights_of(config)
         self.teacher = build_teacher(config, self.backbone, self.head, self.target_loss, train.size)
-        # All processes move the average alike, so that nothing has to be sent.
-        buffers = [name for name, _ in self.named_buffers()]
-        self._ddp_params_and_buffers_to_ignore = [name for name in buffers if name.startswith("teacher.")]
+        # All processes move the teacher's weights alike, so that these need not be sent. BatchNorm's statistics are, as
+        # the student's are: they come from each process's own images.
+        teachers = {name for name, _ in self.named_buffers() if name.startswith("teacher.")}
+        sent = {f"teacher.{name}" for name, _ in self.named_buffers()}
+        self._ddp_params_and_buffers_to_ignore = sorted(teachers - sent)
         self.outlier_loss = outlier_loss_of(config, self.target_loss or self.prototype_loss)
         watched = self.looker.layers_in(self.backbone) if self.looker is not None else []
         if config.speed.compile:
@@ -158,7 +160,7 @@ class Pretraining(LightningModule):
             losses[name] = value
 
         self.scalars = {f"train/{name}": value.detach() for name, value in {"loss": total, **losses}.items()}
-        self.steps = batch.epoch * self.loader.steps_per_epoch + batch.step + 1
+        self.steps = self.batches_before(batch) + 1
         return total
 
     def terms_beside(
@@ -173,7 +175,8 @@ class Pretraining(LightningModule):
             name, weight (None: it is told, not added) and value of each.
         """
         if self.teacher is not None:
-            self.teacher.follow(self.backbone, self.head, self.optimizer_steps(batch))
+            if self.begins_step(batch):
+                self.teacher.follow(self.backbone, self.head, self.optimizer_steps(batch))
             rows = rows._replace(taught=self.teacher(views, rows.temperature))
         for name, loss in self.beside.items():
             yield name, self.weights[name], loss(rows)
@@ -210,8 +213,15 @@ class Pretraining(LightningModule):
 
     def optimizer_steps(self, batch: Batch) -> int:
         """How many the optimizer has done when a batch comes."""
-        done = batch.epoch * self.loader.steps_per_epoch + batch.step
-        return done // self.config.trainer.get("accumulate_grad_batches", 1)
+        return self.batches_before(batch) // self.config.trainer.get("accumulate_grad_batches", 1)
+
+    def begins_step(self, batch: Batch) -> bool:
+        """Whether a batch is the first of those whose gradients one optimizer step adds up."""
+        return self.batches_before(batch) % self.config.trainer.get("accumulate_grad_batches", 1) == 0
+
+    def batches_before(self, batch: Batch) -> int:
+        """How many batches have been before this one, over all epochs."""
+        return batch.epoch * self.loader.steps_per_epoch + batch.step
 
     def teach_mixed(self, images: Tensor, temperature: float) -> Taught | None:
         """What the teacher makes of the mixed images themselves, where a loss asks for it."""

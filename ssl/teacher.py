@@ -2,17 +2,17 @@
 
 from copy import deepcopy
 from pathlib import Path
+from typing import cast
 
 import torch
 import torch.nn.functional as F
-from lightly.models.modules.heads import ProjectionHead
 from torch import Tensor, nn
 
 from gradmix.ssl.config import Config, DistillConfig
 from gradmix.ssl.data.images import Constants
 from gradmix.ssl.networks.backbones import Encoder, load_backbone, read_backbone
+from gradmix.ssl.networks.heads import read_head
 from gradmix.ssl.networks.layout import layout_of
-from gradmix.ssl.networks.weights import load_weights
 from gradmix.ssl.objective import Taught, weights_of
 from gradmix.ssl.runs.files import hash_file, hash_json
 from gradmix.ssl.runs.folder import read_config
@@ -208,23 +208,7 @@ def _read(
     digest = hash_json({path.name: hash_file(path) for path in files})
     if distill.form == "relations":
         return loaded.encoder, head, None, None, digest
-    method, dim = read_config(run).method, head.layers[-1].out_features
+    method, dim = read_config(run).method, cast(nn.Linear, head[-1]).out_features
     assert targets is not None  # check_teacher has seen to it
     temperature = method.temperature if method.temperature_end is None else method.temperature_end
     return loaded.encoder, head, OrthogonalTargetLoss(len(targets.targets), dim), temperature, digest
-
-
-def read_head(path: Path, num_features: int) -> ProjectionHead:
-    """A run's projection head.
-
-    Raises:
-        ValueError: damaged, or not one of ours.
-    """
-    weights = load_weights(path)
-    try:
-        hidden, dim = len(weights["layers.0.weight"]), len(weights["layers.2.weight"])
-        head = ProjectionHead([(num_features, hidden, None, nn.ReLU()), (hidden, dim, None, None)])
-        head.load_state_dict(weights)
-    except (KeyError, RuntimeError, TypeError) as error:
-        raise ValueError(f"{path}: not the projection head of its backbone ({str(error).splitlines()[0]})") from error
-    return head

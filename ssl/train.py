@@ -87,10 +87,11 @@ def train(config: Config, data: OpenSetData, callbacks: Sequence[Callback] = ())
     if data.train.images is None:
         views = module.crops.count if data.train.photographs else 1
         check_queue(config.batch_size // trainer.world_size * views * 3 * data.train.size**2, workers)
-    claim(run_dir, config)  # not before all of it has shown that it can be built
-    if data.bad and trainer.is_global_zero:
-        write_json(run_dir / "bad_images.json", data.bad)
+    check_batch_size(config.batch_size, len(data.train), trainer.world_size, mixes=module.mixer is not None)
     if trainer.is_global_zero:
+        claim(run_dir, config)  # not before all of it has shown that it can be built
+        if data.bad:
+            write_json(run_dir / "bad_images.json", data.bad)
         print(where_images_lie(config, data.train, trainer.strategy.root_device, workers))
         steps = config.epochs * (len(data.train) // config.batch_size)
         print(f"{data.train.size} x {data.train.size} pixels, {steps} steps, {takes}")
@@ -179,8 +180,8 @@ def build_trainer(config: Config, callbacks: list[Callback]) -> Trainer:
     quiet_lightning()
     if config.pictures_every:
         callbacks = [*callbacks, Pictures(config.pictures_every)]
-    if config.speed.tf32:
-        torch.set_float32_matmul_precision("high")
+    torch.set_float32_matmul_precision("high" if config.speed.tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = config.speed.tf32
     settings = {
         "max_epochs": 1,  # to Lightning, all our epochs are one sequence; see TrainLoader
         "enable_checkpointing": False,  # Checkpoints does it

@@ -65,8 +65,6 @@ def _how(name: str, schema: type) -> str | None:
         about = key_of(schema, name)
     except KeyError:
         return None
-    entry = name.rpartition(".")[2]
-    about = about.entries.get(entry, about) if about.is_dict else about
     if name.endswith(".name"):
         return f"{name.removesuffix('.name')}=NAME does it, --help lists the names"
     return f"{name}={'|'.join(about.choices) or 'VALUE'} does it" + (f": {about.meaning}" if about.meaning else "")

@@ -7,7 +7,7 @@ from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from gradmix.eval.features.mapped import Arrays
 from gradmix.ssl.data.images import ImageSet
 from gradmix.ssl.machine import decoders, usable_cpus
 from gradmix.ssl.networks.backbones import Backbone, load_backbone
-from gradmix.ssl.networks.weights import load_weights
+from gradmix.ssl.networks.heads import read_head
 from gradmix.ssl.processes import gather, world_size
 from gradmix.ssl.runs.files import write_atomically
 
@@ -47,11 +47,8 @@ class Model:
         self.head: nn.Module | None = None
         if not (run_dir / "head.safetensors").is_file():  # a checkpoint from elsewhere
             return
-        weights = load_weights(run_dir / "head.safetensors")
-        width, out = weights["layers.0.weight"].shape[0], weights["layers.2.weight"].shape[0]
-        head = nn.Sequential(nn.Linear(self.backbone.num_features, width), nn.ReLU(), nn.Linear(width, out))
-        head.load_state_dict({name.removeprefix("layers."): value for name, value in weights.items()})
-        self.widths["projections"] = out
+        head = read_head(run_dir / "head.safetensors", self.backbone.num_features)
+        self.widths["projections"] = cast(nn.Linear, head[-1]).out_features
         self.head = head.eval().requires_grad_(False).to(device)
 
     def features(
@@ -166,21 +163,21 @@ def looked_at(
         look: ``[n, 3, S, S]`` uint8 to what is wanted of them, ``[n, F]``.
     """
     hidden = None if progress else True  # None: where the output is no terminal
-    decoders, network = ThreadPoolExecutor(usable_cpus()), ThreadPoolExecutor(1)
+    files, network = ThreadPoolExecutor(usable_cpus()), ThreadPoolExecutor(1)
 
     def look_at(batch: list[Tensor | str]) -> tuple[list[Tensor | str], Tensor | None]:
         readable = [image for image in batch if isinstance(image, Tensor)]
         return batch, look(torch.stack(readable)) if readable else None
 
     try:
-        decoded = ahead(decoders, decode, images, 2 * batch_size)
-        batches = iter(lambda: list(islice(decoded, batch_size)), [])
+        decoded = ahead(files, decode, images, 2 * batch_size)
+        in_batches = iter(lambda: list(islice(decoded, batch_size)), [])
         with tqdm(total=len(images), unit="image", disable=hidden) as bar:
-            for batch, features in ahead(network, look_at, batches, 1):
+            for batch, features in ahead(network, look_at, in_batches, 1):
                 yield batch, features
                 bar.update(len(batch))
     finally:
-        for pool in (network, decoders):
+        for pool in (network, files):
             pool.shutdown(cancel_futures=True)
 
 
@@ -218,12 +215,13 @@ def raw_pixels(images: ImageSet, path: Path | None = None, limit: int = 2**62) -
 
 def fill_pixels(images: ImageSet, pixels: np.ndarray) -> None:
     """Write what :func:`raw_pixels` returns into ``pixels`` ``[N, P]``."""
-    for first in range(0, len(images), 1024):
-        last = min(first + 1024, len(images))
-        if images.images is not None:
-            batch = images.images[first:last].float() / 255
-        else:
-            batch = torch.stack([images[i][0] for i in range(first, last)]).float() / 255
-        if batch.shape[-1] > 32:
-            batch = F.interpolate(batch, size=(32, 32), mode="area")
-        pixels[first:last] = batch.flatten(1)
+    with ThreadPoolExecutor(usable_cpus()) as pool:  # Pillow decodes outside Python's lock
+        for first in range(0, len(images), 1024):
+            last = min(first + 1024, len(images))
+            if images.images is not None:
+                batch = images.images[first:last].float() / 255
+            else:
+                batch = torch.stack(list(pool.map(lambda i: images[i][0], range(first, last)))).float() / 255
+            if batch.shape[-1] > 32:
+                batch = F.interpolate(batch, size=(32, 32), mode="area")
+            pixels[first:last] = batch.flatten(1)

@@ -18,6 +18,7 @@ from gradmix.eval.report.pictures import data_uri, decode
 from gradmix.eval.runs.folder import Run, command, differences, read_run
 from gradmix.eval.runs.foreign import ELSEWHERE
 from gradmix.ssl.data.open_set import OpenSetData
+from gradmix.ssl.pictures import PADDING, tile_side
 from gradmix.ssl.runs.files import write_text
 
 PICTURES = 5  # of mixing, spread over the training
@@ -114,8 +115,8 @@ def mixing(run: Run) -> Section:
 
 def _mixing(run: Run, step: int, encoded: bytes) -> dict[str, Any]:
     picture = decode(encoded)
-    columns = min(8, run.config.batch_size)
-    count = round((picture.height - 2) / ((picture.width - 2) / columns))  # tiles are square, 2 pixels apart
+    assert run.config.data.image_size is not None  # chosen by the images, when they were listed
+    count = (picture.height - PADDING) // (tile_side(run.config.data.image_size) + PADDING)
     names = {
         3: ("view", "attribution", "outlier"),
         4: ("other view", "view", "partner", "mixed"),

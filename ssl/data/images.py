@@ -17,7 +17,6 @@ from torchvision.transforms.functional import InterpolationMode, center_crop, pa
 from gradmix.ssl.data.listing import Files
 from gradmix.ssl.data.reading import opened_image, orientation
 
-FITS = ("crop", "pad", "squash")
 # Mean and deviation per channel. ImageNet's, for every data set: the first BatchNorm absorbs the rest, and ImageNet
 # weights fit in. Networks of timm's have their own.
 Constants = tuple[tuple[float, float, float], tuple[float, float, float]]

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from gradmix.ssl.data.images import ImageSet, decode
+from gradmix.ssl.data.scan import refusal
 from gradmix.ssl.data.views import Crops
 from gradmix.ssl.machine import decoders
 
@@ -95,7 +96,7 @@ class TrainLoader:
                 raise ValueError(batch)
             batch = batch._replace(bad=tuple(batch.bad))  # DataLoader makes a list of it
             if batch.bad and self.on_bad_image == "error":
-                raise ValueError(refusal(batch.bad))
+                raise ValueError(refusal(batch.bad, " (data.scan=true looks at all files first)"))
             if self.on_bad_image == "skip":
                 for reason in set(batch.bad) - self.told:
                     print(f"{reason}; another image of its class stands in for it", file=sys.stderr)
@@ -143,7 +144,8 @@ class Stream(Dataset["Batch | str"]):
                 return self.crops.of(path, self.data.size, np.random.default_rng([self.seed, epoch, step, row, VIEWS]))
             except ValueError as error:
                 bad[path] = str(error)
-        raise ValueError(f"data.root: none of the {len(bad)} training images of a class can be read; {bad[path]}")
+        tried = int((self.data.labels == self.data.labels[row]).sum())
+        raise ValueError(f"data.root: none of the {tried} training images of a class can be read; {bad[path]}")
 
     def _candidates(self, row: int) -> Iterator[int]:
         """The row; then, only if that can't be read, those that may stand in for it."""
@@ -153,22 +155,22 @@ class Stream(Dataset["Batch | str"]):
         yield from (other for other in alike.roll(-behind).tolist() if other != row)
 
 
-def refusal(bad: tuple[str, ...]) -> str:
-    """What to say of files that can't be read."""
-    return (
-        f"data: {len(bad)} image files can't be read; replace or remove them, or leave them out with "
-        f"data.on_bad_image=skip (data.scan=true looks at all files first): {'; '.join(sorted(bad))}"
-    )
-
-
-def check_batch_size(batch_size: int, images: int, world_size: int = 1) -> None:
+def check_batch_size(batch_size: int, images: int, world_size: int = 1, mixes: bool = False) -> None:
     """
+    Args:
+        mixes: whether images are mixed, each with another one of its process.
+
     Raises:
         ValueError: fewer images than a batch, or a batch that does not divide among the processes.
     """
     if batch_size < 2 or batch_size % world_size:
         raise ValueError(
             f"batch_size: expected at least 2 and a multiple of the {world_size} processes, got {batch_size}"
+        )
+    if mixes and batch_size < 2 * world_size:
+        raise ValueError(
+            f"batch_size: {batch_size} is one image for each of {world_size} processes, and mixing takes two; try "
+            f"batch_size={2 * world_size}, or mix=none"
         )
     if images < batch_size:
         raise ValueError(

@@ -1,6 +1,6 @@
 """Which image files can be read: every one is decoded once, in threads; the answers are kept for all runs."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -96,8 +96,13 @@ class Scan:
             ValueError: there are files that can't be read; the message names the first ``NAMED``.
         """
         if self.bad:
-            more = f"; and {len(self.bad) - NAMED} more" if len(self.bad) > NAMED else ""
-            raise ValueError(
-                f"data: {len(self.bad)} image files can't be read; replace or remove them, or leave them out with "
-                f"data.on_bad_image=skip: {'; '.join(sorted(self.bad.values())[:NAMED])}{more}"
-            )
+            raise ValueError(refusal(self.bad.values()))
+
+
+def refusal(reasons: Collection[str], hint: str = "") -> str:
+    """What to say of files that can't be read, by the reason of each."""
+    more = f"; and {len(reasons) - NAMED} more" if len(reasons) > NAMED else ""
+    return (
+        f"data: {len(reasons)} image files can't be read; replace or remove them, or leave them out with "
+        f"data.on_bad_image=skip{hint}: {'; '.join(sorted(reasons)[:NAMED])}{more}"
+    )

@@ -152,6 +152,8 @@ def _cifar_plus(name: str) -> Callable[[DataConfig, int], Source]:
 
     def load(config: DataConfig, seed: int) -> Source:
         near, far = SOURCES["cifar10"](config, seed), SOURCES["cifar100"](config, seed)
+        if (len(near.classes), len(far.classes)) != (10, 100):  # folders of images would be taken for both
+            raise ValueError(f"data.root: data={name} needs CIFAR-10 and CIFAR-100 as torchvision downloads them")
         offset = len(near.classes)
         # An index that does not exist is known_classes' to report.
         chosen: Sequence[int] = range(len(far.classes))

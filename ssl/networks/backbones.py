@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torchvision.models import resnet
 
 from gradmix.ssl.checks import check_values
-from gradmix.ssl.config import EncoderConfig
+from gradmix.ssl.config import FITS, EncoderConfig
 from gradmix.ssl.data.images import IMAGENET, Constants, decode, normalize, to_square
 from gradmix.ssl.keys import Key
 from gradmix.ssl.networks.timm_encoders import PREFIX, PRETRAINED, check_timm, timm_encoder
@@ -275,7 +275,7 @@ class Header:
 
     encoder: Description
     image_size: Annotated[int, Key(at_least=1, at_most=4096)]
-    fit: Annotated[str, Key(choices=("crop", "pad", "squash"))] = "crop"  # older files don't say
+    fit: Annotated[str, Key(choices=FITS)] = "crop"  # older files don't say
 
 
 def check_same_shapes(encoder: Encoder, shapes: dict[str, list[int]]) -> None:

@@ -33,7 +33,8 @@ def test_keys_are_found_by_their_full_names_in_order():
     names = ["loaves", "salt", "hours", "wait", "flour", "recipe", "seats", "oven.degrees", "oven.fan", "oven.racks"]
     assert list(keys_of(Bakery)) == [*names, "extras"]
     assert keys_of(Bakery)["oven.degrees"].meaning == "of the air"
-    assert key_of(Bakery, "extras.seeds.black") is keys_of(Bakery)["extras"]
+    assert key_of(Bakery, "extras.nuts.black") is keys_of(Bakery)["extras"]
+    assert key_of(Bakery, "extras.seeds") is keys_of(Bakery)["extras"].entries["seeds"]
     with pytest.raises(KeyError, match="ovens"):
         key_of(Bakery, "ovens.degrees")
 

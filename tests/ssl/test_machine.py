@@ -87,6 +87,14 @@ def test_only_the_process_s_own_gpu_is_asked(tmp_path, config, monkeypatch, envi
         check_limits(settings, ResNet("resnet18", width=4, stem="small"), 100, 32)
 
 
+@pytest.mark.parametrize(("devices", "gpus"), [("auto", 8), (-1, 8), (1, 1), (2, 2), ([3], 1), ([3, 5], 2)])
+def test_a_batch_is_shared_among_the_gpus_that_the_run_takes(tmp_path, config, monkeypatch, devices, gpus):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    settings = config(tmp_path / "run")
+    settings.trainer = {"devices": devices}
+    assert machine.gpus_of(settings) == gpus
+
+
 def test_training_refuses_before_it_writes_anything(tmp_path, config, data, monkeypatch):
     monkeypatch.setattr(machine, "free_memory", lambda: 10_000)
     with pytest.raises(ValueError, match="are free in memory"):

@@ -18,11 +18,11 @@ from torch.utils._python_dispatch import return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map
 
 import gradmix
-from gradmix.ssl.callbacks import mixing_picture
 from gradmix.ssl.config import DistillConfig, OutlierConfig, SpeedConfig
 from gradmix.ssl.data.loader import TrainLoader
 from gradmix.ssl.guard import Guard
 from gradmix.ssl.optimizer import build_optimizer
+from gradmix.ssl.pictures import mixing_picture
 from gradmix.ssl.pretrain import Pretraining
 
 pytestmark = pytest.mark.skipif(

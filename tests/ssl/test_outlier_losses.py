@@ -10,11 +10,11 @@ from pytorch_lightning import Callback
 from safetensors.torch import load_file
 from torch.autograd import gradcheck
 
-from gradmix.ssl.callbacks import mixing_picture
 from gradmix.ssl.config import MethodConfig, OutlierConfig
 from gradmix.ssl.data.loader import TrainLoader
 from gradmix.ssl.losses import NTXentLoss
 from gradmix.ssl.outlier_losses import negatives_loss, uniform_loss
+from gradmix.ssl.pictures import mixing_picture
 from gradmix.ssl.pretrain import Pretraining
 from gradmix.ssl.train import check, train
 

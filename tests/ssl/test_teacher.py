@@ -1,6 +1,7 @@
 """Teachers: what they are asked, that nothing of them learns, and that a run with one goes on exactly."""
 
 import json
+import pickle
 import shutil
 from dataclasses import replace
 
@@ -10,6 +11,8 @@ import torch.nn.functional as F
 from pytorch_lightning import Callback
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from gradmix.ssl.config import DistillConfig, EncoderConfig
 from gradmix.ssl.data.loader import TrainLoader
@@ -134,7 +137,9 @@ def test_nothing_of_a_teacher_learns_or_costs_parameters(name, runs, config, dat
         assert not value.requires_grad and (moves or torch.equal(value, before[buffer])), buffer
     kept = [name for name in module.state_dict() if name.startswith("teacher.")]
     assert bool(kept) == (module.taught_by is None)
-    assert set(module._ddp_params_and_buffers_to_ignore) == {f"teacher.{name}" for name in before}
+    statistics = [buffer for buffer in before if "running" in buffer or "tracked" in buffer]
+    ignored = {f"teacher.{buffer}" for buffer in before if buffer not in statistics}
+    assert set(module._ddp_params_and_buffers_to_ignore) == ignored and statistics
 
 
 def test_the_average_is_one_of_all_the_weights_so_far(config, data):
@@ -186,8 +191,54 @@ def test_accumulated_steps_move_the_average_once(config, data):
     settings = config("unused", distill=DistillConfig("ema"))
     settings.trainer["accumulate_grad_batches"] = 2
     module, batch = built(settings, data)
-    found = [module.optimizer_steps(batch._replace(epoch=epoch, step=step)) for epoch in (0, 1) for step in range(5)]
-    assert found == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+    places = [batch._replace(epoch=epoch, step=step) for epoch in (0, 1) for step in range(5)]
+    assert [module.optimizer_steps(place) for place in places] == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+    followed, follow = [], module.teacher.follow
+    module.teacher.follow = lambda *given: (followed.append(given[2]), follow(*given))
+    for place in places[:5]:
+        module.training_step(place, 0)
+    assert followed == [0, 1, 2]
+
+
+class Parallel(nn.Module):
+    """What Lightning hands to DistributedDataParallel."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+        self._ddp_params_and_buffers_to_ignore = [f"module.{x}" for x in module._ddp_params_and_buffers_to_ignore]
+
+    def forward(self, batch):
+        return self.module.training_step(batch, 0)
+
+
+def one_of_two(rank, folder):
+    settings, data = pickle.loads((folder / "given").read_bytes())
+    torch.manual_seed(0)
+    module = Pretraining(settings, data.train)
+    module.loader = TrainLoader(data.train, settings.batch_size, seed=0, epochs=1, rank=rank, world_size=2)
+    optimizer, parallel = build_optimizer(settings, module.parameters()), DistributedDataParallel(Parallel(module))
+    seen, follow = [], module.teacher.follow
+
+    def note_and_follow(*given):
+        seen.append({name: value.clone() for name, value in module.teacher.named_buffers()})
+        follow(*given)
+
+    module.teacher.follow = note_and_follow
+    for _, batch in zip(range(4), module.loader, strict=False):
+        optimizer.zero_grad()
+        parallel(batch).backward()
+        optimizer.step()
+    torch.save(seen, folder / f"{rank}.pt")
+
+
+def test_two_processes_begin_every_step_with_the_same_average(in_processes, tmp_path, config, data):
+    settings = config("unused", mix="none", distill=DistillConfig("ema", momentum=0.5))
+    (tmp_path / "given").write_bytes(pickle.dumps((settings, data)))
+    in_processes(one_of_two, 2)
+    ours, theirs = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert len(ours) == 4 and not same(ours[1], ours[3])
+    assert all(same(mine, yours) for mine, yours in zip(ours, theirs, strict=True))
 
 
 def test_another_teacher_under_the_same_name_is_refused(runs, tmp_path, config, data):

@@ -15,7 +15,7 @@ from gradmix.ssl.config import (
     MixConfig,
 )
 from gradmix.ssl.pretrain import Pretraining, mixes_at
-from gradmix.ssl.train import train, where_images_lie
+from gradmix.ssl.train import build_trainer, train, where_images_lie
 
 
 def test_the_log_says_where_the_images_lie(tmp_path, capsys, config, data):
@@ -155,6 +155,20 @@ def test_gradient_accumulation_resumes_between_optimizer_steps(tmp_path, config,
     train(settings[1], data)
     assert json.loads((tmp_path / "b/training.json").read_text())["train/resumed_from_step"] == 4
     assert same(weights(tmp_path / "a"), weights(tmp_path / "b"))
+
+
+@pytest.mark.parametrize("tf32", [False, True])
+def test_tf32_is_on_or_off_everywhere(tmp_path, config, monkeypatch, tf32):
+    before = torch.get_float32_matmul_precision()
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", not tf32)
+    settings = config(tmp_path / "run")
+    settings.speed.tf32 = tf32
+    try:
+        build_trainer(settings, [])
+        assert torch.get_float32_matmul_precision() == ("high" if tf32 else "highest")
+        assert torch.backends.cudnn.allow_tf32 == tf32
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def test_when_to_mix():

@@ -44,6 +44,18 @@ def test_features_are_the_networks(model, tmp_path):
     assert stored.keys() == found.keys() and all(torch.equal(stored[name], found[name]) for name in stored)
 
 
+@pytest.mark.parametrize("change", [{"layers.0.weight": (32, 31)}, {"layers.2.weight": None}, {"more": (3,)}])
+def test_a_head_of_another_network_is_one_line(model, tmp_path, change):
+    head = load_file(tmp_path / "head.safetensors")
+    for name, shape in change.items():
+        head.pop(name, None)
+        head |= {} if shape is None else {name: torch.zeros(shape)}
+    save_file(head, tmp_path / "head.safetensors")
+    with pytest.raises(ValueError, match=r"head\.safetensors: not the projection head of its backbone") as refused:
+        Model(tmp_path)
+    assert "\n" not in str(refused.value)
+
+
 def test_the_second_time_is_a_read(model, tmp_path, monkeypatch):
     path, other = tmp_path / "train.safetensors", tmp_path / "out/train.safetensors"
     first = {name: value.clone() for name, value in model.features(images(), path).items()}

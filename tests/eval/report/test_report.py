@@ -3,20 +3,26 @@
 import json
 import re
 import shutil
+from io import BytesIO
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 from sklearn.datasets import load_digits
 from sklearn.metrics import auc, average_precision_score
+from torchvision.transforms.functional import to_pil_image
+from torchvision.utils import make_grid
 
 from gradmix.eval.detectors import DeepKNN
 from gradmix.eval.report import curves, write_report
 from gradmix.eval.report.charts import thin
 from gradmix.eval.report.feature_map import plane
+from gradmix.eval.report.report import _mixing as mixing_rows
 from gradmix.eval.runs.folder import command as command_of
 from gradmix.eval.runs.folder import differences, read_run
+from gradmix.ssl.pictures import PADDING, tile_side
 
 
 @pytest.fixture(scope="module")
@@ -192,6 +198,20 @@ def test_a_run_where_everything_is_missing_says_so(digits_run, tmp_path, browser
     page = browser(report, 390)
     assert page.driver.execute_script("return document.documentElement.scrollWidth") == 390
     assert page.complaints() == []
+
+
+@pytest.mark.parametrize("columns", [4, 8])
+@pytest.mark.parametrize("rows", [3, 4, 6])
+@pytest.mark.parametrize("size", [8, 96])
+def test_rows_of_the_picture_of_mixing_have_their_names(digits_run, columns, rows, size):
+    side = tile_side(size)
+    grid = make_grid(torch.zeros(rows * columns, 3, side, side), nrow=columns, padding=PADDING)
+    file = BytesIO()
+    to_pil_image(grid).save(file, "PNG")
+    run = read_run(digits_run, images=False)
+    run.config.data.image_size = size
+    names = mixing_rows(run, 3, file.getvalue())["rows"]
+    assert len(names) == rows and names[-1] == {3: "outlier", 4: "mixed", 6: "outlier"}[rows]
 
 
 def test_images_that_moved_are_named(digits_run, tmp_path):

@@ -5,8 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
-from gradmix.ssl.config import DataConfig
-from gradmix.ssl.data.images import FITS, ImageSet, decode, to_square
+from gradmix.ssl.config import FITS, DataConfig
+from gradmix.ssl.data.images import ImageSet, decode, to_square
 from gradmix.ssl.data.open_set import load_data
 from gradmix.ssl.data.views import Crops
 from gradmix.ssl.networks.backbones import Backbone, ResNet, backbone_metadata, load_backbone

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from gradmix.ssl.data.images import ImageSet
-from gradmix.ssl.data.loader import TrainLoader, seed_of
+from gradmix.ssl.data.loader import TrainLoader, check_batch_size, seed_of
 
 
 def images(count=23, size=4):
@@ -71,6 +71,10 @@ def test_bad_batch_sizes():
         loader(5, data=images(4))
     with pytest.raises(ValueError, match="multiple of the 3 processes"):
         loader(4, world_size=3)
+    with pytest.raises(ValueError, match="one image for each of 4 processes, and mixing takes two; try batch_size=8"):
+        check_batch_size(4, 100, 4, mixes=True)
+    check_batch_size(8, 100, 4, mixes=True)
+    check_batch_size(4, 100, 4)
 
 
 def test_seeds_of_neighbouring_places_differ():

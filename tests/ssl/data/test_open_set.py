@@ -1,3 +1,4 @@
+import itertools
 import pickle
 from dataclasses import replace
 from pathlib import Path
@@ -177,6 +178,12 @@ def test_cifar_plus_with_classes_of_ones_own_or_no_split(cifar):
     assert len(load_data(config, 0).unknown) == 100
     own = load_data(replace(config, split=1, known=["CIFAR10 3", "CIFAR10 5"]), 0)
     assert own.known == [3, 5] and own.unknown == [f"CIFAR100 {i}" for i in CIFAR_PLUS["cifar_plus10"][1]]
+    (cifar / "folders" / "train").mkdir(parents=True)
+    for part, name in itertools.product(("train", "test"), ("cat", "dog")):
+        (cifar / "folders" / part / name).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(cifar / "folders" / part / name / "1.png")
+    with pytest.raises(ValueError, match=r"data\.root: data=cifar_plus10 needs CIFAR-10 and CIFAR-100 as torchvision"):
+        load_data(replace(config, root=str(cifar / "folders")), 0)
     with pytest.raises(ValueError, match="5 does not exist; choose 0-4"):
         load_data(replace(config, split=5), 0)
 

@@ -44,6 +44,12 @@ def test_a_folder_belongs_to_one_config(tmp_path, config):
     claim(tmp_path, config(tmp_path, checkpoint_seconds=7, on_nonfinite="skip"))
     with pytest.raises(ValueError, match=r"epochs is 2 there and 3 here; seed is 0 there and 4 here"):
         claim(tmp_path, config(tmp_path, epochs=3, seed=4))
+    elsewhere, otherwise = config(tmp_path), config(tmp_path)
+    elsewhere.trainer |= {"devices": 1, "strategy": "ddp"}  # where it computes is free
+    claim(tmp_path, elsewhere)
+    otherwise.trainer |= {"accumulate_grad_batches": 4}  # what it computes is not
+    with pytest.raises(ValueError, match=r"trainer\.accumulate_grad_batches is None there and 4 here"):
+        claim(tmp_path, otherwise)
     (tmp_path / "head.safetensors").unlink()
     claim(tmp_path, config(tmp_path, epochs=3))  # only a failed start
     assert read_config(tmp_path).epochs == 3

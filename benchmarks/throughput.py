@@ -360,10 +360,10 @@ def inside(case: Case, images: ImageSet) -> dict:
     device, config = device_here(), settings(case, mix="gradmix")
     module, loader, optimizer, autocast = manual(config, images)
     parts = Parts()
-    module.mixer = TimedGradMix()
+    module.mixer = module.looker = TimedGradMix()  # one mixes, the same one looks
     module.mixer.parts = parts
     module.augment.forward = parts.wrap(module.augment.forward, "augmentation")
-    module.project = parts.wrap(module.project, "forward")
+    module.embed = parts.wrap(module.embed, "forward")
     iterator = iter(loader)
 
     def step() -> None:

@@ -63,6 +63,16 @@ def test_evaluating_again_gives_the_same_numbers(run, command):
     assert json.loads((run / "metrics.json").read_text()) == first
 
 
+def test_a_run_whose_numbers_are_gone_is_evaluated_again(run, command):
+    """As after a kill of gradmix-eval, which takes them away before it puts new ones there."""
+    before = json.loads((run / "metrics.json").read_text())
+    (run / "metrics.json").unlink()
+    result = command("pretrain", *QUICK, f"run_dir={run}")
+    assert result.code == 0, result.err
+    after = json.loads((run / "metrics.json").read_text())
+    assert after["osr/deep_knn/auroc"] == before["osr/deep_knn/auroc"] and "train/seconds" in after
+
+
 def test_a_finished_run_says_so(run, command, digits_run, monkeypatch):
     monkeypatch.setenv("HOME", str(run.parent))
     for folder in (run, f"~/{run.name}"):

@@ -4,7 +4,8 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,6 @@ def run_command(name: str, summary: str, schema: type, run: Callable[..., object
     refuse(name, schema, sys.argv[1:])
     typed = sys.argv
     sys.argv = [typed[0], *(_quoted(schema, argument) for argument in typed[1:] if argument != "--debug")]
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises, and the lines below say it shorter
     register_configs()
     ConfigStore.instance().store(f"{name}_schema", schema)
 
@@ -55,11 +55,26 @@ def run_command(name: str, summary: str, schema: type, run: Callable[..., object
         composed.append(config)
 
     with in_one_line(f"gradmix-{name}", debug, lambda error: explain(error, schema)):
-        with configs_are_checked():
+        with configs_are_checked(), hydra_raises():
             compose()
         sys.argv = typed  # the report shows it
         for one in composed:  # several with --multirun, none with --help
             run(checked(one, schema))
+
+
+@contextmanager
+def hydra_raises() -> Iterator[None]:
+    """Hydra raises its errors, which are then said shorter. Processes that training starts would take the variable for
+    somebody's wish to see tracebacks: afterwards it is as it was."""
+    before = os.environ.get("HYDRA_FULL_ERROR")
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["HYDRA_FULL_ERROR"]
+        else:
+            os.environ["HYDRA_FULL_ERROR"] = before
 
 
 def checked(composed: DictConfig, schema: type) -> Any:

@@ -53,7 +53,7 @@ def evaluate(
     training = run_dir / "training.json"
     said = read_training(training) if training.exists() else {}
     measures = choose_measures(config, asked, data)
-    return measured(subject_of(run_dir, out, config, data, device, asked, data.sets()), measures, out, run_dir, said)
+    return measured(subject_of(run_dir, out, config, data, device, asked), measures, out, run_dir, said)
 
 
 def measured(

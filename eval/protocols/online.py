@@ -85,7 +85,8 @@ def subject_now(module: Pretraining, config: Config, data: OpenSetData) -> Subje
     """The backbone as it is, with the features of ``data``; for as long as it is frozen."""
     subject = Subject(config, data, module.backbone, module.device, {})
     sets = data.sets().items()
-    subject.spaces["features"] = {name: extract(subject.look, images, module.device) for name, images in sets}
+    look, device, workers = subject.look, module.device, config.data.workers
+    subject.spaces["features"] = {name: extract(look, images, device, workers) for name, images in sets}
     return subject
 
 

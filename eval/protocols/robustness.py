@@ -4,7 +4,7 @@ corruptions made here.
 
 import sys
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +70,7 @@ def evaluate_corruptions(
         raise ValueError("corruptions: the run's test set has no images of known classes")
     batches = find_batches(where, data, test)  # bad input is said before anything is computed
     out = run_dir if out is None else out
-    subject = subject_of(run_dir, out, config, data, device, EvalConfig(), data.sets())
+    subject = subject_of(run_dir, out, config, data, device, EvalConfig())
     limit = int(config.data.memory_gib * 2**30)
     subject.spaces["pixels"] = {
         name: raw_pixels(images, out / "features" / f"{name}_pixels.safetensors", limit)
@@ -168,7 +168,8 @@ def read_cifar_layout(root: Path, data: OpenSetData, size: int) -> Batches:
     Labels count the classes in the data set's own order, as they do in CIFAR-10.
 
     Raises:
-        ValueError: an array is missing, unreadable or of another shape.
+        ValueError: ``labels.npy`` or every kind is missing, or labels of another shape. While it goes on: an array that
+            is unreadable or of another shape.
     """
     numbers = _load(root / "labels.npy").astype(np.int64)
     present = [kind for kind in CORRUPTIONS if (root / f"{kind}.npy").is_file()]
@@ -178,8 +179,11 @@ def read_cifar_layout(root: Path, data: OpenSetData, size: int) -> Batches:
         raise ValueError(f"corruptions: {root / 'labels.npy'}: expected five severities of labels, got {numbers.shape}")
     position = np.full(max(numbers.max(), *data.known) + 1, -1)
     position[data.known] = np.arange(len(data.known))
-    labels = torch.from_numpy(position[numbers])
-    for kind in present:
+    return _cifar_batches(root, present, torch.from_numpy(position[numbers]), size)
+
+
+def _cifar_batches(root: Path, kinds: Sequence[str], labels: Tensor, size: int) -> Batches:
+    for kind in kinds:
         arrays = _load(root / f"{kind}.npy")
         if arrays.ndim != 4 or arrays.shape[3] != 3 or len(arrays) != len(labels) or arrays.dtype != np.uint8:
             raise ValueError(

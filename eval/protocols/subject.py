@@ -1,7 +1,7 @@
 """What is measured: a frozen network, the images, and what the network makes of them."""
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -153,25 +153,24 @@ class Subject:
         views = TwoViews(self.config.data.augment, images.size, views=1, constants=encoder.constants)
 
         def features(seed: int) -> Tensor:
-            return extract(lambda batch: encoder(views(batch, seed)), images.select(rows), self.device)
+            look, workers = (lambda batch: encoder(views(batch, seed))), self.config.data.workers
+            return extract(look, images.select(rows), self.device, workers)
 
         return features(0), features(1)
 
 
-def subject_of(
-    run_dir: Path, out: Path, config: Config, data: OpenSetData, device: str, asked: EvalConfig, names: Iterable[str]
-) -> Subject:
-    """A trained run with the features of some sets, by name.
+def subject_of(run_dir: Path, out: Path, config: Config, data: OpenSetData, device: str, asked: EvalConfig) -> Subject:
+    """A trained run with the features of its images.
 
     They are read from ``features/`` of ``out``, its parent (``out`` may be a new folder inside the one that it is about
     to replace) or ``run_dir`` where they are of the same weights and images; else extracted, and written to ``out``.
     """
     model, sets, limit = Model(run_dir, device), data.sets(), int(config.data.memory_gib * 2**30)
     spaces: dict[str, Space] = {space: {} for space in model.widths}
-    for name in names:
+    for name, images in sets.items():
         here, *there = (folder / "features" / f"{name}.safetensors" for folder in (out, out.parent, run_dir))
         most = limit if name == "train" else ALL
-        arrays = model.features(sets[name], here, there, config.data.workers, most)
+        arrays = model.features(images, here, there, config.data.workers, most)
         for space in spaces:
             spaces[space][name] = arrays[space]
     return Subject(config, data, model.backbone.encoder, model.device, spaces, asked, head=model.head)

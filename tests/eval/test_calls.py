@@ -83,6 +83,10 @@ def test_score_takes_every_key_of_the_command(trained, command, tmp_path):
         _ = gradmix.score(trained, list(arrays)).discoveries
     with pytest.raises(ValueError, match=r"accept: 0\.9999 can't be promised"):
         gradmix.score(trained, list(arrays), accept=0.9999)
+    strict = gradmix.evaluate(
+        trained, accept=0.999, out=tmp_path / "strict"
+    )  # more than the held-out images can promise
+    assert len(gradmix.score(strict, list(arrays), false_discovery=0.9).discoveries) == 40
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="device: torch finds no cuda"):
             gradmix.score(trained, list(arrays), device="cuda")

@@ -93,7 +93,8 @@ def pretrain_one(config: Config) -> dict[str, Any] | None:
         check_free(run_dir, config)  # before anything is written there
         if first:
             remove_strays(run_dir)
-        if (run_dir / "report.html").exists():  # the last thing to be written
+        # The report is written last. An evaluation that was killed later may have taken the numbers away.
+        if (run_dir / "report.html").exists() and (run_dir / "metrics.json").exists():
             if not first:
                 return None
             print(f"{run_dir}: finished already; gradmix-eval run={run_dir} evaluates again")

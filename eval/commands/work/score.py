@@ -80,8 +80,12 @@ def scorer_of(config: ScoreConfig) -> Scorer:
         ValueError: no detector, no such device, or it lacks what is asked for.
     """
     scorer = Scorer(config.detector, pick_device(config.device))
-    if any(asked is not None for asked in (config.accept, config.per_class, config.false_discovery)):
+    if config.accept is not None or config.per_class is not None:
         scorer.detector.accept(config.accept, config.per_class)
+    if config.false_discovery is not None and scorer.detector.calibration_ is None:
+        raise ValueError(
+            "false_discovery: the detector keeps no scores of held-out images; gradmix-eval run=... saves it anew"
+        )
     if config.explain is not None:
         scorer.check_neighbours()
     return scorer

@@ -27,7 +27,7 @@ from sklearn.preprocessing import StandardScaler
 
 from gradmix.eval.classifiers.finetune import ImageProbe
 from gradmix.eval.classifiers.linear import LinearProbe
-from gradmix.eval.config import TrainedProbe
+from gradmix.eval.config import ProbeConfig
 from gradmix.eval.features.extraction import extract
 from gradmix.ssl.config import AugmentConfig
 from gradmix.ssl.data.images import ImageSet, from_array
@@ -52,7 +52,7 @@ def main() -> None:
     features, test_features = (extract(backbone, part, device) for part in (images, test))
 
     twenty = LinearProbe(device=device)
-    settings = TrainedProbe(epochs=MEASURED_EPOCHS)
+    settings = ProbeConfig(epochs=MEASURED_EPOCHS)
     steps = {
         "one": lambda: LinearProbe(lr=1, weight_decay=1e-3, device=device).fit(features, images.labels),
         "twenty": lambda: twenty.fit(features, images.labels),

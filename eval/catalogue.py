@@ -17,7 +17,7 @@ from gradmix.eval import metrics
 FULL_SPECTRUM = "full_spectrum"  # after a detector's name: corrupted copies of the known images count as known too
 
 
-class Scores(NamedTuple):
+class ScoredSets(NamedTuple):
     """What a detector says of the test images; higher scores are more unknown.
 
     Attributes:
@@ -50,8 +50,8 @@ class Metric:
             `OPEN_SET`.
         compared: whether it is among the few of a classifier or detector that stand for a run: in gradmix-compare's
             table, and in the hyper-parameters tab of TensorBoard.
-        compute: ``(predicted, labels)`` of known test images to the number, or `Scores` to the number, or to None where
-            it can't be told; None for numbers that are measured elsewhere.
+        compute: ``(predicted, labels)`` of known test images to the number, or `ScoredSets` to the number, or to None
+            where it can't be told; None for numbers that are measured elsewhere.
     """
 
     key: str
@@ -383,7 +383,7 @@ def of_predictions(subject: str, predicted: Any, labels: Any, classes: Sequence[
     return numbers
 
 
-def of_scores(scores: Scores) -> dict[str, float]:
+def of_scores(scores: ScoredSets) -> dict[str, float]:
     """Every number of a detector's scores, by the last part of its key."""
     numbers = {metric.name: metric.compute(scores) for metric in OPEN_SET if metric.compute}
     return {name: value for name, value in numbers.items() if value is not None}

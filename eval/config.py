@@ -24,7 +24,7 @@ class EncoderName:
 
 
 @dataclass
-class TrainedProbe:
+class ProbeConfig:
     """Training on augmented images, for protocols=[augmented] and [finetune]."""
 
     optimizer: str = key("sgd", "sgd has Nesterov momentum 0.9", choices=("sgd", "lars"))
@@ -71,7 +71,7 @@ class EvalConfig:
     knn_k: list[int] = key([], "beside the run's own k: one search, many answers", at_least=1)
     knn_temperature: list[float] = key([], "beside the run's own; every k with every temperature", above=0)
     protocols: list[str] = key([], "beside the cached probe: augmented, finetune")
-    probe: TrainedProbe = field(default_factory=TrainedProbe)
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
     device: str = key("auto", "where the network and the probes run; auto: where training would", choices=DEVICES)
     measures: list[str] = key([], "beside the usual: those of other packages, by name")
     few_labels: list[Any] = key([], "probes on few labels: 1%, 10%, or images per class")

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from lightly.utils.lars import LARS
 from torch import Tensor, nn
 
-from gradmix.eval.config import TrainedProbe
+from gradmix.eval.config import ProbeConfig
 from gradmix.eval.features.cache import frozen
 from gradmix.eval.features.extraction import batches
 from gradmix.ssl.augment import TwoViews
@@ -39,7 +39,7 @@ class ImageProbe:
         seed: of the order, the crops and the classifier.
     """
 
-    def __init__(self, protocol: str, settings: TrainedProbe, augment: AugmentConfig, seed: int = 0) -> None:
+    def __init__(self, protocol: str, settings: ProbeConfig, augment: AugmentConfig, seed: int = 0) -> None:
         if protocol not in LEARNING_RATES:
             raise ValueError(f"protocols: expected some of cached, {', '.join(LEARNING_RATES)}, got {protocol!r}")
         check_values(settings, "probe.")

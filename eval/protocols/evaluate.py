@@ -12,7 +12,7 @@ from gradmix.eval.features.cache import image_hashes
 from gradmix.eval.protocols.measure import Measure
 from gradmix.eval.protocols.measures import choose_measures, measure_all
 from gradmix.eval.protocols.subject import Subject, subject_of
-from gradmix.eval.runs.numbers import read_training
+from gradmix.eval.runs.numbers import evaluation, read_training
 from gradmix.eval.scoring.scorer import save_scorer
 from gradmix.ssl.config import Config
 from gradmix.ssl.data.open_set import OpenSetData
@@ -86,6 +86,7 @@ def measured(
         )
     save_detectors(out, run_dir, subject)
     result: dict[str, Any] = {"skipped": skipped, "data/bad_images": len(data.bad)} | numbers
+    result["evaluation"] = evaluation(config)
     if config.detector_options:
         result["detector_options"] = dict(config.detector_options)
     if config.data.unknown_root is not None:

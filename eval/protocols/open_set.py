@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gradmix.eval import metrics
-from gradmix.eval.catalogue import Scores, of_scores
+from gradmix.eval.catalogue import ScoredSets, of_scores
 from gradmix.eval.config import EvalConfig
 from gradmix.eval.detectors import PRIMARY, Detector
 from gradmix.eval.detectors.options import build_detector, parse_detector
@@ -57,7 +57,7 @@ def open_set_numbers(known: Judged, unknown: Judged, sets: Mapping[str, Tensor])
 
     def against(some: Judged) -> dict[str, float]:
         flagged = None if known.flagged is None else (known.flagged, some.flagged)
-        return of_scores(Scores(known.score, some.score, known.correct, flagged))
+        return of_scores(ScoredSets(known.score, some.score, known.correct, flagged))
 
     values = against(unknown)
     for name, rows in sets.items():

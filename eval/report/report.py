@@ -1,6 +1,7 @@
 """Writes report.html."""
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,8 @@ def write_report(run_dir: Path, data: OpenSetData | None = None) -> Path:
 
 def what_was_run(run: Run) -> Section:
     """The run's settings, data, hardware and versions, and the command that makes it again."""
-    config, found = run.config, run.numbers
+    found = run.numbers
+    config = replace(run.config, **found.get("evaluation", {}))  # which may have been told otherwise
     changed = differences(config)
     counts = {"train": "training", "held_out": "held-out", "test": "test"}
     sizes = [f"{len(run.features[name]['labels'])} {what}" for name, what in counts.items() if name in run.features]

@@ -1,19 +1,38 @@
 """``metrics.json`` and ``training.json``: flat, and each number a number."""
 
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from gradmix.eval.catalogue import match
+from gradmix.ssl.config import Config
 from gradmix.ssl.runs.documents import as_schema, read_document
 
 Plain = bool | int | float | str | None
 # The rest of training.json are numbers.
 WORDS = {"train/precision": str, "train/teacher": str, "command": str, "checkpoint": str}
-TREES = {
+
+
+@dataclass
+class Evaluation:
+    """With which settings of the run's an evaluation was made: it may have been told others."""
+
+    accept: float
+    per_class: bool
+    primary: str
+
+
+TREES: dict[str, Any] = {
+    "evaluation": Evaluation,
     "skipped": dict[str, str],
     "data/unknown_roots": dict[str, str],
     "detector_options": dict[str, dict[str, Plain | list[Plain]]],
 }
+
+
+def evaluation(config: Config) -> dict[str, Any]:
+    """What ``metrics.json`` says of the settings that it was made with."""
+    return asdict(Evaluation(config.accept, config.per_class, config.primary))
 
 
 def read_metrics(path: Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import torch
 from sklearn.metrics import balanced_accuracy_score, recall_score
 
 from gradmix.eval import catalogue, metrics
-from gradmix.eval.catalogue import KNOWN, METRICS, OPEN_SET, Metric, Scores, of_predictions, of_scores
+from gradmix.eval.catalogue import KNOWN, METRICS, OPEN_SET, Metric, ScoredSets, of_predictions, of_scores
 from gradmix.eval.report.summary import table
 
 ROOT = Path(__file__).parents[2]
@@ -70,11 +70,11 @@ def test_predictions_and_scores_get_every_number_of_their_table():
     assert numbers["knn/lowest_recall"] == pytest.approx(recalls.min())
     assert "knn/recall" not in of_predictions("knn", predicted, labels)
     known, unknown, correct = rng.normal(size=30), rng.normal(size=20) + 1, rng.random(30) < 0.7
-    found = of_scores(Scores(known, unknown, correct, (known > 0.5, unknown > 0.5)))
+    found = of_scores(ScoredSets(known, unknown, correct, (known > 0.5, unknown > 0.5)))
     assert set(found) == {metric.name for metric in OPEN_SET}
     assert found["balanced_accuracy"] == metrics.balanced_accuracy(known, unknown, 0.5)
     assert found["false_alarms"] == (known > 0.5).mean()
-    found = of_scores(Scores(known, unknown, correct))
+    found = of_scores(ScoredSets(known, unknown, correct))
     assert "balanced_accuracy" not in found and found["auroc"] == metrics.auroc(known, unknown)
 
 
@@ -105,7 +105,7 @@ def test_an_entry_is_all_that_a_new_number_needs(monkeypatch):
     monkeypatch.setattr(catalogue, "METRICS", (*METRICS, new))
     rng = np.random.default_rng(0)
     known, unknown = rng.normal(size=50), rng.normal(size=50) + 1
-    value = of_scores(Scores(known, unknown, known < 1))["fpr80"]
+    value = of_scores(ScoredSets(known, unknown, known < 1))["fpr80"]
     assert value == metrics.fpr_at_tpr(known, unknown, 0.8)
     shown = table({"osr/deep_knn/auroc": 0.9, "osr/deep_knn/fpr80": value})
     assert "FPR80" in shown and f"{100 * value:.2f}" in shown and new.sentence in shown

@@ -5,7 +5,7 @@ import torch
 from sklearn.datasets import load_digits
 
 from gradmix.eval.classifiers.finetune import ImageProbe
-from gradmix.eval.config import TrainedProbe
+from gradmix.eval.config import ProbeConfig
 from gradmix.eval.features.cache import weights_key
 from gradmix.ssl.config import AugmentConfig
 from gradmix.ssl.data.images import ImageSet, from_array
@@ -37,7 +37,7 @@ def accuracy(probe, images):
 def test_learns_and_leaves_the_backbone_bit_identical(digits, protocol, optimizer, lr):
     network, (train, test) = backbone(), digits
     before, state = weights_key(network), torch.get_rng_state()
-    settings = TrainedProbe(optimizer, epochs=8, batch_size=64, base_lr=lr)
+    settings = ProbeConfig(optimizer, epochs=8, batch_size=64, base_lr=lr)
     probe = ImageProbe(protocol, settings, AUGMENT).fit(network, train, 3)
     assert weights_key(network) == before and torch.equal(torch.get_rng_state(), state)
     assert accuracy(probe, test) > 0.6  # a third is chance
@@ -48,7 +48,7 @@ def test_learns_and_leaves_the_backbone_bit_identical(digits, protocol, optimize
 
 
 def test_lars(digits):
-    probe = ImageProbe("augmented", TrainedProbe("lars", epochs=4, batch_size=64, base_lr=40), AUGMENT)
+    probe = ImageProbe("augmented", ProbeConfig("lars", epochs=4, batch_size=64, base_lr=40), AUGMENT)
     assert accuracy(probe.fit(backbone(), digits[0], 3), digits[1]) > 0.6
 
 
@@ -57,15 +57,15 @@ def test_a_backbone_that_moves_is_an_error(digits, monkeypatch):
     network = backbone()
     monkeypatch.setattr(type(network), "train", lambda self, mode=True: torch.nn.Module.train(self, True))
     with pytest.raises(RuntimeError, match="changed weights or BatchNorm statistics"):
-        ImageProbe("augmented", TrainedProbe(epochs=1), AUGMENT).fit(network, digits[0], 3)
+        ImageProbe("augmented", ProbeConfig(epochs=1), AUGMENT).fit(network, digits[0], 3)
 
 
 def test_bad_settings():
     for arguments, message in (
-        (("linear", TrainedProbe()), "protocols: expected some of cached, augmented, finetune, got 'linear'"),
-        (("augmented", TrainedProbe("adam")), "probe.optimizer: expected sgd or lars, got 'adam'"),
-        (("augmented", TrainedProbe(epochs=0)), "probe.epochs: expected at least 1, got 0"),
-        (("augmented", TrainedProbe(batch_size=1)), "probe.batch_size: expected at least 2, got 1"),
+        (("linear", ProbeConfig()), "protocols: expected some of cached, augmented, finetune, got 'linear'"),
+        (("augmented", ProbeConfig("adam")), "probe.optimizer: expected sgd or lars, got 'adam'"),
+        (("augmented", ProbeConfig(epochs=0)), "probe.epochs: expected at least 1, got 0"),
+        (("augmented", ProbeConfig(batch_size=1)), "probe.batch_size: expected at least 2, got 1"),
     ):
         with pytest.raises(ValueError, match=message):
             ImageProbe(*arguments, AUGMENT)

@@ -200,6 +200,15 @@ def test_a_run_where_everything_is_missing_says_so(digits_run, tmp_path, browser
     assert page.complaints() == []
 
 
+def test_what_the_evaluation_was_told_is_shown_not_what_the_run_was(digits_run, command, tmp_path):
+    run = shutil.copytree(digits_run, tmp_path / "run")
+    assert command("eval", f"run={run}", "accept=0.5").code == 0
+    text = (run / "report.html").read_text()
+    row = '<th><code>accept</code></th><td class="value">0.95</td><td class="value">0.5</td>'
+    assert row in text
+    assert "accept=0.5" in text and "accept: 0.95" in (run / "config.yaml").read_text()
+
+
 @pytest.mark.parametrize("columns", [4, 8])
 @pytest.mark.parametrize("rows", [3, 4, 6])
 @pytest.mark.parametrize("size", [8, 96])

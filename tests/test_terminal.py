@@ -14,6 +14,8 @@ from types import SimpleNamespace
 
 import pytest
 import timm
+import torch
+from tqdm.auto import tqdm
 
 from gradmix.eval.commands.help import settings
 from gradmix.eval.config import ScoreConfig
@@ -48,6 +50,27 @@ def test_elsewhere_nothing_but_results(tmp_path):
     assert "\r" not in result.stdout and "deep_knn on pixels" in result.stdout
 
 
+def training(steps, device="cpu"):
+    scalars = {"train/loss": SimpleNamespace(item=lambda: 1.5)}
+    module = SimpleNamespace(start=0, steps=0, loader=range(steps), scalars=scalars, device=torch.device(device))
+    return module, SimpleNamespace(is_global_zero=True)
+
+
+@pytest.mark.parametrize(("device", "steps", "hint"), [("cpu", 1000, True), ("cpu", 100, False), ("cuda", 1000, False)])
+def test_a_training_that_takes_hours_on_a_cpu_says_what_is_quicker(capsys, monkeypatch, device, steps, hint):
+    now = 1000.0
+    monkeypatch.setattr("gradmix.ssl.callbacks.time.perf_counter", lambda: now)
+    progress = Progress(images_per_step=10)
+    module, trainer = training(steps, device)
+    progress.on_train_start(trainer, module)
+    for step in range(1, 8):
+        module.steps, now = step, now + 10
+        progress.on_train_batch_end(trainer, module, None, SimpleNamespace(epoch=0), step)
+    told = capsys.readouterr().out
+    assert f"expected time: {tqdm.format_interval(10 * (steps - 6))}, measured over 5 steps" in told
+    assert ("encoder.width=16" in told) == hint
+
+
 @pytest.mark.parametrize("seconds", [0.5, 2.5])
 def test_elsewhere_a_line_every_ten_seconds_then_every_minute(capsys, monkeypatch, seconds):
     now = 1000.0
@@ -55,10 +78,7 @@ def test_elsewhere_a_line_every_ten_seconds_then_every_minute(capsys, monkeypatc
     progress = Progress(images_per_step=10)
     progress.log_every_steps = 10**6  # no curves
     steps = int(200 / seconds)
-    module = SimpleNamespace(
-        start=0, steps=0, loader=range(steps), scalars={"train/loss": SimpleNamespace(item=lambda: 1.5)}
-    )
-    trainer = SimpleNamespace(is_global_zero=True)
+    module, trainer = training(steps)
     progress.on_train_start(trainer, module)
     said = [0.0]
     for step in range(1, steps + 1):

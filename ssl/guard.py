@@ -13,11 +13,7 @@ from torch.nn.utils import get_total_norm
 
 from gradmix.ssl.data.loader import Batch, refusal
 from gradmix.ssl.pretrain import Pretraining
-
-# What people send, what systems send, a terminal that is closed, and what schedulers send before they preempt (Windows
-# has few of them).
-NAMES = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
-SIGNALS = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))
+from gradmix.ssl.runs.signals import SIGNALS
 
 
 @dataclass

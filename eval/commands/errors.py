@@ -13,9 +13,8 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
 from gradmix.eval.commands.terminal import safe_terminal
+from gradmix.ssl.runs.signals import SIGNALS
 
-# What systems send, a terminal that is closed, and what schedulers send before they preempt (Windows has few of them).
-SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
 NOT_OURS = (ValueError, OSError, FloatingPointError, MemoryError, HydraException, OmegaConfBaseException)
 NO_MEMORY = ("can't allocate memory", "out of memory")  # torch says so in a RuntimeError
 
@@ -31,7 +30,8 @@ def in_one_line(name: str, debug: bool = False, explain: Callable[[Exception], s
     warnings.filterwarnings("ignore", module=r"PIL\.")  # of damaged metadata; what can't be read is said by name
     with safe_terminal():
         # While training, Guard listens instead. What nohup ignores stays ignored.
-        numbers = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+        ours = [number for number in SIGNALS if number != signal.SIGINT]  # for which Python has an exception
+        numbers = [number for number in ours if signal.getsignal(number) != signal.SIG_IGN]
         before = {number: signal.signal(number, lambda number, frame: sys.exit(128 + number)) for number in numbers}
         try:
             yield

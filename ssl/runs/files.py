@@ -14,6 +14,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from gradmix.ssl.runs.signals import signals_wait
+
 STRAY = ".gradmix-tmp"
 NEW, OLD = ".new" + STRAY, ".old" + STRAY  # folders, while one is replaced by the other
 
@@ -83,13 +85,14 @@ def replacing(folder: Path, last: str) -> Iterator[Path]:
     new.mkdir(parents=True)
     try:
         yield new
-        (folder / last).unlink(missing_ok=True)
-        for path in sorted(new.iterdir(), key=lambda path: path.name == last):
-            if (folder / path.name).is_dir():
-                old.mkdir(exist_ok=True)
-                os.replace(folder / path.name, old / path.name)
-            os.replace(path, folder / path.name)
-        sync(folder)
+        with signals_wait():
+            (folder / last).unlink(missing_ok=True)
+            for path in sorted(new.iterdir(), key=lambda path: path.name == last):
+                if (folder / path.name).is_dir():
+                    old.mkdir(exist_ok=True)
+                    os.replace(folder / path.name, old / path.name)
+                os.replace(path, folder / path.name)
+            sync(folder)
     finally:
         remove_strays(folder)
 

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -94,6 +95,27 @@ def test_dying_between_renames_leaves_no_numbers_beside_other_features(results, 
     remove_strays(copy)
     assert not (copy / "metrics.json").exists()
     assert not [path for path in copy.iterdir() if "tmp" in path.name]
+
+
+def test_a_signal_between_renames_comes_after_them(results, monkeypatch):
+    rename, renamed = os.replace, []
+
+    def stop_and_replace(source, target):
+        os.kill(os.getpid(), signal.SIGTERM)
+        renamed.append(target)
+        rename(source, target)
+
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        with pytest.raises(SystemExit) as stopped, replacing(results, "metrics.json") as new:
+            write_new(new)
+            monkeypatch.setattr(os, "replace", stop_and_replace)
+        assert stopped.value.code == 143 and len(renamed) == 3
+        assert signal.getsignal(signal.SIGTERM) not in (signal.SIG_DFL, signal.SIG_IGN)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert names(results) == ["config.yaml", "features/a", "features/b", "metrics.json"]
+    assert (results / "features/a").read_text() == (results / "metrics.json").read_text() == "new"
 
 
 def test_strays_of_a_killed_process_are_removed_and_nothing_else(tmp_path):

@@ -35,20 +35,40 @@ def alone_in(folder: Path, key: str = "run_dir") -> Iterator[None]:
     if not is_first():  # the first process of a distributed run has it for all
         yield
         return
+    descriptor = _locked(folder, key)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"{key}: {folder}: can't be made ({error.strerror})") from error
-    descriptor = os.open(folder, os.O_RDONLY) if fcntl else None
-    try:
-        if descriptor is not None:
-            lock(descriptor, folder)
         yield
     finally:
+        with suppress(OSError):  # before the lock is given back: then it may be somebody else's
+            folder.rmdir()
         if descriptor is not None:
             os.close(descriptor)
-        with suppress(OSError):
-            folder.rmdir()
+
+
+def _locked(folder: Path, key: str) -> int | None:
+    """The folder, made, open and locked; None where there are no locks."""
+    while True:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"{key}: {folder}: can't be made ({error.strerror})") from error
+        if not fcntl:
+            return None
+        with suppress(FileNotFoundError):  # whoever was there before has just removed it
+            descriptor = os.open(folder, os.O_RDONLY)
+            try:
+                lock(descriptor, folder)
+                if is_still_at(folder, descriptor):
+                    return descriptor
+            except BaseException:
+                os.close(descriptor)
+                raise
+            os.close(descriptor)
+
+
+def is_still_at(path: Path, descriptor: int) -> bool:
+    """Whether what is open is what lies at the path."""
+    return path.exists() and os.path.samestat(os.stat(path), os.fstat(descriptor))
 
 
 def lock(descriptor: int, path: Path) -> None:

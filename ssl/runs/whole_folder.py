@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from gradmix.ssl.runs.files import NEW, OLD, sync
-from gradmix.ssl.runs.lock import lock
+from gradmix.ssl.runs.lock import is_still_at, lock
 
 HERE, EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
 
@@ -36,7 +36,7 @@ def whole_folder(folder: Path, key: str = "out") -> Iterator[Path]:
         try:
             if descriptor is not None:
                 lock(descriptor, folder)
-                if not (new.exists() and os.path.samestat(os.stat(new), os.fstat(descriptor))):
+                if not is_still_at(new, descriptor):
                     raise ValueError(f"{key}: {folder}: another process has just written it")
             if old.exists() and not folder.exists():
                 os.rename(old, folder)

@@ -2,7 +2,8 @@
 
 import subprocess
 import sys
-from threading import Timer
+from threading import Thread, Timer
+from time import sleep
 
 import pytest
 
@@ -33,6 +34,26 @@ def test_two_processes_do_not_write_one_run(tmp_path, monkeypatch):
     with alone_in(folder):  # a killed one leaves nothing behind
         assert [path.name for path in folder.iterdir()] == ["config.yaml"]
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["one"]  # two stayed empty
+
+
+def test_who_waited_for_a_folder_that_stayed_empty_is_alone_in_it_too(tmp_path):
+    folder, inside, wrong = tmp_path / "run", [], []
+
+    def come_and_go():
+        for _ in range(5):
+            with alone_in(folder):
+                inside.append(1)
+                sleep(0.02)
+                if len(inside) > 1 or not folder.is_dir():
+                    wrong.append(len(inside))
+                inside.pop()
+
+    threads = [Thread(target=come_and_go) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong and not folder.exists()
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):

@@ -229,31 +229,59 @@ def table(rows: list[dict]) -> str:
     return markdown(lines)
 
 
+TITLES = {"osr/deep_knn/auroc": "AUROC of unknown classes, %", "knn/top1": "kNN accuracy on known classes, %"}
+MAIN = "gradmix (loss)"  # against none
+
+
 def plots(rows: list[dict]) -> None:
-    """Per stage: AUROC and kNN against epochs, the mean over splits that every arm of the plot has."""
+    """Per stage, AUROC and kNN against epochs: the mean of every arm over the splits that all arms have, and below it the
+    main comparison, split by split."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    titles = {"osr/deep_knn/auroc": "AUROC of unknown classes, %", "knn/top1": "kNN accuracy on known classes, %"}
     for stage in sorted({row["stage"] for row in rows}):
         of_stage = [row for row in rows if row["stage"] == stage]
-        tags = [tag for tag in titles if any(tag in row["curves"] for row in of_stage)]
-        figure, panels = pyplot.subplots(1, len(tags), figsize=(6 * len(tags), 4), squeeze=False)
-        for tag, axes in zip(tags, panels[0], strict=True):
-            for arm in ALL:
-                curves = [row["curves"][tag] for row in of_stage if row["arm"] == arm and tag in row["curves"]]
-                if curves:
-                    epochs = sorted(set.intersection(*map(set, curves)), key=int)
-                    means = [100 * statistics.mean(curve[epoch] for curve in curves) for epoch in epochs]
-                    axes.plot([int(epoch) for epoch in epochs], means, label=f"{arm} ({len(curves)})")
-            axes.set_xlabel("epochs")
-            axes.set_ylabel(titles[tag])
-            axes.grid(alpha=0.3)
-        panels[0][0].legend(fontsize=8)
+        tags = [tag for tag in TITLES if any(tag in row["curves"] for row in of_stage)]
+        figure, panels = pyplot.subplots(2, len(tags), figsize=(6 * len(tags), 7.5), squeeze=False)
+        for tag, (above, below) in zip(tags, panels.T, strict=True):
+            curves: dict[str, dict[int, dict[int, float]]] = {}  # arm: split: epoch: %
+            for row in of_stage:
+                curve = {int(epoch): 100 * value for epoch, value in row["curves"].get(tag, {}).items()}
+                curves.setdefault(row["arm"], {})[row["split"]] = curve
+            shared = sorted(set.intersection(*map(set, curves.values())))
+            for arm in (arm for arm in ALL if arm in curves):
+                epochs = sorted(set.intersection(*(set(curves[arm][split]) for split in shared)))
+                means = [statistics.mean(curves[arm][split][epoch] for split in shared) for epoch in epochs]
+                above.plot(epochs, means, label=arm)
+            above.set_title(f"every arm, mean of splits {', '.join(map(str, shared))}", fontsize=10)
+            above.set_ylabel(TITLES[tag])
+            apart = differences_by_epoch(curves, MAIN)
+            for split, curve in apart.items():
+                below.plot(list(curve), list(curve.values()), linewidth=1, alpha=0.6, label=f"split {split}")
+            epochs = sorted(set.intersection(*map(set, apart.values()))) if apart else []
+            means = [statistics.mean(curve[epoch] for curve in apart.values()) for epoch in epochs]
+            below.plot(epochs, means, color="black", linewidth=2, label="mean")
+            below.axhline(0, color="grey", linewidth=0.8)
+            below.set_title(f"{MAIN} minus none, by split", fontsize=10)
+            below.set_xlabel("epochs")
+            below.set_ylabel("points")
+            for axes in (above, below):
+                axes.grid(alpha=0.3)
+        for axes in panels[:, 0]:
+            axes.legend(fontsize=8)
         figure.tight_layout()
         figure.savefig(PAGE.parent / f"study-{stage}.png", dpi=110)
+
+
+def differences_by_epoch(curves: dict[str, dict[int, dict[int, float]]], arm: str) -> dict[int, dict[int, float]]:
+    """Of an arm to ``none`` at every epoch, by split."""
+    base, ours = curves.get("none", {}), curves.get(arm, {})
+    return {
+        split: {epoch: ours[split][epoch] - base[split][epoch] for epoch in sorted(set(ours[split]) & set(base[split]))}
+        for split in sorted(set(ours) & set(base))
+    }
 
 
 if __name__ == "__main__":

@@ -234,7 +234,7 @@ MAIN = "gradmix (loss)"  # against none
 
 
 def plots(rows: list[dict]) -> None:
-    """Per stage, AUROC and kNN against epochs: the mean of every arm over the splits that all arms have, and below it the
+    """Per stage, AUROC and kNN against epochs: the mean of every arm over the splits all arms have, and below it the
     main comparison, split by split."""
     import matplotlib
 

@@ -63,7 +63,7 @@ class DataConfig:
     )
     known: list[Any] | None = key(None, "known classes by name or index, instead of a split", role="unit")
     pseudo_unknown: int = key(
-        0, "to choose settings: the last so many known classes play the unknown, those are left out", at_least=0
+        0, "to choose settings: the last N known classes test as unknown ones, the real ones are left out", at_least=0
     )
     unknown_root: str | None = key(
         None, "folder, any depth: the unknown images, instead of unknown classes", path=True, free=True, role="data"
@@ -81,7 +81,9 @@ class DataConfig:
     test_fraction: float = key(
         0.25, "imagefolder without test/: share of images for the test set", at_least=0, at_most=1, role="data"
     )
-    memory_gib: float = key(4.0, "squares that fit are decoded once; larger sets stream", at_least=0, free=True)
+    memory_gib: float = key(
+        4.0, "GiB for decoded images; what does not fit is read from disk in every epoch", at_least=0, free=True
+    )
     workers: int | None = key(
         None, "decoder processes, when streaming; null: all CPUs, shared, at most 16", at_least=0, free=True
     )
@@ -102,7 +104,7 @@ class PrototypeConfig:
     """The prototypes of method=palm and method=cider (arXiv 2402.02653, 2203.04450)."""
 
     per_class: int = key(6, "how many", at_least=1)
-    neighbours: int | None = key(5, "of its class's, those that an image goes to; null: all", at_least=1)
+    neighbours: int | None = key(5, "an image goes to so many of its class's prototypes; null: all", at_least=1)
     momentum: float = key(0.99, "of their moving average", at_least=0, at_most=1)
     sharpness: float = key(0.05, "temperature of the assignment; smaller is nearer to one prototype each", above=0)
     contrast: float = key(1.0, "weight of the prototypes' own contrastive loss, against the likelihood's", at_least=0)
@@ -167,7 +169,7 @@ class DistillConfig:
     space: str = key("features", "where relations are taken", choices=("features", "projections"))
     temperature: float = key(0.1, "of relations, the student's and the teacher's", above=0)
     smoothing: float = key(
-        0.75, "form=logits: of both labels of mixed images that the teacher can't tell", at_least=0, at_most=1
+        0.75, "form=logits: of the labels of mixed images on which the teacher is unsure", at_least=0, at_most=1
     )
     momentum: float = key(0.99, "of the moving average, for distill=ema", at_least=0, at_most=1)
     teacher: str | None = key(
@@ -211,7 +213,9 @@ class EncoderConfig:
         "weights to start from, trained anywhere: safetensors or torch checkpoint; pretrained: timm's own of timm/NAME",
         path=True,
     )
-    part: str | None = key(None, "of init with several networks, such as student; null: the teacher, or the first")
+    part: str | None = key(
+        None, "which network of a file with several, such as student; null: the teacher, or the first"
+    )
     head_dim: int = key(128, "of the projections", at_least=1)
 
     def __str__(self) -> str:

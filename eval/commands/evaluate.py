@@ -7,4 +7,9 @@ from gradmix.eval.config import EvalConfig
 
 def main() -> None:
     """gradmix-eval."""
-    run_command("eval", "evaluate a trained run again.", EvalConfig, later("evaluate:run_eval"))
+    run_command(
+        "eval",
+        "evaluate a run again, or a checkpoint or features from elsewhere.",
+        EvalConfig,
+        later("evaluate:run_eval"),
+    )

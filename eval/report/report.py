@@ -117,8 +117,8 @@ def mixing(run: Run) -> Section:
 
 def _mixing(run: Run, step: int, encoded: bytes) -> dict[str, Any]:
     picture = decode(encoded)
-    assert run.config.data.image_size is not None  # chosen by the images, when they were listed
-    count = (picture.height - PADDING) // (tile_side(run.config.data.image_size) + PADDING)
+    size = run.config.data.image_size  # of a stranger's run it may be missing
+    count = 0 if size is None else (picture.height - PADDING) // (tile_side(size) + PADDING)
     names = {
         3: ("view", "attribution", "outlier"),
         4: ("other view", "view", "partner", "mixed"),

@@ -269,8 +269,8 @@ def plots(rows: list[dict]) -> None:
             below.set_ylabel("points")
             for axes in (above, below):
                 axes.grid(alpha=0.3)
-        for axes in panels[:, 0]:
-            axes.legend(fontsize=8)
+        for axes, columns in zip(panels[:, 0], (1, 3), strict=True):
+            axes.legend(fontsize=8, ncol=columns, framealpha=0.5)
         figure.tight_layout()
         figure.savefig(PAGE.parent / f"study-{stage}.png", dpi=110)
 

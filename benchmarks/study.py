@@ -62,6 +62,7 @@ BEYOND = {
 ALL = ARMS | BEYOND
 STAGES = {
     "joint": (ARMS, ["method=joint"]),
+    "chosen": ({name: ARMS[name] for name in ("none", "gradmix (loss)", "random_box", "cutmix")}, ["method=joint"]),
     "supcon": (ARMS, ["method=supcon"]),
     "simclr": (ARMS, ["method=simclr", "data.split=null"]),
     "beyond": (
@@ -106,7 +107,9 @@ def run_all(options: argparse.Namespace) -> None:
     arms, of_stage = STAGES[options.stage]
     arms = {name: arms[name] for name in options.arms} if options.arms else arms
     deadline = time.monotonic() + 60 * options.minutes
-    chosen = json.loads((RESULTS / "study-choice.json").read_text())  # by choose.py, before
+    chosen = {"all": [], "gradmix": []}  # the defaults
+    if options.stage == "chosen":
+        chosen = json.loads((RESULTS / "study-choice.json").read_text())  # by choose.py, before
     jobs = []
     for split, (arm, of_arm) in itertools.product(options.splits, arms.items()):
         of_arm = [with_teacher(text, options.runs / options.stage, split) for text in of_arm]

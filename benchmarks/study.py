@@ -282,8 +282,10 @@ def differences_by_epoch(curves: dict[str, dict[int, dict[int, float]]], arm: st
     """Of an arm to ``none`` at every epoch, by split."""
     base, ours = curves.get("none", {}), curves.get(arm, {})
     return {
-        split: {epoch: ours[split][epoch] - base[split][epoch] for epoch in sorted(set(ours[split]) & set(base[split]))}
-        for split in sorted(set(ours) & set(base))
+        split: {
+            epoch: ours[split][epoch] - base[split][epoch] for epoch in sorted(ours[split].keys() & base[split].keys())
+        }
+        for split in sorted(ours.keys() & base.keys())
     }
 
 

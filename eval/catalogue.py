@@ -264,12 +264,7 @@ SESSION = tuple(
             False,
         ),
         ("train/seconds", "Seconds of training", "Of the last session only, where a run was resumed.", False),
-        (
-            "train/steps",
-            "Training steps",
-            "Batches that were trained on.",
-            False,
-        ),
+        ("train/steps", "Training steps", "Batches that were trained on.", False),
         ("train/resumed_from_step", "Resumed from step", "Where the last session began; 0 is a run in one go.", False),
         ("train/skipped_steps", "Skipped steps", "Left out, since the loss or a gradient was not finite.", False),
         ("train/lr", "Learning rate", "The highest one, derived from `base_lr` and the batch size.", False),

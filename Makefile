@@ -46,7 +46,7 @@ docs: install
 	@echo build/site/index.html
 
 stress: install
-	$(BIN)/python -m pytest tests/stress --stress
+	$(BIN)/python -m pytest tests/stress --stress --timeout 0
 
 bench: install
 	for name in mixing_step loss_memory detectors evaluation scoring throughput switches startup; do $(BIN)/python benchmarks/$$name.py || exit 1; done

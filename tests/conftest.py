@@ -66,7 +66,15 @@ def start_processes():
     import torch
 
     def start(function, arguments, count):
-        torch.multiprocessing.start_processes(function, arguments, count, start_method="forkserver")
+        processes = torch.multiprocessing.start_processes(
+            function, arguments, count, join=False, start_method="forkserver"
+        )
+        try:
+            while not processes.join():
+                pass
+        finally:
+            for process in processes.processes:  # nobody waits for one that hangs, after the test's time is up
+                process.kill()
 
     return start
 

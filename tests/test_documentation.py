@@ -51,9 +51,11 @@ def steps(page: str) -> list[tuple[str, str]]:
 
 
 def small(words: list[str]) -> list[str]:
-    """A gradmix-pretrain command's arguments with tiny settings, and digits for data sets that would be downloaded."""
+    """A gradmix-pretrain command's arguments with tiny settings, and images that are here for those of a download."""
     words = ["data.split=0" if word == "data.split=all" else word for word in words if not word.startswith(SEVERAL)]
-    words = ["data=digits" if word == "data=cifar10" else word for word in words]
+    if "data=cifar10" in words:
+        words = [word for word in words if word not in ("data=cifar10", "data.split=0")]
+        words += ["data=imagefolder", "data.root=photos", "data.known=[cat,dog]"]
     words = [word for word in words if word != "data.root=tiny-imagenet-200"]
     words = ["data.pseudo_unknown=2" if word.startswith("data.pseudo_unknown=") else word for word in words]
     other = ["data=digits"] if any(word.startswith("experiment=") for word in words) else []

@@ -65,6 +65,7 @@ STAGES = {
     "chosen": ({name: ARMS[name] for name in ("none", "gradmix (loss)", "random_box", "cutmix")}, ["method=joint"]),
     "supcon": (ARMS, ["method=supcon"]),
     "simclr": (ARMS, ["method=simclr", "data.split=null"]),
+    "sphor": ({name: ARMS[name] for name in ("none", "gradmix (loss)", "cutmix")}, ["method=sphor"]),
     "beyond": (
         {name: ARMS[name] for name in ("none", "none, twice as long", "gradmix (loss)")} | BEYOND,
         ["method=joint"],

@@ -2,6 +2,7 @@
 
 import shlex
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -175,23 +176,24 @@ def find_images(run: Run, data: OpenSetData | None) -> tuple[dict[str, ImageSet]
     return {name: sets[name] for name in run.features}, ""
 
 
-def defaults(config: Config) -> dict[str, Any]:
-    """The config, flat, that the run's groups alone would have given; of a group that had a config file of its own
+@cache
+def defaults(groups: tuple[str, ...]) -> dict[str, Any]:
+    """The config, flat, that these options of ``GROUPS`` alone give; of a group that had a config file of its own
     (``--config-dir``) the usual option.
     """
     register_configs()
     with initialize_config_module("gradmix.configs", version_base="1.3"):
         sources = GlobalHydra.instance().config_loader().get_sources()
-        chosen = [(group, getattr(config, group).name) for group in GROUPS]
-        ours = [(group, name) for group, name in chosen if any(s.is_config(f"{group}/{name}") for s in sources)]
-        composed = compose("pretrain", [f"{group}={name}" for group, name in ours])
+        chosen = [f"{group}/{name}" for group, name in zip(GROUPS, groups, strict=True)]
+        ours = [path for path in chosen if any(source.is_config(path) for source in sources)]
+        composed = compose("pretrain", [path.replace("/", "=", 1) for path in ours])
     return flat(asdict(cast(Config, OmegaConf.to_object(composed))))
 
 
 def differences(config: Config) -> list[tuple[str, Any, Any]]:
     """Key, default and value of what was set beside the groups."""
-    usual, ours = defaults(config), flat(asdict(config))
-    return [(key, usual.get(key), value) for key, value in ours.items() if usual.get(key) != value]
+    usual = defaults(tuple(getattr(config, group).name for group in GROUPS))
+    return [(key, usual.get(key), value) for key, value in flat(asdict(config)).items() if usual.get(key) != value]
 
 
 def command(config: Config, changed: list[tuple[str, Any, Any]]) -> str:

@@ -16,7 +16,7 @@ CENTRE = ("peak", "random")
 
 
 class GradMix(Mixer):
-    """Hides what the network relies on: a box around the peak of each image's attribution map is filled.
+    """Covers a box around the peak of each image's attribution map: by default, where more activation raises the loss.
 
     Use::
 

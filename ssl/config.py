@@ -103,12 +103,12 @@ class DataConfig:
 class PrototypeConfig:
     """The prototypes of method=palm and method=cider (arXiv 2402.02653, 2203.04450)."""
 
-    per_class: int = key(6, "how many", at_least=1)
-    neighbours: int | None = key(5, "an image goes to so many of its class's prototypes; null: all", at_least=1)
-    momentum: float = key(0.99, "of their moving average", at_least=0, at_most=1)
+    per_class: int = key(6, "prototypes of each class", at_least=1)
+    neighbours: int | None = key(5, "prototypes of its class that an image is assigned to; null: all", at_least=1)
+    momentum: float = key(0.99, "momentum of the prototypes' moving average", at_least=0, at_most=1)
     sharpness: float = key(0.05, "temperature of the assignment; smaller is nearer to one prototype each", above=0)
     contrast: float = key(1.0, "weight of the prototypes' own contrastive loss, against the likelihood's", at_least=0)
-    contrast_temperature: float = key(0.5, "of that loss", above=0)
+    contrast_temperature: float = key(0.5, "temperature of that contrastive loss", above=0)
 
 
 @dataclass
@@ -124,9 +124,11 @@ class MethodConfig:
     )
     prototypes: float = key(0.0, "weight of PALM's likelihood and contrast (arXiv 2402.02653)", at_least=0)
     prototype: PrototypeConfig = field(default_factory=PrototypeConfig)
-    smoothing: float = key(0.0, "of the targets' labels", at_least=0, at_most=1)
-    temperature: float = key(0.1, "of all losses", above=0)
-    temperature_end: float | None = key(None, "half a cosine over the training leads there (arXiv 2505.18137)", above=0)
+    smoothing: float = key(0.0, "label smoothing of the class targets", at_least=0, at_most=1)
+    temperature: float = key(0.1, "temperature of all losses", above=0)
+    temperature_end: float | None = key(
+        None, "temperature at the end, reached along half a cosine (arXiv 2505.18137)", above=0
+    )
     mixed_loss: str = key(
         "selfsup",
         "which loss the mixed images enter, at its weight",
@@ -144,8 +146,8 @@ class MixConfig:
     """What images are mixed with, when, and how much the mixed term weighs."""
 
     name: str = key(MISSING, "mixer")
-    weight: float = key(1.0, "of the mixed term", at_least=0)
-    probability: float = key(1.0, "that a batch is mixed", at_least=0, at_most=1)
+    weight: float = key(1.0, "weight of the mixed images' loss", at_least=0)
+    probability: float = key(1.0, "chance that a batch is mixed", at_least=0, at_most=1)
     attribution_every: int = key(
         1, "steps from one attribution to the next; boxes in between lie at random places", at_least=1
     )
@@ -164,18 +166,18 @@ class DistillConfig:
         "what is followed: similarities among the batch, or class logits (arXiv 2404.19527; method=sphor)",
         choices=("relations", "logits"),
     )
-    weight: float = key(1.0, "of the raw views' part", at_least=0)
-    mixed: float = key(1.0, "of the mixed images' part, against the teacher's view of both raw images", at_least=0)
+    weight: float = key(1.0, "weight of following the teacher on raw views", at_least=0)
+    mixed: float = key(1.0, "weight of following it on mixed images, by its view of both raw images", at_least=0)
     space: str = key("features", "where relations are taken", choices=("features", "projections"))
-    temperature: float = key(0.1, "of relations, the student's and the teacher's", above=0)
+    temperature: float = key(0.1, "temperature of relations, the student's and the teacher's", above=0)
     smoothing: float = key(
-        0.75, "form=logits: of the labels of mixed images on which the teacher is unsure", at_least=0, at_most=1
+        0.75, "form=logits: label smoothing of mixed images on which the teacher is unsure", at_least=0, at_most=1
     )
-    momentum: float = key(0.99, "of the moving average, for distill=ema", at_least=0, at_most=1)
+    momentum: float = key(0.99, "momentum of the moving average, for distill=ema", at_least=0, at_most=1)
     teacher: str | None = key(
         None, "distill=run: another run's folder, or a file with weights trained anywhere", path=True
     )
-    encoder: str | None = key(None, "of a file's weights; null: the student's")
+    encoder: str | None = key(None, "network of the teacher's file; null: the student's")
 
 
 @dataclass
@@ -187,16 +189,16 @@ class OutlierConfig:
         "images of no class: none, those whose attributed pixels are disrupted (arXiv 2411.10794), the mixed ones",
         choices=("none", "attribution", "mixed"),
     )
-    weight: float = key(1.0, "of their term", at_least=0)
+    weight: float = key(1.0, "weight of the outliers' loss", at_least=0)
     form: str = key(
         "auto",
         "no class is likelier, or negatives of all views; auto: uniform where the method has class logits",
         choices=("auto", "uniform", "negatives"),
     )
-    share: float = key(0.125, "of the views, that are made into outliers", above=0, at_most=1)
+    share: float = key(0.125, "share of the views that are made into outliers", above=0, at_most=1)
     how: str = key("shuffle", "what happens to attributed pixels", choices=("shuffle", "shift", "add"))
     pixels: float = key(0.1, "share of the image that is disrupted, where attribution is highest", above=0, at_most=1)
-    amount: float = key(1.0, "how=add: of the map, in deviations of the image's channels", at_least=0)
+    amount: float = key(1.0, "how=add: strength of the map, in deviations of the image's channels", at_least=0)
 
 
 @dataclass
@@ -216,7 +218,7 @@ class EncoderConfig:
     part: str | None = key(
         None, "which network of a file with several, such as student; null: the teacher, or the first"
     )
-    head_dim: int = key(128, "of the projections", at_least=1)
+    head_dim: int = key(128, "dimensions of the projections", at_least=1)
 
     def __str__(self) -> str:
         return self.name if self.width is None else f"{self.name} width {self.width}"
@@ -235,7 +237,7 @@ class OptimizerConfig:
 
 @dataclass
 class SpeedConfig:
-    """How fast, not what; benchmarks/throughput.py measures each. They move the last digits, so a run keeps them."""
+    """How fast, not what; benchmarks/switches.py measures them. They move the last digits, so a run keeps them."""
 
     channels_last: bool = key(True, "the layout that convolutions want; very narrow networks stay contiguous")
     fused: bool = key(True, "the optimizer updates all parameters in a few kernels (adam, adamw, sgd)")
@@ -276,7 +278,7 @@ class Config:
 
     seed: int = key(0, "everything random follows from it", at_least=0, at_most=2**32 - 1, role="unit")
     epochs: int = key(100, "passes over the training images", at_least=1)
-    batch_size: int = key(256, "over all devices", at_least=1)
+    batch_size: int = key(256, "images of a step, over all devices", at_least=1)
     run_dir: str = key(MISSING, "the run's folder; the same command with the same folder goes on", path=True, free=True)
     data: DataConfig = field(default_factory=DataConfig)
     method: MethodConfig = field(default_factory=MethodConfig)
@@ -286,27 +288,29 @@ class Config:
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     speed: SpeedConfig = field(default_factory=SpeedConfig)
-    detectors: list[str] = key(["deep_knn", "class_knn", "mahalanobis"], "what is measured", free=True)
+    detectors: list[str] = key(
+        ["deep_knn", "class_knn", "mahalanobis"], "detectors that are evaluated and saved", free=True
+    )
     primary: str = key(
         "deep_knn",
-        "what detector/ holds, NAME or NAME@projections; others: detectors/",
+        "detector in detector/, NAME or NAME@projections; the others are in detectors/",
         free=True,
         role="none",
     )
     accept: float = key(
         0.95,
-        "of images like the held-out ones, the share that detectors accept; 0.95 takes 19 of them, 0.99 takes 99",
+        "share of known images that detectors accept; needs 19 held-out images for 0.95, 99 for 0.99",
         above=0,
         at_most=1,
         free=True,
         role="none",
     )
     per_class: bool = key(
-        False, "thresholds of their own for classes with so many held-out images", free=True, role="none"
+        False, "a threshold of its own for each class that enough held-out images look like", free=True, role="none"
     )
     detector_options: dict[str, Any] = key({}, "parameters: detector_options.deep_knn.k=10", free=True, role="setting")
     knn_k: int = key(20, "neighbours that vote", at_least=1)
-    knn_temperature: float = key(0.07, "of their weights, exp(similarity / temperature)", above=0)
+    knn_temperature: float = key(0.07, "temperature of their votes, exp(similarity / temperature)", above=0)
     knn_every: int = key(10, "epochs between two kNN checks on held-out images, 0 for none", at_least=0, role="none")
     test_every: int = key(
         0, "epochs between two looks at the test images, 0 for none: curves only", at_least=0, free=True

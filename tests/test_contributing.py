@@ -3,6 +3,7 @@ outside."""
 
 import json
 import re
+import shlex
 import subprocess
 import sys
 from collections import defaultdict
@@ -47,7 +48,7 @@ def toys(installed, monkeypatch, command):
 def test_the_commands_on_the_page(toys, tmp_path):
     lines = re.findall(r"^gradmix-(\w+) (.*)$", PAGE, re.M)
     assert [name for name, _ in lines] == ["pretrain", "eval"]
-    result = toys("pretrain", *lines[0][1].split(), *SMALL)
+    result = toys("pretrain", *shlex.split(lines[0][1]), *SMALL)
     assert result.code == 0, result.err
     assert "3 known classes: across, down, cross; 1 unknown" in result.out
     assert "half with mix=strip" in result.out
@@ -56,7 +57,7 @@ def test_the_commands_on_the_page(toys, tmp_path):
     assert first["train/kept"] == pytest.approx(0.75)  # the mixer was given its share, and asked
     report = (tmp_path / "runs/bars/report.html").read_text()
     assert "<code>mix.options.share</code>" in report and "mean_ratio" in report
-    result = toys("eval", *lines[1][1].split())
+    result = toys("eval", *shlex.split(lines[1][1]))
     assert result.code == 0, result.err
     again = json.loads((tmp_path / "runs/bars/metrics.json").read_text())
     assert "osr/deep_knn/auroc" not in again

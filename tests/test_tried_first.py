@@ -35,8 +35,8 @@ def test_a_run_that_could_not_be_written_does_not_begin(command, tmp_path, name)
     ("name", "key", "arguments"),
     [
         ("score", "explain", ["detector=RUN/detector", "images=a.png", "explain=taken", "out=new.csv"]),
-        ("compare", "--out", ["RUN", "--out", "folder.html"]),
-        ("compare", "--out", ["RUN", "--out", "taken/new.html"]),
+        ("compare", "out", ["RUN", "out=folder.html"]),
+        ("compare", "out", ["RUN", "out=taken/new.html"]),
         ("eval", "out", ["run=RUN", "out=taken"]),
         ("eval", "out", ["run=RUN", "out=taken/new"]),
         ("embed", "out", ["run=RUN", "images=a.png", "out=taken/new.npy"]),

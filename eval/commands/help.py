@@ -55,7 +55,10 @@ def help_text(command: str, summary: str, schema: type) -> str:
             _line(f"  {group}={name}{' *' if name == chosen else ''}", meaning) for name, meaning in choices.items()
         ]
         lines.append("")
-    lines += ["Keys, KEY=VALUE, with their defaults (??? must be given; a group may bring others):", ""]
+    lines += ["Keys, KEY=VALUE, with the defaults of the code (???: must be given)."]
+    if command == "pretrain":
+        lines += ["data=, method=, encoder= and experiment= bring others; --cfg=job shows what a command adds up to:"]
+    lines += [""]
     for one in settings(schema):
         default = usual.get(one.name, one.default) if one.default == MISSING else one.default
         lines.append(_line(f"  {one.name}={default}", one.meaning))

@@ -54,7 +54,7 @@ def write_scores(
         raise ValueError(f"out: {out} is a folder; give a file, such as {out / 'scores.csv'}")
     part = out.with_name(f"{out.name}.{scoring_key(scorer, [*paths, *files], batch_size)}.part")
     for other in sorted(set(out.parent.glob(f"{escape(out.name)}.*.part")) - {part}):
-        print(f"{other}: left alone; it is of another detector, other images or another batch_size")
+        print(f"{other}: left alone; of another detector or other images, accept, per_class, device or batch_size")
     as_json = out.suffix == ".jsonl"
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -130,7 +130,7 @@ FINISHED = {
     "its detector": ("run/detector", 0o500, ("eval", "run=run"), "detector"),
     "its weights": ("run/backbone.safetensors", 0, ("eval", "run=run"), "backbone.safetensors"),
     "its numbers": ("run/metrics.json", 0, ("compare", "run"), "metrics.json"),
-    "where the page goes": ("out", 0o500, ("compare", "run", "--out", "out/page.html"), "out"),
+    "where the page goes": ("out", 0o500, ("compare", "run", "out=out/page.html"), "out"),
     "a detector": ("run/detector", 0, ("score", "detector=run/detector", "images=images"), "detector"),
     "a detector's file": ("run/detector/detector.json", 0, ("score", "detector=run/detector", "images=images"), "json"),
     "scored images": ("images/class 1", 0, ("score", "detector=run/detector", "images=images"), "class 1"),

@@ -14,9 +14,9 @@ def run_compare(runs: list[str], out: Path) -> None:
         ValueError: no runs there, runs that can't be read, or an ``out`` that holds something else.
     """
     found = find_runs(runs)
-    check_output("--out", out, folders=found)
-    check_writable("--out", out.parent, [out.name])
+    check_output("out", out, folders=found)
+    check_writable("out", out.parent, [out.name])
     if out.exists() and out.suffix not in (".html", ".htm"):
-        raise ValueError(f"--out: {out} is there already and is no page; give another name, or remove it")
+        raise ValueError(f"out: {out} is there already and is no page; give another name, or remove it")
     print(text(write_comparison(found, out)))
     print(f"\n{out}: the curves")

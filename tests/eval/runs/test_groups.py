@@ -59,7 +59,7 @@ def test_differences_are_over_the_splits_that_both_have(runs):
 
 
 def test_the_table_and_the_page(runs, compare, tmp_path, browser):
-    code, out, err = compare(runs / "none", runs / "gradmix", "--out", "both.html")
+    code, out, err = compare(runs / "none", runs / "gradmix", "out=both.html")
     assert (code, err) == (0, "")
     lines = out.splitlines()
     first = next(i for i, line in enumerate(lines) if "AUROC of deep_knn" in line)

@@ -151,6 +151,8 @@ def default_layers(module: nn.Module, count: int = 3) -> list[str]:
 def find_stages(module: nn.Module) -> list[str]:
     """Names of the stages of a known family, shallow to deep; empty for any other module."""
     children = dict(module.named_children())
+    if "reroll" in children:  # Hiera, whose tokens do not stand row by row
+        return []
     if "layer1" in children and "layer4" in children:  # ResNet of torchvision and timm
         return ["layer1", "layer2", "layer3", "layer4"]
     if "stages" in children:  # ConvNeXt of timm, and its like

@@ -53,7 +53,8 @@ class TwoViews(nn.Module):
         cut = images.ndim == 5
         images = images[:, : self.views].transpose(0, 1).flatten(0, 1) if cut else images
         views = images.float().div(255)
-        with forked_rng(seed, images.device):
+        # In half precision, kornia's crops lie beside their places, with dark rims.
+        with forked_rng(seed, images.device), torch.autocast(images.device.type, enabled=False):
             views = self.steps(views if cut else self.crop(views.repeat(self.views, 1, 1, 1)))
         return normalize(views.clamp(0, 1), self.constants)
 

@@ -2,6 +2,7 @@
 
 import signal
 import sys
+import threading
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -81,6 +82,8 @@ class Guard(Callback):
         self.bad_losses: list[Tensor] = []
 
     def on_train_start(self, trainer: Trainer, module: Pretraining) -> None:
+        if threading.current_thread() is not threading.main_thread():  # Python hands them to the main one alone
+            return
         ignored = {number for number in SIGNALS if signal.getsignal(number) == signal.SIG_IGN} - {signal.SIGINT}
         self.handlers = {number: signal.signal(number, self.hear) for number in SIGNALS if number not in ignored}
 

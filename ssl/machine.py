@@ -12,6 +12,7 @@ from gradmix.ssl.config import Config
 
 STATES = {"adam": 2, "adamw": 2}  # what an optimizer keeps per weight; 1 for the others
 GIB = 2**30
+GROUP = Path("/sys/fs/cgroup")  # this process's container
 MOST_DECODERS = 16  # a few feed any card
 
 
@@ -36,8 +37,9 @@ def free_memory() -> int | None:
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         found += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
-        group = Path("/sys/fs/cgroup")
-        found += [int((group / "memory.max").read_text()) - int((group / "memory.current").read_text())]
+        taken, limit = (int((GROUP / f"memory.{name}").read_text()) for name in ("current", "max"))
+        kept = dict(line.split() for line in (GROUP / "memory.stat").read_text().splitlines())
+        found += [limit - taken + int(kept.get("inactive_file", 0))]  # copies of files, which give way
     except (OSError, ValueError):  # no such file, or "max"
         pass
     return min(found, default=None)

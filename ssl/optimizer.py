@@ -1,5 +1,6 @@
 """The optimizer, what weight decay falls on, and the schedule of the learning rate."""
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -66,5 +67,7 @@ class Schedule(CosineWarmupScheduler):
 
 def build_schedule(config: Config, optimizer: torch.optim.Optimizer, steps_per_epoch: float) -> Schedule:
     """Linear warm-up, then a cosine that ends with the training; one step of it per optimizer step."""
-    total, warmup = (round(n * steps_per_epoch) for n in (config.epochs, config.optimizer.warmup_epochs))
+    warmup = round(config.optimizer.warmup_epochs * steps_per_epoch)
+    total = math.ceil(round(config.epochs * steps_per_epoch, 6))  # the last batches make a step, however few
+    total = max(2, total)  # the last step has the end's learning rate, and one at least has to learn
     return Schedule(optimizer, warmup, total, end_value=config.optimizer.final_lr)

@@ -1,6 +1,7 @@
 """The training step: two views, contrastive loss, attribution on the same graph, mixed views, one backward pass."""
 
 import inspect
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -129,7 +130,7 @@ class Pretraining(LightningModule):
         if size is None:
             return self._embed(views)
         again = partial(checkpoint, use_reentrant=False, context_fn=lambda: (nullcontext(), still(self.backbone)))
-        features, z = zip(*(again(self._embed, part) for part in views.split(size)), strict=True)
+        features, z = zip(*(again(self._embed, part) for part in _parts(views, size)), strict=True)
         return torch.cat(features), torch.cat(z)
 
     def _embed(self, views: Tensor) -> tuple[Tensor, Tensor]:
@@ -274,7 +275,7 @@ class Pretraining(LightningModule):
             return cast(Tensor, self.looker.attribute(views, guide))
         (gradient,) = torch.autograd.grad(guide, z, retain_graph=True)
         maps = []
-        for part, its_gradient in zip(views.split(size), gradient.split(size), strict=True):
+        for part, its_gradient in zip(_parts(views, size), _parts(gradient, size), strict=True):
             with still(self.backbone), self.looker.watch(self.backbone):
                 _, its_z = self._embed(part)
             maps.append(cast(Tensor, self.looker.attribute(part, (its_z * its_gradient).sum())))
@@ -338,6 +339,11 @@ def mixes_at(config: MixConfig, seed: int, epoch: int, step: int) -> bool:
     if epoch < config.start_epoch or (config.end_epoch is not None and epoch >= config.end_epoch):
         return False
     return np.random.default_rng([seed, epoch, step]).random() < config.probability
+
+
+def _parts(rows: Tensor, size: int) -> tuple[Tensor, ...]:
+    """At most ``size`` rows each, and about as many in all: BatchNorm can't take a single one that is left over."""
+    return rows.tensor_split(math.ceil(len(rows) / size))
 
 
 def compile_stages(backbone: nn.Module, watched: Sequence[str]) -> None:

@@ -110,7 +110,9 @@ class PrototypeLoss(nn.Module):
 
     def logits(self, z: Tensor, temperature: float | None = None) -> Tensor:
         """Similarities ``[N, K * M]`` of L2-normalised ``z`` ``[N, D]`` to all prototypes, by the temperature."""
-        return z @ self.prototypes.T.to(z.dtype) / (self.temperature if temperature is None else temperature)
+        with torch.autocast(z.device.type, enabled=False):
+            z = z.float() if z.dtype in (torch.float16, torch.bfloat16) else z
+            return z @ self.prototypes.T.to(z.dtype) / (self.temperature if temperature is None else temperature)
 
     def _reciprocal(self, z: Tensor, prototypes: Tensor) -> Tensor:
         """How much of each projection goes to each prototype, ``[N, KM]``; logarithms, of rows that sum to 1."""

@@ -75,7 +75,9 @@ class OrthogonalTargetLoss(nn.Module):
 
     def logits(self, z: Tensor, temperature: float | None = None) -> Tensor:
         """Similarities ``[N, K]`` of L2-normalised ``z`` ``[N, D]`` to the targets, by the temperature."""
-        return z @ self.targets.T.to(z.dtype) / (self.temperature if temperature is None else temperature)
+        with torch.autocast(z.device.type, enabled=False):
+            z = z.float() if z.dtype in (torch.float16, torch.bfloat16) else z
+            return z @ self.targets.T.to(z.dtype) / (self.temperature if temperature is None else temperature)
 
 
 def check_rows(z: Tensor, dim: int, labels: Tensor, other: Tensor | None, kept: Tensor | None) -> None:

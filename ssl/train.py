@@ -168,6 +168,8 @@ def check(config: Config) -> None:
             f"outliers.name: mix={config.mix.name} mixes nothing that could be an outlier; outliers=attribution needs "
             "no mix"
         )
+    if config.speed.compile and config.speed.micro_batch is not None:
+        raise ValueError("speed.compile: not with speed.micro_batch, which would count BatchNorm's statistics twice")
     check_teacher(config)
 
 

@@ -144,7 +144,8 @@ def upright(image: Image.Image) -> Image.Image:
 
 
 def rgb(image: Image.Image) -> Image.Image:
-    """To 8 bits of red, green and blue; 16 bits and fractions are scaled, where ``convert("RGB")`` would clip them.
+    """To 8 bits of red, green and blue; 16 bits and fractions are scaled, where ``convert("RGB")`` would clip them, and
+    what is transparent lies on white, where it would show the colour that the file hides.
 
     Raises:
         ValueError: the pixels are fractions, and not all of them between 0 and 1.
@@ -156,6 +157,9 @@ def rgb(image: Image.Image) -> Image.Image:
         if not 0 <= pixels.min() <= pixels.max() <= 1:  # nor where one is not a number
             raise ValueError(f"pixels from {pixels.min():g} to {pixels.max():g}; floats go from 0 to 1")
         image = Image.fromarray((pixels * 255).round().astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image if image.mode == "RGB" else image.convert("RGB")
 
 

@@ -11,10 +11,15 @@ from gradmix.ssl.runs.files import write_json
 
 
 def kept_file(kind: str, root: str | Path | None) -> Path | None:
-    """Where answers of a kind about ``root`` are kept: in ``XDG_CACHE_HOME``, or ``~/.cache``. None without a root."""
+    """Where answers of a kind about ``root`` are kept: in ``XDG_CACHE_HOME``, or ``~/.cache``. None without a root or a
+    home.
+    """
     if root is None:
         return None
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    try:
+        cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError:  # as in a container whose user has no name
+        return None
     name = hashlib.sha256(os.path.realpath(os.path.expanduser(root)).encode(errors="surrogateescape")).hexdigest()[:24]
     return Path(cache) / "gradmix" / kind / f"{name}.json"
 

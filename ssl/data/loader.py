@@ -1,5 +1,6 @@
 """Training batches as a function of (seed, epoch, step): any number of workers, resumable between any two steps."""
 
+import signal
 import sys
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -13,6 +14,7 @@ from gradmix.ssl.data.images import ImageSet, decode
 from gradmix.ssl.data.scan import refusal
 from gradmix.ssl.data.views import Crops
 from gradmix.ssl.machine import decoders
+from gradmix.ssl.runs.signals import SIGNALS
 
 VIEWS = 0xC809  # what is drawn for views has nothing to do with what else is drawn for the same place
 
@@ -90,7 +92,12 @@ class TrainLoader:
         """One set of workers for all epochs: they decode ahead across their ends."""
         stream, pin = Stream(self.data, self.seed, self.crops), torch.cuda.is_available()
         for batch in DataLoader(
-            stream, batch_size=None, sampler=self._places(), num_workers=self.workers, pin_memory=pin
+            stream,
+            batch_size=None,
+            sampler=self._places(),
+            num_workers=self.workers,
+            pin_memory=pin,
+            worker_init_fn=outlive_signals,
         ):
             if isinstance(batch, str):
                 raise ValueError(batch)
@@ -112,6 +119,14 @@ class TrainLoader:
             for step in range(first_step if epoch == first_epoch else 0, self.steps_per_epoch):
                 first = step * self.batch_size + self.rank * self.share
                 yield epoch, step, order[first : first + self.share]
+
+
+def outlive_signals(worker: int) -> None:
+    """In a worker. Schedulers send signals to all processes of a job: the main one saves first, with its workers alive,
+    and they end with it. A worker of torch's would die of SIGTERM, and take the main process with it.
+    """
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 class Stream(Dataset["Batch | str"]):

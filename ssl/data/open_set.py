@@ -4,6 +4,7 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from unicodedata import normalize
 
 import torch
 from torch import Tensor
@@ -192,8 +193,9 @@ def known_classes(config: DataConfig, source: Source) -> list[int]:
         numbers = all(name.isdecimal() for name in source.classes)  # then a number is a name, never an index
         known = []
         for entry in config.known:
-            index = by_name.get(str(entry), None if numbers else entry)
-            if not isinstance(index, int) or not 0 <= index < len(source.classes):
+            name = str(entry).lower() if isinstance(entry, bool) else normalize("NFC", str(entry))  # true is a name
+            index = by_name.get(name, None if numbers else entry)
+            if type(index) is not int or not 0 <= index < len(source.classes):
                 raise ValueError(
                     f"data.known: {entry!r} is no class of data={config.name}; classes are "
                     f"{', '.join(source.classes[:20])}{', ...' if len(source.classes) > 20 else ''}"

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from unicodedata import normalize
 
 import numpy as np
 import torch
@@ -56,8 +57,9 @@ def imagefolder(config: DataConfig, seed: int) -> Source:
         ValueError: a folder is missing, or has no images or one class only.
     """
     root, size = _root_of(config), config.image_size or UNKNOWN_SIZE
-    if (root / "train").is_dir():
-        names = [name for name in TEST_FOLDERS if (root / name).is_dir()]
+    names = [name for name in TEST_FOLDERS if (root / name).is_dir()]
+    half = root / "train"  # a class of that name has its images right in it, and no test set beside it
+    if half.is_dir() and (names or list_folders(half) or list_shards(half)):
         if not names:
             raise ValueError(f"data.root: {root} has train/ but none of {', '.join(TEST_FOLDERS)} beside it")
         (train, ours), (test, theirs) = (_by_class(root / name, size) for name in ("train", names[0]))
@@ -78,8 +80,12 @@ def _by_class(root: Path, size: int) -> tuple[ImageSet, list[str]]:
     """The images of ``root`` and the names that their labels count."""
     if list_shards(root):
         return read_shards(root, size)
-    names = list_folders(root)
-    found = {name: list_images(root / name) for name in names}
+    found: dict[str, list[str]] = {}
+    for name in list_folders(root):
+        # A Mac writes é as two characters, and a folder that was copied from one is no other class.
+        found.setdefault(normalize("NFC", name), []).extend(list_images(root / name))
+    found = dict(sorted(found.items()))
+    names = list(found)
     if not any(found.values()):  # empty folders are no classes
         if len(names) == 1 and not list_images(root):
             raise _only_one(root, names[0])
@@ -209,7 +215,7 @@ def _labelled(found: dict[str, list[str]], size: int) -> ImageSet:
 def _only_one(root: Path, only: str) -> ValueError:
     """One class folder: the root may be one level too high, or too low."""
     hint = "give at least two"
-    if len(list_folders(root / only)) > 1:
+    if (root / only).is_dir() and len(list_folders(root / only)) > 1:
         hint = f"did you mean data.root={root / only}?"
     elif any(path.is_file() and path.suffix.lower() in EXTENSIONS for path in root.iterdir()):
         hint = f"did you mean data.root={root.parent}?"

@@ -46,7 +46,7 @@ class Crops:
             width, height = upright_size(image)
             boxes = [random_box(rng, width, height, self.area, self.ratio) for _ in range(self.count)]
             reduction = max(1, min(min(box[2:]) for box in boxes) // (SPARE * size))
-            if image.format == "JPEG" and reduction > 1:
+            if image.format in ("JPEG", "MPO") and reduction > 1:  # MPO: several pictures, as phones write them
                 image.draft("RGB", (image.width // reduction, image.height // reduction))  # rounds to 1, 2, 4 or 8
                 image = upright_rgb(image)
                 scale = round(width / image.width)

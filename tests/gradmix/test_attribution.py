@@ -221,6 +221,12 @@ def test_a_second_forward_pass_replaces_the_first():
     assert torch.equal(mixer(views, loss).attribution, again(views, loss_again).attribution)
 
 
+def test_tokens_that_do_not_stand_row_by_row_have_no_default():
+    timm = pytest.importorskip("timm")
+    with pytest.raises(ValueError, match="no default for the last 3 stages of Hiera"):
+        GradMix().watch(timm.create_model("hiera_tiny_224")).__enter__()
+
+
 def test_wrong_layers_name_the_right_ones():
     encoder, _ = encoder_and_views()
     with pytest.raises(ValueError, match=r"no submodule 'layer5'; did you mean 'layer\d'\? It has: .*layer4"):

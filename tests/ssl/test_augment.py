@@ -65,3 +65,11 @@ def test_crops_are_as_high_and_as_wide_as_torchvisions(crop, ratio):
         theirs = Counter(RandomResizedCrop.get_params(images[0], crop, ratio)[2:] for _ in range(count))
     apart = sum(abs(ours[box] - theirs[box]) for box in ours | theirs) / 2 / count
     assert apart < 0.08, (ours, theirs)  # chance: about 0.03; kornia 0.8's own crops: 0.3 and more
+
+
+def test_half_precision_leaves_the_views_alone():
+    """On a GPU a step runs under autocast by default."""
+    augment, images = TwoViews(AugmentConfig(blur=0.5, rotate=10), 12), pixels()
+    expected = augment(images, seed=5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(augment(images, seed=5), expected)

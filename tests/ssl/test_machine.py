@@ -137,3 +137,12 @@ def test_workers_share_the_machine_and_its_memory(monkeypatch):
     if machine.Path("/dev/shm").is_dir():
         with pytest.raises(ValueError, match=r"data.workers: what 5 workers hold ready need .* in /dev/shm"):
             check_queue(GIB // 8, 5)
+
+
+def test_copies_of_files_give_way_in_a_container(tmp_path, monkeypatch):
+    monkeypatch.setattr(machine, "GROUP", tmp_path)
+    for name, content in (("max", "1000000"), ("current", "990000"), ("stat", "anon 1\ninactive_file 400000\nfile 7")):
+        (tmp_path / f"memory.{name}").write_text(content)
+    assert free_memory() == 410_000
+    (tmp_path / "memory.max").write_text("max")
+    assert free_memory() is None or free_memory() > 2**20

@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from gradmix.ssl.config import OptimizerConfig
-from gradmix.ssl.optimizer import build_optimizer
+from gradmix.ssl.optimizer import build_optimizer, build_schedule
 from gradmix.ssl.train import train
 
 DECAY = 0.1
@@ -123,3 +123,19 @@ def test_a_run_with_weight_decay_goes_on_exactly_and_one_from_before_is_refused(
     train(stopped, data)
     whole, gone_on = (load_file(tmp_path / run / "backbone.safetensors") for run in ("whole", "stopped"))
     assert all(torch.equal(whole[name], gone_on[name]) for name in whole)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "steps_per_epoch", "steps"), [(1, 9 / 8, 2), (1, 1.0, 1), (1, 9 / 4, 3), (10, 0.7, 7)]
+)
+def test_the_shortest_training_learns(epochs, steps_per_epoch, steps, config):
+    settings = config("unused", epochs=epochs)
+    settings.optimizer.warmup_epochs = 0
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = build_schedule(settings, optimizer, steps_per_epoch)
+    rates = []
+    for _ in range(steps):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert rates[0] == 1 and all(rate > 0 for rate in rates[:-1])

@@ -9,6 +9,7 @@ from gradmix.ssl.data.loader import TrainLoader
 from gradmix.ssl.data.open_set import load_data
 from gradmix.ssl.losses import NTXentLoss, SupConLoss
 from gradmix.ssl.pretrain import Pretraining
+from gradmix.ssl.train import check
 
 
 def step_gradients(module, batch):
@@ -69,6 +70,19 @@ def test_micro_batches_of_timms_networks(name, config):
     torch.testing.assert_close(mixed.attribution, mixed_in_parts.attribution, atol=1e-3, rtol=1e-3)
     for name, expected in whole.items():
         assert (parts[name] - expected).norm() <= 1e-4 * expected.norm() + 1e-7, name
+
+
+def test_no_view_is_left_over_from_micro_batches(config, data):
+    module, _ = built(config("unused", speed=SpeedConfig(micro_batch=51)), data)
+    sizes, embed = [], module._embed
+    module._embed = lambda views: sizes.append(len(views)) or embed(views)
+    module.embed(torch.rand(256, 3, 16, 16))  # 5 x 51, and one
+    assert sizes == [43, 43, 43, 43, 42, 42]
+
+
+def test_compiled_micro_batches_are_refused(config):
+    with pytest.raises(ValueError, match=r"speed\.compile: not with speed\.micro_batch"):
+        check(config("unused", speed=SpeedConfig(compile=True, micro_batch=8)))
 
 
 def test_micro_batches_count_once_in_batch_statistics(config, data):

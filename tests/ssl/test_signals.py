@@ -1,9 +1,15 @@
 """A closed terminal, and a person who presses Ctrl-C twice: what is saved, and what is said."""
 
+import os
 import signal
+import subprocess
+import sys
+import threading
+import time
 
 import pytest
 import torch
+from PIL import Image
 from pytorch_lightning import Callback
 
 from gradmix.ssl.callbacks import newest_checkpoint
@@ -27,6 +33,37 @@ def test_a_closed_terminal_saves(config, data, tmp_path, capsys):
     assert stop.value.code == 128 + signal.SIGHUP
     assert newest_checkpoint(tmp_path / "checkpoints")["step"] == 3
     assert "stopped by SIGHUP, saved after step 3" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_a_signal_to_all_processes_of_a_job_saves(name, tmp_path):
+    """As Slurm and systemd send it, while workers decode."""
+    for number in range(64):
+        (tmp_path / f"photos/{number % 2}").mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 30), (number, 2 * number, 0)).save(tmp_path / f"photos/{number % 2}/{number}.png")
+    words = ["data=imagefolder", "data.root=photos", "data.image_size=16", "data.workers=2", "encoder.width=4"]
+    words += ["epochs=100000", "batch_size=16", "trainer.accelerator=cpu", "run_dir=run", "checkpoint_seconds=0"]
+    code = "from gradmix.eval.commands.pretrain import main; main()"
+    with open(tmp_path / "said", "w") as said:
+        process = subprocess.Popen(
+            [sys.executable, "-c", code, *words], cwd=tmp_path, stdout=said, stderr=said, start_new_session=True
+        )
+        try:
+            while process.poll() is None and not list(tmp_path.glob("run/checkpoints/*.ckpt")):
+                time.sleep(0.1)
+            os.killpg(process.pid, getattr(signal, name))
+            code = process.wait()
+        finally:
+            process.kill()
+    assert code == 128 + getattr(signal, name), (tmp_path / "said").read_text()
+    assert f"stopped by {name}, saved after step" in (tmp_path / "said").read_text()
+
+
+def test_training_in_a_thread(config, data, tmp_path):
+    thread = threading.Thread(target=train, args=(config(tmp_path, epochs=1), data))
+    thread.start()
+    thread.join()
+    assert (tmp_path / "training.json").exists()
 
 
 def test_what_nohup_ignores_stays_ignored(config, data, tmp_path):

@@ -137,3 +137,10 @@ def test_the_mixed_images_cannot_enter_a_loss_that_is_not_there(config, data):
     message = "method.mixed_loss: sphor has only targets, got 'selfsup'"
     with pytest.raises(ValueError, match=message):
         Pretraining(sphor(config("unused"), mixed_loss="selfsup"), data.train)
+
+
+def test_logits_in_full_precision_under_autocast():
+    z, *_ = case()
+    loss = OrthogonalTargetLoss(5, 8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(loss.logits(z.float(), 0.05), loss.logits(z.double(), 0.05).float())

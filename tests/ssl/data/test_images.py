@@ -111,3 +111,22 @@ def test_pixels_without_a_known_white_are_refused_by_name(tmp_path, pixels, why)
         with pytest.raises(ValueError, match=r"a\.tif: not a readable image") as error:
             read()
         assert why in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["RGBA", "LA", "P", "1-bit transparency"])
+def test_what_is_transparent_lies_on_white(tmp_path, kind):
+    """A black square on a ground whose hidden colour is black."""
+    pixels = np.zeros((8, 8, 4), np.uint8)
+    pixels[2:6, 2:6, 3] = 255
+    image = Image.fromarray(pixels)
+    path = tmp_path / "a.png"
+    if kind == "1-bit transparency":  # one colour of an RGB image stands for nothing
+        pixels[pixels[..., 3] == 0, :3] = (1, 2, 3)
+        Image.fromarray(pixels[..., :3].copy()).save(path, transparency=(1, 2, 3))
+    elif kind == "P":
+        image.quantize(4).save(path)
+    else:
+        image.convert(kind).save(path)
+    expected = torch.full((3, 8, 8), 255, dtype=torch.uint8)
+    expected[:, 2:6, 2:6] = 0
+    assert torch.equal(decode(str(path), 8), expected)

@@ -3,6 +3,7 @@ import pickle
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from unicodedata import normalize
 
 import numpy as np
 import pytest
@@ -365,3 +366,27 @@ def test_a_number_is_no_index_where_classes_have_numbers_for_names():
     with pytest.raises(ValueError, match=r"data\.known: 2 is no class of data=imagefolder; classes are 0, 1, 3, 7"):
         known_classes(DataConfig("imagefolder", known=[0, 2]), source)
     assert known_classes(DataConfig("imagefolder", known=[1]), SimpleNamespace(classes=["cat", "dog"])) == [1]
+    assert known_classes(DataConfig("imagefolder", known=[True]), SimpleNamespace(classes=["no", "maybe", "true"])) == [
+        2
+    ]
+    with pytest.raises(ValueError, match=r"data\.known: True is no class"):
+        known_classes(DataConfig("imagefolder", known=[True]), SimpleNamespace(classes=["cat", "dog"]))
+
+
+def test_one_name_in_two_forms_of_unicode_is_one_class(tmp_path):
+    for half, form in (("train", "NFC"), ("test", "NFD")):
+        for name in ("café", "tea"):
+            folder = tmp_path / half / normalize(form, name)
+            folder.mkdir(parents=True)
+            for number in range(4):
+                Image.new("RGB", (8, 8), (number, 0, 0)).save(folder / f"{number}.png")
+    data = load_data(DataConfig("imagefolder", image_size=8, root=str(tmp_path), holdout=0.0), 0)
+    assert data.classes == ["café", "tea"] and data.test.labels.tolist() == [0] * 4 + [1] * 4
+
+
+def test_a_class_may_be_called_train(tmp_path):
+    for name in ("bus", "train"):
+        (tmp_path / name).mkdir()
+        for number in range(8):
+            Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / name / f"{number}.png")
+    assert load_data(DataConfig("imagefolder", image_size=8, root=str(tmp_path)), 0).classes == ["bus", "train"]

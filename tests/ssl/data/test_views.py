@@ -108,6 +108,15 @@ def test_a_reduced_jpeg_gives_the_same_view_to_the_eye(tmp_path):
             assert 10 * torch.log10(255**2 / error) > 45
 
 
+def test_several_pictures_in_one_jpeg_are_read_as_fast(tmp_path):
+    """MPO, as phones write it."""
+    first, second = (Image.open(photograph(tmp_path / f"{n}.jpg", 1200, 800, n, quality=90)) for n in range(2))
+    first.save(tmp_path / "both.jpg", "MPO", save_all=True, append_images=[second], quality=90)
+    first.save(tmp_path / "one.jpg", quality=90)
+    both, one = (CROPS.of(str(tmp_path / name), 64, np.random.default_rng(0)) for name in ("both.jpg", "one.jpg"))
+    assert Image.open(tmp_path / "both.jpg").format == "MPO" and torch.equal(both, one)
+
+
 @pytest.mark.parametrize("kind", ["L", "RGB", "CMYK", "RGBA", "P", "I;16"])
 def test_every_kind_of_image_has_views(tmp_path, kind):
     name = tmp_path / ("a.jpg" if kind in ("L", "RGB", "CMYK") else "a.png")

@@ -30,9 +30,16 @@ TREES: dict[str, Any] = {
 }
 
 
-def evaluation(config: Config) -> dict[str, Any]:
-    """What ``metrics.json`` says of the settings that it was made with."""
-    return asdict(Evaluation(config.accept, config.per_class, config.primary))
+def made_with(config: Config) -> dict[str, Any]:
+    """What an evaluation says, beside its numbers, of the settings that it was made with."""
+    said: dict[str, Any] = {"evaluation": asdict(Evaluation(config.accept, config.per_class, config.primary))}
+    if config.detector_options:
+        said["detector_options"] = dict(config.detector_options)
+    if config.data.unknown_root is not None:
+        said["data/unknown_root"] = config.data.unknown_root
+    if config.data.unknown_roots:
+        said["data/unknown_roots"] = dict(config.data.unknown_roots)
+    return said
 
 
 def read_metrics(path: Path) -> dict[str, Any]:

@@ -166,7 +166,10 @@ def eval_one(config: EvalConfig, run_dir: Path, out: Path, foreign: Foreign | No
 def take_over(run: Config, config: EvalConfig) -> None:
     """What gradmix-eval says of detectors counts instead of the run's own."""
     run.detectors = run.detectors if config.detectors is None else config.detectors
-    run.detector_options |= config.detector_options
+    for name, options in config.detector_options.items():
+        own = run.detector_options.get(name)
+        both = isinstance(own, dict) and isinstance(options, dict)
+        run.detector_options[name] = {**own, **options} if both else options
     run.primary = run.primary if config.primary is None else config.primary
     run.accept = run.accept if config.accept is None else config.accept
     run.per_class = run.per_class if config.per_class is None else config.per_class

@@ -194,7 +194,15 @@ def test_two_runs_on_the_same_images(digits_run, command, tmp_path):
     assert result.code == 0, result.err
     ours, theirs = read(tmp_path / "k1"), read(digits_run)
     assert ours["detector_options"] == {"deep_knn": {"k": 1}}
-    assert ours["evaluation"] == {"accept": 0.95, "per_class": False, "primary": "deep_knn"}
+    asked = f"gradmix-eval run={digits_run} 'detectors=[deep_knn,vim]' detector_options.deep_knn.k=1 out=k1"
+    assert ours["evaluation"] == {
+        "accept": 0.95,
+        "per_class": False,
+        "primary": "deep_knn",
+        "detectors": ["deep_knn", "vim"],
+        "command": asked,
+    }
+    assert ours["data"] == {"name": "digits", "root": None, "split": 0, "known": None}
     assert ours["osr/deep_knn/auroc"] != theirs["osr/deep_knn/auroc"]
     result = command("eval", "run=k1", f"against={digits_run}")
     assert result.code == 0, result.err

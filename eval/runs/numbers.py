@@ -77,9 +77,9 @@ def as_evaluated(config: Config, numbers: dict[str, Any]) -> Config:
     """A run's config with what its evaluation, of which ``numbers`` are, was told otherwise."""
     told = {key: value for key, value in numbers.get("evaluation", {}).items() if key != "command"}
     told = {key: value for key, value in told.items() if value is not None}
-    unknown = {key: numbers.get(f"data/{key}", usual) for key, usual in (("unknown_root", None), ("unknown_roots", {}))}
-    options = numbers.get("detector_options", {})
-    return replace(config, data=replace(config.data, **unknown), detector_options=options, **told)
+    one, several = numbers.get("data/unknown_root"), numbers.get("data/unknown_roots", {})
+    data = replace(config.data, unknown_root=one, unknown_roots=several)
+    return replace(config, data=data, detector_options=numbers.get("detector_options", {}), **told)
 
 
 def check_same_data(key: str, out: Path, config: Config) -> None:

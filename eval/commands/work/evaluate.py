@@ -188,8 +188,9 @@ def take_over(run: Config, config: EvalConfig) -> None:
     run.detectors = run.detectors if config.detectors is None else config.detectors
     for name, options in config.detector_options.items():
         own = run.detector_options.get(name)
-        both = isinstance(own, dict) and isinstance(options, dict)
-        run.detector_options[name] = {**own, **options} if both else options
+        if isinstance(own, dict) and isinstance(options, dict):
+            options = {**own, **options}
+        run.detector_options[name] = options
     run.primary = run.primary if config.primary is None else config.primary
     run.accept = run.accept if config.accept is None else config.accept
     run.per_class = run.per_class if config.per_class is None else config.per_class

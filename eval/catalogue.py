@@ -50,6 +50,7 @@ class Metric:
             `OPEN_SET`.
         compared: whether it is among the few of a classifier or detector that stand for a run: in gradmix-compare's
             table, and in the hyper-parameters tab of TensorBoard.
+        threshold: whether it is of decisions at the threshold: another ``accept`` or ``per_class`` changes it.
         compute: ``(predicted, labels)`` of known test images to the number, or `ScoredSets` to the number, or to None
             where it can't be told; None for numbers that are measured elsewhere.
     """
@@ -62,6 +63,7 @@ class Metric:
     of: Literal["method", "session"] = "method"
     terminal: bool = False
     compared: bool = False
+    threshold: bool = False
     compute: Callable[..., float | None] | None = None
 
     @property
@@ -151,6 +153,7 @@ OPEN_SET = (
         "osr/{detector}/balanced_accuracy",
         "Balanced decisions",
         "Mean of the shares of known images accepted and of unknown ones rejected, at the calibrated threshold.",
+        threshold=True,
         compute=lambda s: None if s.flagged is None else metrics.balanced_accuracy(s.flagged[0], s.flagged[1], 0.5),
     ),
     Metric(
@@ -160,6 +163,7 @@ OPEN_SET = (
         "set).",
         better="lower",
         terminal=True,
+        threshold=True,
         compute=lambda s: None if s.flagged is None else float(np.asarray(s.flagged[0]).mean()),
     ),
 )

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from glob import escape
 from itertools import islice
 from pathlib import Path
@@ -23,7 +23,7 @@ from gradmix.eval.features.cache import weights_key
 from gradmix.eval.features.embeddings import Embeddings, embeddings
 from gradmix.eval.features.extraction import Model, looked_at
 from gradmix.eval.features.formats import Row, beside, is_ours, write_embeddings, write_table
-from gradmix.ssl.config import EncoderConfig
+from gradmix.ssl.config import EncoderConfig, flat
 from gradmix.ssl.data.listing import Files
 from gradmix.ssl.data.sizes import sample_sizes, usual_image_size
 from gradmix.ssl.machine import pick_device
@@ -77,6 +77,11 @@ def find_embedder(config: EmbedConfig, files: Sequence[str]) -> Embedder:
             raise ValueError(
                 f"run: {folder} is no finished run's folder and no detector's, backbone.safetensors is missing"
             )
+        usual = flat(asdict(EmbedConfig()))
+        for key, value in flat(asdict(config)).items():
+            if value != usual[key] and key.startswith(("image_size", "fit", "encoder.")):
+                name = key.removesuffix(".name")
+                raise ValueError(f"{name}: belongs to checkpoint=FILE; run= has a network with its own, leave it out")
         model = Model(folder, device)
         return Embedder(
             model.backbone, model.head, (model.widths["features"], model.widths.get("projections", 0)), device

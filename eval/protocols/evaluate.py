@@ -12,7 +12,7 @@ from gradmix.eval.features.cache import image_hashes
 from gradmix.eval.protocols.measure import Measure
 from gradmix.eval.protocols.measures import choose_measures, measure_all
 from gradmix.eval.protocols.subject import Subject, subject_of
-from gradmix.eval.runs.numbers import evaluation, read_training
+from gradmix.eval.runs.numbers import made_with, read_training
 from gradmix.eval.scoring.scorer import save_scorer
 from gradmix.ssl.config import Config
 from gradmix.ssl.data.open_set import OpenSetData
@@ -86,13 +86,7 @@ def measured(
         )
     save_detectors(out, run_dir, subject)
     result: dict[str, Any] = {"skipped": skipped, "data/bad_images": len(data.bad)} | numbers
-    result["evaluation"] = evaluation(config)
-    if config.detector_options:
-        result["detector_options"] = dict(config.detector_options)
-    if config.data.unknown_root is not None:
-        result["data/unknown_root"] = config.data.unknown_root
-    if config.data.unknown_roots:
-        result["data/unknown_roots"] = dict(config.data.unknown_roots)
+    result |= made_with(config)
     result |= {key: value for key, value in said.items() if key not in result} | provenance()  # what is measured counts
     write_json(out / "metrics.json", result)
     return result

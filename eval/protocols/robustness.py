@@ -6,6 +6,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -21,13 +22,14 @@ from gradmix.eval.protocols.closed_set import KNN, KNNOnPixels, Linear
 from gradmix.eval.protocols.corruptions import CORRUPTIONS, SEVERITIES, corrupt
 from gradmix.eval.protocols.measures import can_be_measured
 from gradmix.eval.protocols.open_set import Judged, OpenSet, open_set_numbers, together
-from gradmix.eval.protocols.subject import subject_of
+from gradmix.eval.protocols.subject import Subject, subject_of
+from gradmix.eval.runs.numbers import made_with
 from gradmix.ssl.config import Config
 from gradmix.ssl.data.images import ImageSet, from_array
 from gradmix.ssl.data.listing import list_images
 from gradmix.ssl.data.open_set import OpenSetData
 from gradmix.ssl.data.scan import Scan
-from gradmix.ssl.runs.files import write_json
+from gradmix.ssl.runs.files import STRAY, write_json
 from gradmix.ssl.runs.folder import provenance
 
 CHUNK = 256  # images corrupted at once; the seed of made corruptions counts chunks, so it is part of the result
@@ -56,6 +58,9 @@ def evaluate_corruptions(
       the sets and means that ``data.unknown_roots`` names. Left out, and listed under ``skipped``, where there are no
       unknown images.
 
+    Features are read from ``features/`` where they are of the same weights and images; others are made for the time
+    being, and nothing there is replaced.
+
     Args:
         where: a folder in CIFAR-10-C's or TinyImageNet-C's layout, or ``make``.
         out: folder to write to, ``run_dir`` unless given.
@@ -70,12 +75,23 @@ def evaluate_corruptions(
         raise ValueError("corruptions: the run's test set has no images of known classes")
     batches = find_batches(where, data, test)  # bad input is said before anything is computed
     out = run_dir if out is None else out
-    subject = subject_of(run_dir, out, config, data, device, EvalConfig())
     limit = int(config.data.memory_gib * 2**30)
-    subject.spaces["pixels"] = {
-        name: raw_pixels(images, out / "features" / f"{name}_pixels.safetensors", limit)
-        for name, images in data.sets().items()
-    }
+    # The features that lie in ``out`` belong to its metrics.json, which may be of other unknown images.
+    with TemporaryDirectory(dir=out, prefix=".", suffix=STRAY, ignore_cleanup_errors=True) as place:
+        subject = subject_of(run_dir, Path(place), config, data, device, EvalConfig())
+        subject.spaces["pixels"] = {
+            name: raw_pixels(images, out / "features" / f"{name}_pixels.safetensors", limit)
+            for name, images in data.sets().items()
+        }
+        result = on_corrupted(subject, batches, where)
+    result |= {"corruptions/source": where} | made_with(config) | provenance()
+    write_json(out / "metrics_corruptions.json", result)
+    return result
+
+
+def on_corrupted(subject: Subject, batches: Batches, where: str) -> dict[str, Any]:
+    """The numbers of :func:`evaluate_corruptions`, and under ``skipped`` what can't be measured."""
+    config, data = subject.config, subject.data
     classifiers = {measure: measure.fit(subject) for measure in METHODS.values()}
     asked = [measure for measure in OpenSet.asked_for(config, EvalConfig()) if isinstance(measure, OpenSet)]
     detectors, skipped = can_be_measured(asked, subject)
@@ -88,7 +104,8 @@ def evaluate_corruptions(
         return np.array([*((answer == labels).sum().item() for answer in answers), len(labels)])
 
     none = np.zeros(len(METHODS) + 1, dtype=np.int64)
-    clean = correct({space: subject.known_test(space)[0] for space in ("features", "pixels")}, test.labels)
+    plain = {space: subject.known_test(space)[0] for space in ("features", "pixels")}
+    clean = correct(plain, subject.known_test("features")[1])
     counts: dict[tuple[str, int], np.ndarray] = defaultdict(none.copy)
     for kind, severity, images, labels in tqdm(batches, desc="corruptions", unit="batch", leave=False, disable=None):
         seen = subject.in_all_spaces(images)
@@ -101,9 +118,7 @@ def evaluate_corruptions(
     for detector, (known, unknown, sets) in tested.items():
         numbers = open_set_numbers(together([known, *corrupted[detector]]), unknown, sets)
         result |= {f"{detector.name}/{FULL_SPECTRUM}/{name}": value for name, value in numbers.items()}
-    result |= {"skipped": skipped, "corruptions/source": where} | provenance()
-    write_json(out / "metrics_corruptions.json", result)
-    return result
+    return result | {"skipped": skipped}
 
 
 def summarise(clean: np.ndarray, counts: dict[tuple[str, int], np.ndarray]) -> dict[str, Any]:

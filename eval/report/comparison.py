@@ -20,6 +20,9 @@ from gradmix.ssl.runs.files import write_text
 
 SHOWN = (*compared(("knn", "linear", PRIMARY)), "osr/pixels/auroc")  # the numbers of the table
 NO_EVIDENCE = "n = 1: one pair of runs is no evidence of a difference; run more splits or seeds."
+OTHER_THRESHOLDS = (
+    "accept or per_class differ: false alarms and balanced decisions, which follow them, stand without a difference."
+)
 
 
 def write_comparison(paths: Sequence[Path], out: Path) -> dict[str, list[Group]]:
@@ -107,6 +110,8 @@ def _notes(groups: list[Group]) -> list[str]:
         apart = [difference(group, groups[0], key) for group in groups[1:] for key in _measured(groups)]
         if any(one is not None and one.pairs == 1 for one in apart):
             notes.append(NO_EVIDENCE)
+        if len(set[tuple[float, bool]]().union(*(group.thresholds for group in groups))) > 1:
+            notes.append(OTHER_THRESHOLDS)
     return notes
 
 

@@ -1,7 +1,6 @@
 """Writes report.html."""
 
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +64,7 @@ def write_report(run_dir: Path, data: OpenSetData | None = None) -> Path:
 def what_was_run(run: Run) -> Section:
     """The run's settings, data, hardware and versions, and the command that makes it again."""
     found = run.numbers
-    config = replace(run.config, **found.get("evaluation", {}))  # which may have been told otherwise
+    config = run.config
     changed = differences(config)
     counts = {"train": "training", "held_out": "held-out", "test": "test"}
     sizes = [f"{len(run.features[name]['labels'])} {what}" for name, what in counts.items() if name in run.features]
@@ -77,6 +76,8 @@ def what_was_run(run: Run) -> Section:
         "Data": f"{config.data.name}{f', {config.data.root}' if config.data.root else ''}: {', '.join(sizes)} images"
         + (f" ({unknown} of unknown classes)" if unknown else "")
         + (f"; {found['data/bad_images']} unreadable files left out" if found.get("data/bad_images") else ""),
+        "Unknown images": config.data.unknown_root
+        or ", ".join(f"{name}: {root}" for name, root in config.data.unknown_roots.items()),
         "Known classes": _first(run.classes) or "none: the images have no classes",
         "Split, seed": f"{'-' if config.data.split is None else config.data.split}, {config.seed}",
         "Network": ""
@@ -97,6 +98,7 @@ def what_was_run(run: Run) -> Section:
     }
     commands = {
         "The command that was typed": found.get("command"),
+        "The command that made these numbers": found.get("evaluation", {}).get("command"),
         "A command that makes this run again": command(config, changed),
     }
     shown = [(key, _show(usual), _show(value)) for key, usual, value in changed if key != "run_dir"]

@@ -65,7 +65,8 @@ def write_projector(folder: Path, features: Path, data: OpenSetData) -> None:
     generator = torch.Generator().manual_seed(0)
     rows = torch.randperm(len(data.test), generator=generator)[:POINTS].sort().values
     chosen, columns = found["features"][rows], math.ceil(math.sqrt(len(rows)))
-    names = [data.classes[label] if label >= 0 else "unknown" for label in found["labels"][rows].tolist()]
+    other = "unknown" if data.classes else "image"
+    names = [data.classes[label] if label >= 0 else other for label in found["labels"][rows].tolist()]
     files = [str(row) if data.test.files is None else data.test.files[row] for row in rows.tolist()]
     lines = ["class\ttest image", *("\t".join(map(_cell, pair)) for pair in zip(names, files, strict=True))]
     picture = sheet(data.test, rows.tolist(), columns, SIDE)

@@ -18,7 +18,7 @@ from gradmix.eval.features.arrays import check_features, check_labels
 from gradmix.eval.features.feature_sets import FEATURES
 from gradmix.eval.features.mapped import Arrays, map_arrays
 from gradmix.eval.runs.foreign import ELSEWHERE
-from gradmix.eval.runs.numbers import read_metrics
+from gradmix.eval.runs.numbers import as_evaluated, read_metrics
 from gradmix.eval.scoring.scorer import LARGEST_LIST
 from gradmix.ssl.config import Config, flat, register_configs
 from gradmix.ssl.data.images import ImageSet
@@ -38,6 +38,7 @@ class Run:
     """A run's folder.
 
     Attributes:
+        config: config.yaml, with what gradmix-eval was told otherwise.
         numbers: metrics.json.
         scalars: TensorBoard's, tag to steps ``[n]`` and values ``[n]``.
         pictures: steps and encoded images of TensorBoard's ``mixing``, in order.
@@ -87,6 +88,7 @@ def read_run(path: Path, data: OpenSetData | None = None, images: bool = True) -
     if not (path / "metrics.json").is_file():
         raise ValueError(f"{path}: not evaluated yet, metrics.json is missing; gradmix-eval run={path} writes it")
     numbers = read_metrics(path / "metrics.json")
+    config = as_evaluated(config, numbers)
     scalars, pictures = read_events(path / "tensorboard", images)
     names = [name for name in ("train", "held_out", "test") if (path / f"features/{name}.safetensors").is_file()]
     features = {name: _features(path / f"features/{name}.safetensors") for name in names}

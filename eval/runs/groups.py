@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from gradmix.eval.catalogue import match
 from gradmix.eval.runs.folder import Run
 from gradmix.ssl.config import Config, flat
 from gradmix.ssl.keys import Role, key_of, keys_of
@@ -34,6 +35,11 @@ class Group:
         """A number by unit; the mean where a unit was run several times."""
         values = {unit: [run.numbers[key] for run in runs if key in run.numbers] for unit, runs in self.runs.items()}
         return {unit: float(np.mean(of_unit)) for unit, of_unit in values.items() if of_unit}
+
+    @property
+    def thresholds(self) -> set[tuple[float, bool]]:
+        """``accept`` and ``per_class`` of the runs."""
+        return {(run.config.accept, run.config.per_class) for runs in self.runs.values() for run in runs}
 
 
 @dataclass
@@ -89,7 +95,12 @@ def group_runs(runs: Sequence[Run]) -> dict[str, list[Group]]:
 
 
 def difference(group: Group, reference: Group, key: str) -> Difference | None:
-    """``group`` minus ``reference``, paired by split and seed; None where they share none."""
+    """``group`` minus ``reference``, paired by split and seed; None where they share none, or where it would be one of
+    the thresholds that were asked for.
+    """
+    found = match(key)
+    if found is not None and found[0].threshold and len(group.thresholds | reference.thresholds) > 1:
+        return None
     ours, theirs = group.values(key), reference.values(key)
     values = np.array([ours[unit] - theirs[unit] for unit in ours if unit in theirs])
     if not len(values):
@@ -116,16 +127,8 @@ def _labels(configs: list[dict[str, Any]], alone: Sequence[str]) -> list[str]:
 
 
 def _config(run: Run) -> dict[str, Any]:
-    """A run's config, flat; what an evaluation may have been told otherwise is taken from its numbers."""
-    usual = {
-        k: v
-        for k, v in flat(asdict(run.config)).items()
-        if not k.startswith(("detector_options.", "data.unknown_roots."))
-    }
-    asked = flat({"detector_options": run.numbers.get("detector_options", {})})
-    asked |= flat({"data": {"unknown_roots": run.numbers.get("data/unknown_roots", {})}})
-    asked["data.unknown_root"] = run.numbers.get("data/unknown_root")
-    return {key: _frozen(value) for key, value in (usual | asked).items()}
+    """A run's config, flat."""
+    return {key: _frozen(value) for key, value in flat(asdict(run.config)).items()}
 
 
 def _with_role(role: Role, config: dict[str, Any]) -> dict[str, Any]:

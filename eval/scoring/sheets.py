@@ -19,6 +19,7 @@ def write_sheets(
     scorer: Scorer, images: Sequence[Picture], folder: Path, limit: int = 200, k: int = 5
 ) -> tuple[int, int]:
     """Write ``sheet-001.png``, ... with one row per image: the image, then its ``k`` nearest training images.
+    Sheets of an earlier, longer scoring are removed.
 
     Args:
         images: files that can't be read are left out.
@@ -43,6 +44,10 @@ def write_sheets(
     if rows:
         sheets += 1
         _write(folder, sheets, rows)
+    for old in folder.glob("sheet-*.png"):
+        number = old.stem.removeprefix("sheet-")
+        if number.isdecimal() and int(number) > sheets:
+            old.unlink()
     return shown, sheets
 
 

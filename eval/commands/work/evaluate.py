@@ -16,8 +16,10 @@ from gradmix.eval.report.summary import over_splits, table
 from gradmix.eval.report.tensorboard import write_tensorboard
 from gradmix.eval.runs.compare import compare, comparison_table
 from gradmix.eval.runs.export import export_backbone
+from gradmix.eval.runs.folder import GROUPS, defaults
 from gradmix.eval.runs.foreign import Foreign, adopt, check_transfer_classes, features_run, read_foreign, transfer
 from gradmix.eval.runs.groups import find_runs
+from gradmix.eval.runs.numbers import check_same_data
 from gradmix.ssl.checks import check_root
 from gradmix.ssl.config import Config
 from gradmix.ssl.data.names import check_names
@@ -131,6 +133,7 @@ def eval_one(config: EvalConfig, run_dir: Path, out: Path, foreign: Foreign | No
     if run.data.name == FEATURES:
         raise ValueError(f"run: {run_dir} was made of features=, with no network to evaluate; give features= and out=")
     take_over(run, config)
+    check_squares(run, config)
     transfer(run, config)
     if config.unknown_root is not None or config.unknown_roots:
         run.data.unknown_root, run.data.unknown_roots = config.unknown_root, config.unknown_roots
@@ -144,6 +147,8 @@ def eval_one(config: EvalConfig, run_dir: Path, out: Path, foreign: Foreign | No
     with alone_in(out, key):
         check_writable(key, out, FILES, FOLDERS)
         remove_strays(out)
+        if out != run_dir or config.data.name:
+            check_same_data(key if config.out is not None else "data", out, run)
         data = load_data(run.data, run.seed, look=True)
         check_names(data.classes, data.train, data.held_out, data.test)
         if config.data.name:
@@ -163,10 +168,29 @@ def eval_one(config: EvalConfig, run_dir: Path, out: Path, foreign: Foreign | No
         return result
 
 
+def check_squares(run: Config, config: EvalConfig) -> None:
+    """
+    Raises:
+        ValueError: other data is to become other squares than those that the run's network knows.
+    """
+    groups = (config.data.name if group == "data" else getattr(run, group).name for group in GROUPS)
+    usual = defaults(tuple(groups)) if config.run and config.data.name else {}
+    if usual.get("data.name") != config.data.name:
+        return  # the option of a --config-dir, which may say a size of its own
+    for key in ("image_size", "fit"):
+        given, own = getattr(config.data, key), getattr(run.data, key)
+        if given not in (own, usual[f"data.{key}"]):
+            raise ValueError(f"data.{key}: the run has {own}, and other data gets the same; leave it out")
+
+
 def take_over(run: Config, config: EvalConfig) -> None:
     """What gradmix-eval says of detectors counts instead of the run's own."""
     run.detectors = run.detectors if config.detectors is None else config.detectors
-    run.detector_options |= config.detector_options
+    for name, options in config.detector_options.items():
+        own = run.detector_options.get(name)
+        if isinstance(own, dict) and isinstance(options, dict):
+            options = {**own, **options}
+        run.detector_options[name] = options
     run.primary = run.primary if config.primary is None else config.primary
     run.accept = run.accept if config.accept is None else config.accept
     run.per_class = run.per_class if config.per_class is None else config.per_class

@@ -16,12 +16,15 @@ from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
 from sklearn.preprocessing import normalize
 
 from gradmix.eval.classifiers.linear import LinearProbe
+from gradmix.eval.commands.work.evaluate import take_over
+from gradmix.eval.config import EvalConfig
 from gradmix.eval.detectors import ViM
 from gradmix.eval.features.extraction import raw_pixels
 from gradmix.eval.protocols.evaluate import evaluate
 from gradmix.eval.protocols.measures import choose_measures
 from gradmix.eval.report.summary import over_splits, table
 from gradmix.eval.runs.compare import compare
+from gradmix.ssl.config import Config
 from gradmix.ssl.data.images import ImageSet
 from gradmix.ssl.data.open_set import load_data
 from gradmix.ssl.data.splits import SPLITS
@@ -191,7 +194,15 @@ def test_two_runs_on_the_same_images(digits_run, command, tmp_path):
     assert result.code == 0, result.err
     ours, theirs = read(tmp_path / "k1"), read(digits_run)
     assert ours["detector_options"] == {"deep_knn": {"k": 1}}
-    assert ours["evaluation"] == {"accept": 0.95, "per_class": False, "primary": "deep_knn"}
+    asked = f"gradmix-eval run={digits_run} 'detectors=[deep_knn,vim]' detector_options.deep_knn.k=1 out=k1"
+    assert ours["evaluation"] == {
+        "accept": 0.95,
+        "per_class": False,
+        "primary": "deep_knn",
+        "detectors": ["deep_knn", "vim"],
+        "command": asked,
+    }
+    assert ours["data"] == {"name": "digits", "root": None, "split": 0, "known": None}
     assert ours["osr/deep_knn/auroc"] != theirs["osr/deep_knn/auroc"]
     result = command("eval", "run=k1", f"against={digits_run}")
     assert result.code == 0, result.err
@@ -215,6 +226,18 @@ def test_two_runs_on_the_same_images(digits_run, command, tmp_path):
     vim = ViM().fit(train["features"], train["labels"], head=(probe.weight_, probe.bias_))
     scores = load_file(tmp_path / "k1/features/scores.safetensors")
     torch.testing.assert_close(scores["vim/score"], vim.score(test["features"]))
+
+
+def test_detector_options_are_over_the_run_s_own():
+    """One parameter more leaves a detector's others as they were."""
+    own = {"gaussian_mixture": {"components": 2, "seed": 1}, "deep_knn": {"k": 3}}
+    run = Config(run_dir="run", detector_options=own)
+    take_over(run, EvalConfig(detector_options={"gaussian_mixture": {"seed": 7}, "vim": {"dim": 4}}))
+    assert run.detector_options == {
+        "gaussian_mixture": {"components": 2, "seed": 7},
+        "deep_knn": {"k": 3},
+        "vim": {"dim": 4},
+    }
 
 
 def test_other_images_cannot_be_compared(digits_run, command, tmp_path):

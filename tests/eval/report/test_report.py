@@ -8,6 +8,7 @@ from io import BytesIO
 import numpy as np
 import pytest
 import torch
+from markupsafe import escape
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 from sklearn.datasets import load_digits
@@ -20,6 +21,7 @@ from gradmix.eval.report import curves, write_report
 from gradmix.eval.report.charts import thin
 from gradmix.eval.report.feature_map import plane
 from gradmix.eval.report.report import _mixing as mixing_rows
+from gradmix.eval.report.report import what_was_run
 from gradmix.eval.runs.folder import command as command_of
 from gradmix.eval.runs.folder import differences, read_run
 from gradmix.ssl.pictures import PADDING, tile_side
@@ -207,6 +209,21 @@ def test_what_the_evaluation_was_told_is_shown_not_what_the_run_was(digits_run, 
     row = '<th><code>accept</code></th><td class="value">0.95</td><td class="value">0.5</td>'
     assert row in text
     assert "accept=0.5" in text and "accept: 0.95" in (run / "config.yaml").read_text()
+
+    (tmp_path / "far").mkdir()
+    for i in range(20):
+        Image.new("L", (16, 16), 10 * i).save(tmp_path / f"far/{i}.png")
+    told = ("detector_options.deep_knn.k=9", "detectors=[deep_knn,vim]", "unknown_root=far")
+    assert command("eval", f"run={run}", *told).code == 0
+    shown = what_was_run(read_run(run)).body
+    typed = f"gradmix-eval run={run} detector_options.deep_knn.k=9 'detectors=[deep_knn,vim]' unknown_root=far"
+    assert escape(typed) in shown
+    again = shown.partition("A command that makes this run again")[2].partition("</pre>")[0]
+    for word in ("data.unknown_root=far", "detectors=[deep_knn,vim]", "detector_options.deep_knn.k=9"):
+        assert word in again
+        assert f"<code>{word.partition('=')[0]}</code>" in shown
+    assert "<dt>Unknown images</dt><dd>far</dd>" in shown
+    assert read_run(run).why_no_images == ""  # they are found where the evaluation found them
 
 
 @pytest.mark.parametrize("columns", [4, 8])

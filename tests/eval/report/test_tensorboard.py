@@ -2,12 +2,14 @@
 
 import json
 import shutil
+from dataclasses import replace
 from io import BytesIO
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from tensorboard.backend.event_processing import data_provider, plugin_event_multiplexer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.context import RequestContext
@@ -21,7 +23,7 @@ from werkzeug.test import Client
 from werkzeug.wrappers import Response
 
 from gradmix.eval.report import tensorboard
-from gradmix.eval.report.tensorboard import write_tensorboard
+from gradmix.eval.report.tensorboard import write_projector, write_tensorboard
 from gradmix.ssl.data.open_set import load_data
 from gradmix.ssl.runs.folder import read_config
 
@@ -80,6 +82,17 @@ def test_the_projector(plugins, digits_run):
     for row in (0, columns, len(lines) - 1):
         top, left = row // columns * side, row % columns * side
         assert np.array_equal(sprite[top : top + side, left : left + side], images[row])
+
+
+def test_images_without_classes_are_not_called_unknown(digits_run, tmp_path):
+    data = load_data(read_config(digits_run).data, 0)
+    labels = torch.full_like(data.test.labels, -1)
+    flat = replace(data, classes=[], test=replace(data.test, labels=labels))
+    saved = load_file(digits_run / "features/test.safetensors")
+    save_file(saved | {"labels": labels.numpy()}, tmp_path / "test.safetensors")
+    write_projector(tmp_path / "tensorboard", tmp_path / "test.safetensors", flat)
+    lines = (tmp_path / "tensorboard/projector/metadata.tsv").read_text().splitlines()
+    assert {line.split("\t")[0] for line in lines[1:]} == {"image"}
 
 
 def test_again_replaces_what_was_there_and_points_are_bounded(digits_run, tmp_path, monkeypatch):

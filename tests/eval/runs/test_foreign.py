@@ -55,7 +55,10 @@ def test_a_checkpoint_from_elsewhere_on_a_folder(command, tmp_path, digit_folder
 
     # The folder is a run's: evaluated again, scored with, and open-set when classes are chosen
     (tmp_path / "a.pth").unlink()
-    assert command("eval", "run=out", "detectors=[deep_knn]").code == 0 and read(tmp_path / "out") == numbers
+    again = "run=out", "detectors=[deep_knn]"
+    assert command("eval", *again).code == 0 and read(tmp_path / "out") == numbers | {
+        "evaluation": numbers["evaluation"] | {"command": "gradmix-eval run=out 'detectors=[deep_knn]'"}
+    }
     known = ("data.known=[digit 1,digit 7]", "data.holdout=0.1")
     result = command("eval", "run=out", *FOLDER, f"data.root={digit_folders}", *known, "out=open")
     assert result.code == 0, result.err
@@ -99,10 +102,23 @@ def test_a_checkpoint_of_timms(command, tmp_path, digit_folders):
 def test_transfer(command, tmp_path, digits_run, digit_folders):
     run = shutil.copytree(digits_run, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints"))
     before = read(run)
-    result = command("eval", "run=run", *FOLDER, "data.image_size=99", f"data.root={digit_folders}")
+    moved = shutil.copytree(digit_folders, tmp_path / "other")
+    result = command("eval", "run=run", *FOLDER, f"data.root={digit_folders}")
     assert result.code == 0, result.err
     there = read(run / "transfer-imagefolder")
     assert there["knn/top1"] > 0.5 and "run/transfer-imagefolder/metrics.json" in result.out
+    assert there["data"] == {"name": "imagefolder", "root": str(digit_folders), "split": None, "known": None}
+    assert there["evaluation"]["command"].startswith("gradmix-eval run=run data=imagefolder")
+    result = command("eval", "run=run", *FOLDER, "data.root=other")
+    other = f"holds results of other data (data.root is '{digit_folders}' there and '{moved}' here); give another out="
+    assert result.code == 2 and other in result.err, result.err
+    assert len(result.err.strip().splitlines()) == 1 and read(run / "transfer-imagefolder") == there
+    for wrong, message in (
+        ("data.image_size=99", "data.image_size: the run has 16, and other data gets the same; leave it out"),
+        ("data.fit=pad", "data.fit: the run has crop, and other data gets the same; leave it out"),
+    ):
+        result = command("eval", "run=run", *FOLDER, f"data.root={digit_folders}", wrong)
+        assert result.code == 2 and message in result.err, result.err
     assert read(run) == before
     backbone = read_backbone(run / "backbone.safetensors", "resnet18").eval()
     stored = load_file(run / "transfer-imagefolder/features/test.safetensors")

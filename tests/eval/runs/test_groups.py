@@ -144,6 +144,23 @@ def test_what_an_evaluation_was_told_sets_runs_apart(runs):
     }
 
 
+def test_other_thresholds_are_no_difference(runs, compare):
+    """False alarms and balanced decisions follow accept and per_class; the threshold has no part in the others."""
+    keys = [f"osr/deep_knn/{name}" for name in ("false_alarms", "balanced_accuracy", "fpr95")]
+
+    def gaps():
+        ((_, groups),) = group_runs([read_run(path, images=False) for path in find_runs([runs])]).items()
+        assert len(groups) == 2
+        return [difference(groups[1], groups[0], key) is not None for key in keys]
+
+    note = "accept or per_class differ: false alarms and balanced decisions, which follow them"
+    assert gaps() == [True, True, True] and note not in compare(runs)[1]
+    for told in ({"accept": 0.5, "per_class": False}, {"accept": 0.95, "per_class": True}):
+        for split in (1, 2, 3):
+            change(runs / f"gradmix/split-{split}", evaluation={**told, "primary": "deep_knn"})
+        assert gaps() == [False, False, True] and note in compare(runs)[1]
+
+
 def test_every_number_is_there_also_of_later_runs(runs, compare, tmp_path):
     path = runs / "gradmix/split-2/metrics.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"osr/vim/auroc": 0.98765}))

@@ -43,6 +43,7 @@ def test_a_training_record_is_looked_at(change, run):
         {"skipped": []},
         {"detector_options": {"deep_knn": 1}},
         {"data/unknown_root": 3},
+        {"data": {"name": "digits"}},
         {"anything": {"a": {"b": 1}}},
     ],
 )

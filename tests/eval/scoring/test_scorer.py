@@ -191,7 +191,10 @@ def test_sheets_show_each_image_and_its_neighbours(detector, train, tmp_path):
     left = MARGIN + SIDE + 2 * GAP  # its nearest training image is itself
     np.testing.assert_array_equal(page[top : top + SIDE, left : left + SIDE], image)
     assert page.shape[0] == 2 * MARGIN + 18 + 8 * (SIDE + GAP + CAPTION)  # eight per sheet
-    assert write_sheets(scorer, paths, tmp_path / "few", limit=3) == (3, 1)
+    (tmp_path / "sheets/sheet-of-mine.png").write_text("kept")
+    assert write_sheets(scorer, paths, tmp_path / "sheets", limit=3) == (3, 1)
+    left = sorted(path.name for path in (tmp_path / "sheets").iterdir())
+    assert left == ["sheet-001.png", "sheet-of-mine.png"]  # none of the longer scoring
 
 
 def test_thumbnails_of_large_images_and_paths_of_files(digits_run, train, tmp_path):

@@ -125,6 +125,23 @@ def test_one_file_is_divided_as_a_folder_is(arrays, command, tmp_path):
     )
 
 
+def test_settings_are_chosen_without_the_real_unknowns(arrays, tmp_path):
+    """With pseudo_unknown the last known class is unknown; what is really unknown changes nothing."""
+    run = gradmix.evaluate_features(
+        *arrays.values(), out=tmp_path / "out", detectors=["deep_knn"], data={"pseudo_unknown": 1}
+    )
+    fits, tests = (arrays[f"{name}_labels"] for name in ("train", "test"))
+    played = auroc(
+        arrays["train_features"][fits != "d"],
+        arrays["test_features"][np.isin(tests, ["a", "b", "c"])],
+        arrays["test_features"][tests == "d"],
+    )
+    assert run["osr/deep_knn/auroc"] == pytest.approx(played, abs=1e-6)
+    assert abs(played - expected(arrays)) > 1e-3
+    test = load_file(tmp_path / "out/features/test.safetensors")
+    assert np.bincount(test["labels"] + 1).tolist() == [20, 20, 20, 20]
+
+
 def test_without_labels_a_detector_is_fitted(arrays, tmp_path):
     run = gradmix.evaluate_features(
         arrays["train_features"], settings={"data.holdout": 0.2}, out=tmp_path / "out", detectors=["deep_knn"]
@@ -186,6 +203,11 @@ def test_what_gradmix_embed_writes_comes_back(digits_run, command, tmp_path):
         (("features=all.npz", "out=out", "run=x"), "features: beside run= or checkpoint=; give one of them"),
         (("features=all.npz", "out=out", "data=digits"), "data: features= has no images and no network; leave it out"),
         (("features=all.npz", "out=out", "export=[onnx]"), "export: features= has no images and no network"),
+        (("features=all.npz", "out=out", "data.unknown_root=x"), "data.unknown_root: features= has no images and no"),
+        (("features=all.npz", "out=out", "data.unknown_roots={a: x}"), "data.unknown_roots: features= has no images"),
+        (("features=all.npz", "out=out", "unknown_roots={a: x}"), "unknown_roots: features= has no images and no"),
+        (("features=all.npz", "out=out", "data.pseudo_unknown=3"), "data.pseudo_unknown: expected 0 to 2 of 4 known"),
+        (("features=plain.npz", "out=out", "data.pseudo_unknown=1"), "data.pseudo_unknown: the features have no class"),
         (("features=gone.npz", "out=out"), "features: gone.npz: no such file"),
         (("features=bad.npz", "out=out"), "features: bad.npz: bad_features: no such array; expected train_features, "),
         (("features=short.npz", "out=out"), "features: short.npz: train_features: missing"),
@@ -201,6 +223,7 @@ def test_what_gradmix_embed_writes_comes_back(digits_run, command, tmp_path):
 )
 def test_bad_input_is_one_line(arguments, message, arrays, command, tmp_path):
     np.savez("all.npz", **arrays)
+    np.savez("plain.npz", train_features=arrays["train_features"])
     np.savez("bad.npz", **arrays, bad_features=np.ones((1, 64)))
     np.savez("short.npz", test_features=np.ones((3, 64)))
     np.savez("wide.npz", **(arrays | {"test_features": np.ones((100, 3))}))

@@ -41,11 +41,14 @@ class FeatureSets:
         Raises:
             ValueError: sets of another width.
         """
-        for name in ("test", "unknown", "held_out"):
-            other = getattr(self, name)
-            if other is not None and other.features.shape[1] != self.train.features.shape[1]:
-                ours, theirs = (one.features.shape[1] for one in (self.train, other))
-                raise ValueError(f"{name}_features: {theirs} wide, train_features are {ours}")
+        sets = {"train": self.train, "test": self.test, "unknown": self.unknown, "held_out": self.held_out}
+        for space in ("features", "projections"):
+            arrays = {name: getattr(one, space, None) for name, one in sets.items()}
+            widths = {f"{name}_{space}": array.shape[1] for name, array in arrays.items() if array is not None}
+            for name, width in widths.items():
+                first = next(iter(widths))
+                if width != widths[first]:
+                    raise ValueError(f"{name}: {width} wide, {first} are {widths[first]}")
 
 
 def read_sets(config: EvalConfig) -> FeatureSets:
@@ -147,8 +150,12 @@ def divide(sets: FeatureSets, config: DataConfig, seed: int) -> tuple[OpenSetDat
     aside = stratified(torch.from_numpy(train_labels), config.holdout, seed)
     held_labels = place[:0]
     if sets.held_out is not None:
-        own = _renumbered(sets.held_out, number)
-        rows = np.arange(len(own)) if not classes else np.flatnonzero(place[own] >= 0)
+        own, named = _renumbered(sets.held_out, number), bool(classes and sets.held_out.classes)
+        if config.pseudo_unknown and not named:
+            raise ValueError(
+                "data.pseudo_unknown: needs held_out_labels, to leave out rows of classes that play unknown"
+            )
+        rows = np.flatnonzero(place[own] >= 0) if named else np.arange(len(own))
         by_set["held_out"], held_labels = [(sets.held_out, rows)], place[own[rows]]
     elif config.holdout:
         kept, away = (rows.numpy() for rows in aside)

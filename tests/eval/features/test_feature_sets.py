@@ -11,10 +11,13 @@ from PIL import Image
 from safetensors.numpy import load_file
 from sklearn.datasets import load_digits
 from sklearn.metrics import roc_auc_score
-from sklearn.neighbors import NearestNeighbors
+from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
+from sklearn.preprocessing import normalize
 
 import gradmix
 from gradmix.eval import detectors
+from gradmix.eval.features.feature_sets import sets_of
+from gradmix.ssl.config import Config
 
 KNOWN = list("abcd")
 QUICK = ("detectors=[deep_knn,mahalanobis]", "data.holdout=0.1")
@@ -148,6 +151,58 @@ def test_without_labels_a_detector_is_fitted(arrays, tmp_path):
     )
     assert run["skipped"]["knn, linear, osr"] == "the images have no classes"
     assert detectors.load(run.detector).threshold > 0
+
+
+def test_held_out_rows_need_no_labels(arrays, tmp_path):
+    """The threshold is that of the same rows with labels, also by class: that is the one they look most like."""
+    own = {name: part for name, part in arrays.items() if name.startswith(("train", "unknown"))}
+    own |= {"held_out_features": arrays["test_features"][:80], "test_features": arrays["test_features"][::4]}
+    asked = {"test_labels": arrays["test_labels"][::4], "detectors": ["deep_knn"], "accept": 0.9, "per_class": True}
+    with_labels = gradmix.evaluate_features(**own, **asked, held_out_labels=np.repeat(KNOWN, 20), out=tmp_path / "with")
+    run = gradmix.evaluate_features(**own, **asked, out=tmp_path / "out")
+    assert "threshold" not in run["skipped"] and "false alarm" in run.report.read_text().lower()
+    thresholds = [detectors.load(one.detector).calibration_.thresholds(np.arange(4), 4) for one in (with_labels, run)]
+    assert len(set(thresholds[0])) > 1 and thresholds[0].tolist() == thresholds[1].tolist()
+    assert (load_file(tmp_path / "out/features/held_out.safetensors")["labels"] == -1).all()
+    with pytest.raises(ValueError, match="pseudo_unknown: needs held_out_labels"):
+        gradmix.evaluate_features(**own, **asked, data={"pseudo_unknown": 1}, out=tmp_path / "pseudo")
+
+
+def test_why_there_is_no_threshold(arrays, tmp_path):
+    own = {name: arrays[name] for name in ("train_features", "train_labels")}
+    asked = {"held_out_features": arrays["unknown_features"], "detectors": ["deep_knn"], "data": {"holdout": 0.1}}
+    run = gradmix.evaluate_features(**own, **asked, held_out_labels=["e"] * 80, out=tmp_path / "e")
+    assert run["skipped"]["threshold"] == "no known images are held out to calibrate on (data.holdout=0.1)"
+    run = gradmix.evaluate_features(**own, **asked, accept=1.0, out=tmp_path / "all")
+    promise = run["skipped"]["the promise of the threshold"]
+    assert promise == "accept=1 takes endlessly many; the threshold is their largest score"
+
+
+def test_a_few_training_rows_are_enough(arrays, tmp_path):
+    """Names of classes as pandas has them, and k is what there is: all neighbours vote, as scikit-learn says."""
+    few = np.flatnonzero(np.arange(240) % 60 < 4)
+    labels, test = arrays["train_labels"][few], arrays["test_labels"] != "e"
+    own = {"train_features": arrays["train_features"][few], "train_labels": labels.astype(object)}
+    own |= {"test_features": arrays["test_features"][test], "test_labels": arrays["test_labels"][test].astype(object)}
+    run = gradmix.evaluate_features(**own, knn_k=[5], out=tmp_path / "out", detectors=["deep_knn"])
+    unit = [normalize(own[f"{name}_features"]) for name in ("train", "test")]
+    temperature = Config().knn_temperature
+    for name, k in (("knn", 16), (f"knn/k=5,t={temperature:g}", 5)):
+        vote = KNeighborsClassifier(k, weights=lambda d: np.exp((1 - d**2 / 2) / temperature), algorithm="brute")
+        right = vote.fit(unit[0], labels).predict(unit[1]) == arrays["test_labels"][test]
+        assert run[f"{name}/top1"] == pytest.approx(right.mean(), abs=0.013), name  # one of 80 may be a tie
+    with pytest.raises(ValueError, match="knn_k: expected 1 to 16, the size of the training set, got 17"):
+        gradmix.evaluate_features(**own, knn_k=[17], out=tmp_path / "out", detectors=["deep_knn"])
+
+
+def test_sets_are_as_wide_as_each_other():
+    rows = {f"{name}_features": np.ones((4, 3)) for name in ("train", "test", "unknown")}
+    for theirs in (8, 1):
+        wide = {"test_projections": np.ones((4, 6)), "unknown_projections": np.ones((4, theirs))}
+        with pytest.raises(ValueError, match=f"unknown_projections: {theirs} wide, test_projections are 6"):
+            sets_of(rows | wide)
+    with pytest.raises(ValueError, match="train_labels: expected integers, got object"):
+        sets_of(rows | {"train_labels": np.array(["a", None, "b", "c"], dtype=object)})
 
 
 def test_embeddings_are_scored(arrays, command, tmp_path):

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from sklearn.metrics import average_precision_score
 
+from gradmix.eval.features.arrays import to_numpy
+
 Scores = np.ndarray | torch.Tensor | Sequence[float]
 Rows = slice | np.ndarray
 
@@ -201,7 +203,7 @@ def _scores(known_scores: Scores, unknown_scores: Scores) -> tuple[np.ndarray, n
 
 
 def _array(values: Scores) -> np.ndarray:
-    return values.detach().cpu().numpy() if isinstance(values, torch.Tensor) else np.asarray(values)
+    return to_numpy(values) if isinstance(values, torch.Tensor) else np.asarray(values)
 
 
 def _counts(known: np.ndarray, unknown: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

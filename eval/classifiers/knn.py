@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from gradmix.eval.features.arrays import Array, check_features, check_k, check_labels, like
+from gradmix.eval.features.arrays import Array, blocks, check_features, check_k, check_labels, like
 from gradmix.eval.features.search import Neighbours
 
 
@@ -44,8 +44,7 @@ class KNNClassifier:
 
     def predict(self, features: Array) -> Array:
         """The class with the largest share of the vote, `[N]` int64; the smallest label on a tie."""
-        chosen = self.vote(*self.neighbours(features)).argmax(axis=1)
-        return like(self.classes_[chosen], features)
+        return like(self.classes_[self.winners(*self.neighbours(features))], features)
 
     def neighbours(self, features: Array, k: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Numpy arrays `[N, k]`: cosines, descending, and the neighbours' positions in `classes_`."""
@@ -61,6 +60,15 @@ class KNNClassifier:
         check_k(k, similarity.shape[1])
         temperature = self.temperature if temperature is None else temperature
         return vote(similarity[:, :k], positions[:, :k], len(self.classes_), temperature)
+
+    def winners(
+        self, similarity: np.ndarray, positions: np.ndarray, k: int | None = None, temperature: float | None = None
+    ) -> np.ndarray:
+        """Positions in `classes_` `[N]` of the largest share of `vote`, block by block; the first one on a tie."""
+        parts = blocks((len(similarity), len(self.classes_)))
+        return np.concatenate(
+            [self.vote(similarity[rows], positions[rows], k, temperature).argmax(axis=1) for rows in parts]
+        )
 
 
 def vote(similarity: np.ndarray, positions: np.ndarray, classes: int, temperature: float | None) -> np.ndarray:

@@ -164,9 +164,10 @@ class Detector:
     def save(self, folder: str | Path) -> None:
         """Write parameters, fitted arrays and threshold to a folder, see `gradmix.eval.detectors.store`."""
         self._check_fitted()
+        said = dataclasses.asdict(self).items()
         manifest = {
             "detector": self.NAME,
-            "parameters": dataclasses.asdict(self),
+            "parameters": {key: value.item() if isinstance(value, np.generic) else value for key, value in said},
             "width": self.width_,
             "threshold": self.threshold,
         }
@@ -245,7 +246,8 @@ class Detector:
     def _assess_all(self, features: Array) -> tuple[np.ndarray, np.ndarray | None]:
         self._check_fitted()
         features = check_features("features", features, width=self.width_)
-        parts = [self._assess(np.asarray(features[rows], np.float32)) for rows in blocks(features.shape)]
+        wide = (len(features), max(features.shape[1], self.class_count or 1))  # many detectors look at all classes
+        parts = [self._assess(np.asarray(features[rows], np.float32)) for rows in blocks(wide)]
         score = np.concatenate([score for score, _ in parts]).astype(np.float32)
         positions = [position for _, position in parts if position is not None]
         return score, None if self.classes_ is None else np.concatenate(positions)

@@ -5,14 +5,14 @@ import torch
 
 from gradmix.eval.classifiers.linear import LinearProbe
 from gradmix.eval.detectors.base import Detector
-from gradmix.eval.features.arrays import Array
+from gradmix.eval.features.arrays import Array, to_numpy
 
 Head = tuple[Array, Array]  # weight [K, F] and bias [K] of a linear classifier
 
 
 def check_head(head: Head, classes: int, width: int) -> np.ndarray:
     """`(weight [K, F], bias [K])` as one float64 array `[K, F + 1]`, bias last; ValueError if it isn't."""
-    arrays = [part.detach().cpu() if isinstance(part, torch.Tensor) else part for part in head]
+    arrays = [to_numpy(part) if isinstance(part, torch.Tensor) else part for part in head]
     weight, bias = (np.asarray(part, np.float64) for part in arrays)
     if weight.shape != (classes, width):
         raise ValueError(f"head: expected a weight of shape {(classes, width)}, got {weight.shape}")

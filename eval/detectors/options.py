@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 from gradmix.eval.detectors import DETECTORS, Detector
+from gradmix.eval.features.search import SAVED, SAVED_KINDS
 from gradmix.registry import nearest
 
 # ClassKNN looks at the projections, as its authors do; every other detector at the backbone's features.
@@ -27,6 +28,8 @@ def build_detector(name: str, options: dict[str, dict[str, Any]]) -> Detector:
         expected = int if defaults[key] is None else type(defaults[key])
         if type(value) is not expected and not (expected is float and type(value) is int) and value != defaults[key]:
             raise ValueError(f"detector_options.{name}.{key}: expected {expected.__name__}, got {value!r}")
+        if key == "index" and value not in ("auto", "Flat") and not SAVED.fullmatch(value):
+            raise ValueError(f"detector_options.{name}.index: expected auto, Flat, {SAVED_KINDS}, got {value!r}")
     return kind(**given)
 
 

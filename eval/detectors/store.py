@@ -64,6 +64,7 @@ def write(folder: str | Path, manifest: dict[str, Any], arrays: dict[str, Any]) 
     an older detector leaves hashes that don't match, which `read` refuses.
     """
     folder = Path(folder)
+    json.dumps(manifest, allow_nan=False)  # what can't be said is found before an older detector is gone
     _write_arrays(folder / TENSORS, arrays)
     (folder / ELDER).unlink(missing_ok=True)
     manifest = {

@@ -18,8 +18,7 @@ def check_features(name: str, features: Array, width: int | None = None) -> np.n
     float32 and `width` wide.
     """
     if isinstance(features, torch.Tensor):
-        features = features.detach().cpu()
-        features = features.float().numpy() if features.is_floating_point() else features.numpy()
+        features = to_numpy(features.float() if features.is_floating_point() else features)
     if not isinstance(features, np.memmap):
         features = np.asarray(features)
     if features.dtype.kind not in "fiu":
@@ -32,6 +31,12 @@ def check_features(name: str, features: Array, width: int | None = None) -> np.n
     if features.dtype.kind == "f":
         _check_finite(name, features)
     return features
+
+
+def to_numpy(values: torch.Tensor) -> np.ndarray:
+    """On the host; bfloat16, which numpy does not have, as float32."""
+    values = values.detach().cpu()
+    return (values.float() if values.dtype is torch.bfloat16 else values).numpy()
 
 
 def _check_finite(name: str, features: np.ndarray) -> None:

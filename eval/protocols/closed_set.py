@@ -47,7 +47,7 @@ class KNN(Measure):
         if asked.knn_k or asked.knn_temperature:
             settings |= {f"knn/k={k},t={t:g}": (k, t) for k in ks for t in temperatures}
         for name, (k, temperature) in settings.items():
-            chosen = knn.vote(*neighbours, k=k, temperature=temperature).argmax(axis=1)
+            chosen = knn.winners(*neighbours, k=k, temperature=temperature)
             classes = subject.data.classes if name == "knn" else ()
             yield from of_predictions(name, knn.classes_[chosen], labels, classes).items()
 

@@ -59,9 +59,9 @@ def can_be_measured(measures: Sequence[One], subject: Subject) -> tuple[list[One
     """The measures that lack nothing; and the names of the others with the reason, once for all that lack the same."""
     measures, skipped = list(measures), dict[str, str]()
     for need in NEEDS:
-        why = subject.lacks(need)
         stopped = [m for m in measures if need in m.needs]
-        if why is None or not stopped:
+        why = subject.lacks(need) if stopped else None  # to know may take a network
+        if why is None:
             continue
         measures = [m for m in measures if m not in stopped]
         kinds = ", ".join(dict.fromkeys(m.KIND for m in stopped))

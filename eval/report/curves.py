@@ -58,7 +58,8 @@ def open_set(run: Run) -> Section:
     ]
     shown, (score, _) = next(iter(run.scores.items()))  # the primary one, where it was measured
     parts = {"known": score[known], "unknown": score[~known]}
-    limit = run.detector.threshold if run.detector is not None and shown == PRIMARY else None
+    calibration = run.detector.calibration_ if run.detector is not None and shown == PRIMARY else None
+    limit = None if calibration is None or calibration.per_class else calibration.threshold
     marks: dict[str, float] = {} if limit is None else {"threshold": limit}
     primary = "Scores of the primary detector: distance to a near training image"
     return section(

@@ -189,9 +189,10 @@ def known_classes(config: DataConfig, source: Source) -> list[int]:
     """
     if config.known is not None:
         by_name = {name: index for index, name in enumerate(source.classes)}
+        numbers = all(name.isdecimal() for name in source.classes)  # then a number is a name, never an index
         known = []
         for entry in config.known:
-            index = by_name.get(str(entry), entry)
+            index = by_name.get(str(entry), None if numbers else entry)
             if not isinstance(index, int) or not 0 <= index < len(source.classes):
                 raise ValueError(
                     f"data.known: {entry!r} is no class of data={config.name}; classes are "

@@ -77,6 +77,9 @@ def test_score_takes_every_key_of_the_command(trained, command, tmp_path):
     ours = gradmix.score(trained, tmp_path / "photos", keys, out=tmp_path / "ours.csv")
     assert ours.predictions == [row["prediction"] for row in rows]
     assert ours.predictions != gradmix.score(trained, list(arrays)).predictions
+    limits = [row.score - row.margin for row in ours]
+    least, most = f"{min(limits):.4f}", f"{max(limits):.4f}"
+    assert least != most and f"(unknown above {least} to {most}, by class)" in repr(ours)
     assert [str(found).lower() for found in ours.discoveries] == [row["discovery"] for row in rows]
     assert (tmp_path / "ours.csv").read_text().splitlines()[0] == ",".join(rows[0])
     with pytest.raises(ValueError, match="discoveries: score"):

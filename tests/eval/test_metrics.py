@@ -158,6 +158,7 @@ def test_tensors_are_taken():
     known, unknown = torch.tensor([0.0, 1, 2], requires_grad=True), torch.tensor([1.5, 3])
     assert auroc(known, unknown) == pytest.approx(5 / 6, abs=1e-15)
     assert oscr(known, unknown, torch.tensor([True, True, False])) == pytest.approx(4 / 6, abs=1e-15)
+    assert auroc(known.bfloat16(), unknown.half()) == pytest.approx(5 / 6, abs=1e-15)
 
 
 @pytest.mark.parametrize("metric", [auroc, aupr, fpr_at_tpr, lambda k, u: oscr(k, u, np.ones(len(k)))])

@@ -64,13 +64,17 @@ def run_detector(config: DetectorConfig) -> None:
 
 def about(scorer: Scorer) -> list[str]:
     """What is in a detector, line by line."""
-    detector, backbone, manifest = scorer.detector, scorer.backbone, read_manifest(scorer.folder)
+    detector, manifest = scorer.detector, read_manifest(scorer.folder)
     parameters = ", ".join(f"{name}={value}" for name, value in asdict(detector).items())
-    name, side = backbone.encoder.description["name"], backbone.image_size
+    network = f"none, fitted to {detector.width_} {scorer.space}"
+    if scorer.network is not None:
+        backbone, side = scorer.backbone, scorer.backbone.image_size
+        name = backbone.encoder.description["name"]
+        network = f"{name}, {detector.width_} {scorer.space} of images {side} x {side} ({backbone.fit})"
     lines = [
         f"{scorer.folder}",
         f"detector    {detector.NAME}{f' ({parameters})' if parameters else ''}, on {scorer.space}",
-        f"network     {name}, {detector.width_} {scorer.space} of images {side} x {side} ({backbone.fit})",
+        f"network     {network}",
     ]
     counts = class_counts(scorer)
     for number, one in enumerate(scorer.classes):

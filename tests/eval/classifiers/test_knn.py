@@ -5,6 +5,7 @@ from lightly.utils.benchmarking import knn_predict
 from sklearn.neighbors import KNeighborsClassifier
 
 from gradmix.eval.classifiers.knn import KNNClassifier
+from gradmix.eval.features import arrays
 
 
 def data(n, seed, classes=(0, 1, 2, 3), width=16):
@@ -128,3 +129,16 @@ def test_bad_input():
         KNNClassifier(5).fit(train, labels[:9])
     with pytest.raises(ValueError, match=r"features: expected \[N, 16\], got shape \(10, 15\)"):
         KNNClassifier(5).fit(train, labels).predict(train[:, :15])
+
+
+def test_many_classes_are_counted_block_by_block(monkeypatch):
+    train, labels = data(200, 0)
+    classifier = KNNClassifier(5).fit(train, labels)
+    test, _ = data(40, 1)
+    expected = classifier.predict_proba(test).argmax(axis=1)
+    seen = []
+    vote = classifier.vote
+    monkeypatch.setattr(classifier, "vote", lambda *given: seen.append(len(given[0])) or vote(*given))
+    monkeypatch.setattr(arrays, "BLOCK", 64)
+    np.testing.assert_array_equal(classifier.predict(test), classifier.classes_[expected])
+    assert seen == [16, 16, 8]  # rows of four classes each

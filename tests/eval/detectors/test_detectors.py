@@ -17,6 +17,8 @@ from gradmix.eval.detectors import (
     ASH,
     DETECTORS,
     FDBD,
+    GEN,
+    MSP,
     NCI,
     ClassKNN,
     DeepKNN,
@@ -30,6 +32,7 @@ from gradmix.eval.detectors import (
     ViM,
     load,
 )
+from gradmix.eval.detectors.class_mean import class_means
 from gradmix.eval.features import arrays
 from gradmix.eval.metrics import auroc
 
@@ -653,3 +656,30 @@ def test_k_larger_than_the_training_set():
             kind(k=0).fit(TRAIN, TRAIN_LABELS)
         with pytest.raises(ValueError, match=r"k=2.5 is no whole number"):
             kind(k=2.5).fit(TRAIN, TRAIN_LABELS)
+
+
+def test_blocks_are_small_where_classes_are_more_than_dimensions(monkeypatch):
+    generator = np.random.default_rng(0)
+    features, labels = generator.normal(size=(300, 4)).astype(np.float32), np.arange(300) % 100
+    detector, seen = GEN().fit(features, labels), []
+    expected = detector.score(features)
+    assess = detector._assess
+    monkeypatch.setattr(detector, "_assess", lambda block: seen.append(len(block)) or assess(block))
+    monkeypatch.setattr(arrays, "BLOCK", 5000)
+    np.testing.assert_allclose(detector.score(features), expected, rtol=1e-5)
+    assert seen == [50] * 6
+
+
+def test_class_means_equal_a_loop_over_classes():
+    generator = np.random.default_rng(0)
+    features, positions = generator.normal(size=(500, 7)).astype(np.float32), generator.integers(40, size=500)
+    expected = [features[positions == number].astype(np.float64).mean(axis=0) for number in range(40)]
+    np.testing.assert_allclose(class_means(features, positions, 40), expected, rtol=1e-12, atol=1e-14)
+
+
+def test_a_head_in_half_precision():
+    generator = torch.Generator().manual_seed(0)
+    features, labels = torch.randn(60, 5, generator=generator), torch.arange(60) % 3
+    weight, bias = torch.randn(3, 5, generator=generator).bfloat16(), torch.zeros(3).bfloat16()
+    found = MSP().fit(features, labels, head=(weight, bias)).score(features)
+    torch.testing.assert_close(found, MSP().fit(features, labels, head=(weight.float(), bias.float())).score(features))

@@ -13,6 +13,8 @@ from gradmix.eval.detectors.options import build_detector, parse_detector
         ({"deep_knn": {"k": "ten"}}, "detector_options.deep_knn.k: expected int, got 'ten'"),
         ({"deep_knn": {"k": True}}, "detector_options.deep_knn.k: expected int, got True"),
         ({"deep_knn": 3}, "detector_options.deep_knn: expected parameters"),
+        ({"deep_knn": {"index": "PQ8"}}, "detector_options.deep_knn.index: expected auto, Flat, IVF<lists>,Flat"),
+        ({"deep_knn": {"index": "flat"}}, "detector_options.deep_knn.index: expected auto, Flat, IVF<lists>,Flat"),
     ],
 )
 def test_detector_options_are_checked(options, message):
@@ -23,6 +25,8 @@ def test_detector_options_are_checked(options, message):
 
 def test_detector_options_reach_the_detector():
     assert build_detector("deep_knn", {"deep_knn": {"k": 7}}).k == 7
+    for index in ("auto", "Flat", "IVF16,Flat", "RR32,IVF16,SQ8", "HNSW32"):
+        assert build_detector("deep_knn", {"deep_knn": {"index": index}}).index == index
     assert build_detector("vim", {"deep_knn": {"k": 7}, "vim": {"dimension": None}}).dimension is None
     assert build_detector("mahalanobis", {"mahalanobis": {"shrinkage": 1}}).shrinkage == 1
 

@@ -199,3 +199,12 @@ def test_approximate_search_is_saved_with_the_detector(kind, damage, tmp_path):
     assert load(tmp_path).bank_.index is None
     approximate.save(tmp_path)
     assert_damage_is_never_silent(damage, tmp_path, tmp_path.with_name("damaged"), times=20)
+
+
+def test_what_cannot_be_said_in_json_costs_no_saved_detector(tmp_path):
+    DeepKNN(k=np.int64(4)).fit(TRAIN, LABELS).save(tmp_path)  # numpy's numbers can
+    before = load(tmp_path).score(TEST)
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        store.write(tmp_path, {"k": {4}}, {"a": TRAIN})
+    assert load(tmp_path).k == 4
+    np.testing.assert_array_equal(load(tmp_path).score(TEST), before)

@@ -207,6 +207,8 @@ def test_sets_are_as_wide_as_each_other():
 
 def test_embeddings_are_scored(arrays, command, tmp_path):
     run = gradmix.evaluate_features(*arrays.values(), data={"holdout": 0.1}, out=tmp_path / "out")
+    told = command("detector", "info", run.detector)
+    assert told.code == 0 and "network     none, fitted to " in told.out, told.err
     np.save("new.npy", arrays["unknown_features"])
     for batch_size in (7, 256):
         result = command("score", "detector=out/detector", "features=new.npy", f"batch_size={batch_size}")

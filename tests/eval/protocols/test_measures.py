@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from gradmix.eval.detectors import Detector
 from gradmix.eval.protocols.evaluate import evaluate
 from gradmix.eval.protocols.measure import Measure, Skipped
-from gradmix.eval.protocols.measures import measure_all
+from gradmix.eval.protocols.measures import can_be_measured, measure_all
 from gradmix.eval.protocols.online import OnlineQuality, watchers
 from gradmix.eval.protocols.subject import Subject
 from gradmix.eval.quality import class_spread, effective_rank
@@ -23,6 +24,16 @@ from gradmix.ssl.data.images import ImageSet
 from gradmix.ssl.data.open_set import OpenSetData, load_data
 from gradmix.ssl.runs.folder import read_config
 from gradmix.ssl.train import train
+
+
+def test_what_no_measure_needs_is_not_looked_for():
+    class Answers:
+        def lacks(self, need):
+            assert need == "pixels"
+            return "there are none"
+
+    needy = SimpleNamespace(name="a", KIND="kind", needs=("pixels",))
+    assert can_be_measured([needy], Answers()) == ([], {"raw pixels": "there are none"})
 
 
 def test_many_knn_settings_are_scikit_learns(command, tmp_path, digits_run):

@@ -259,6 +259,13 @@ def test_the_histogram_names_the_detector_it_shows(digits_run, tmp_path):
     assert "deep_knn score<" not in text and "Scores of the primary detector" not in text
 
 
+def test_the_histogram_has_no_threshold_where_each_class_has_its_own(digits_run):
+    run, said = read_run(digits_run), "Images to the right of the threshold are called unknown"
+    assert said in curves.open_set(run).body and ">threshold<" in curves.open_set(run).body
+    run.detector.accept(0.7, per_class=True)
+    assert said not in curves.open_set(run).body and ">threshold<" not in curves.open_set(run).body
+
+
 def test_names_of_classes_and_files_are_escaped(command, tmp_path, browser):
     names = ["<script>alert(1)</script>"[:8] + " & cat", 'dog\'s "best" </script', "bird"]
     digits = load_digits()

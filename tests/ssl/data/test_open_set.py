@@ -2,6 +2,7 @@ import itertools
 import pickle
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from torchvision import datasets
 
 from gradmix.ssl.config import DataConfig
 from gradmix.ssl.data.images import decode
-from gradmix.ssl.data.open_set import load_data
+from gradmix.ssl.data.open_set import known_classes, load_data
 from gradmix.ssl.data.sources import SOURCES
 from gradmix.ssl.data.splits import CIFAR_PLUS, SPLITS
 
@@ -356,3 +357,11 @@ def test_whether_views_are_cut_from_the_files(tmp_path):
     picture(tmp_path / "a" / "0.png", size=(25, 24))  # one that is wider is enough
     assert load_data(replace(plain, image_size=24), 0).train.photographs
     assert load_data(DIGITS, 0).notes == []
+
+
+def test_a_number_is_no_index_where_classes_have_numbers_for_names():
+    source = SimpleNamespace(classes=["0", "1", "3", "7"])
+    assert known_classes(DataConfig("imagefolder", known=[0, 3]), source) == [0, 2]
+    with pytest.raises(ValueError, match=r"data\.known: 2 is no class of data=imagefolder; classes are 0, 1, 3, 7"):
+        known_classes(DataConfig("imagefolder", known=[0, 2]), source)
+    assert known_classes(DataConfig("imagefolder", known=[1]), SimpleNamespace(classes=["cat", "dog"])) == [1]

@@ -153,7 +153,7 @@ def test_without_labels_a_detector_is_fitted(arrays, tmp_path):
     assert detectors.load(run.detector).threshold > 0
 
 
-def test_held_out_rows_need_no_labels(arrays, tmp_path):
+def test_held_out_rows_need_no_labels(arrays, command, tmp_path):
     """The threshold is that of the same rows with labels, also by class: that is the one they look most like."""
     own = {name: part for name, part in arrays.items() if name.startswith(("train", "unknown"))}
     own |= {"held_out_features": arrays["test_features"][:80], "test_features": arrays["test_features"][::4]}
@@ -164,6 +164,8 @@ def test_held_out_rows_need_no_labels(arrays, tmp_path):
     thresholds = [detectors.load(one.detector).calibration_.thresholds(np.arange(4), 4) for one in (with_labels, run)]
     assert len(set(thresholds[0])) > 1 and thresholds[0].tolist() == thresholds[1].tolist()
     assert (load_file(tmp_path / "out/features/held_out.safetensors")["labels"] == -1).all()
+    removed = command("detector", "remove", "out/detector", "class=a", "out=less")
+    assert removed.code == 2 and "class: held-out images that have none may be of 'a'" in removed.err, removed.err
     with pytest.raises(ValueError, match="pseudo_unknown: needs held_out_labels"):
         gradmix.evaluate_features(**own, **asked, data={"pseudo_unknown": 1}, out=tmp_path / "pseudo")
 

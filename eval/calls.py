@@ -21,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 import gradmix
 from gradmix.eval.commands import later
-from gradmix.eval.commands.command_line import checked, explain, folder_as_data, not_one_option
+from gradmix.eval.commands.command_line import checked, explain, folder_as_data, is_path, literal, not_one_option
 from gradmix.eval.config import EmbedConfig, EvalConfig, ScoreConfig
 from gradmix.ssl.config import Config, flat, register_configs
 from gradmix.ssl.keys import keys_of
@@ -184,8 +184,8 @@ def evaluate_features(
         test_features, test_labels: classes that only they have are unknown, and so is -1 or an empty name. None: a part
             of each class of the training features (``data.test_fraction``), the rest trains.
         unknown_features: of no known class, added to the test set.
-        held_out_features, held_out_labels: of known classes, for the threshold; None: ``data={"holdout": 0.1}`` takes
-            a tenth of the training features.
+        held_out_features, held_out_labels: of known classes, for the threshold, the labels if there are any; None:
+            ``data={"holdout": 0.1}`` takes a tenth of the training features.
         settings, keys: as in :func:`pretrain`; ``out`` is needed.
 
     Raises:
@@ -272,6 +272,7 @@ def configured(name: str, schema: type, given: Mapping[str, Any]) -> Any:
             composed = compose(name, [f"{group}={option}" for group, option in chosen.items()])
         dicts = tuple(f"{name}." for name, about in keys_of(schema).items() if about.is_dict)
         for key, value in values.items():
+            value = literal(schema, value) if isinstance(value, str) and is_path(schema, key) else value
             OmegaConf.update(composed, key, value, merge=False, force_add=f"{key}.".startswith(dicts))
         return checked(composed, schema)
     except (HydraException, OmegaConfBaseException) as error:

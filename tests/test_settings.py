@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import MISSING, OmegaConf
 
-from gradmix.eval.commands.command_line import _quoted
+from gradmix.eval.calls import configured
+from gradmix.eval.commands.command_line import _quoted, checked
+from gradmix.eval.commands.trust import check_composed
 from gradmix.eval.config import DetectorConfig, EmbedConfig, EvalConfig, ScoreConfig
 from gradmix.ssl.checks import check_values
 from gradmix.ssl.config import Config, DataConfig, EncoderConfig, MethodConfig, MixConfig, OptimizerConfig, flat
@@ -190,6 +193,27 @@ def test_paths_with_blanks_and_brackets_need_no_quotes_and_others_stay_as_they_a
         if key.is_dict:
             assert _quoted(schema, f"{name}.x=1") == (f"++{name}.x='1'" if key.path else f"++{name}.x=1")
             assert _quoted(schema, f"{name}={{x: 1}}") == f"++{name}={{x: 1}}"
+
+
+@pytest.mark.parametrize(
+    "path", ["odd ${x} [1]", "${images}", "a\\b", "a\\${seed}", "a\\\\${oc.env:HOME}", "it's a\\", "$${", "\\'"]
+)
+def test_a_path_is_what_stands_there(path, command, tmp_path):
+    """Also to whoever composes and resolves configs."""
+    typed = OverridesParser.create().parse_override(_quoted(EmbedConfig, f"images={path}")).value()
+    composed = OmegaConf.create({"images": str(typed)})
+    check_composed(composed)
+    assert checked(composed, EmbedConfig).images == path
+    assert configured("embed", EmbedConfig, {"images": path}).images == path
+    result = command("score", "detector=x", f"images={path}/x.png")
+    assert result.code == 2 and f"images: {path}/x.png names no image file" in result.err, result.err
+
+
+def test_a_runs_folder_is_named_after_its_keys():
+    given = {"data": "digits", "run_dir": "runs/${mix.name}-${seed}", "seed": 3}
+    assert configured("pretrain", Config, given).run_dir == "runs/gradmix-3"
+    with pytest.raises(ValueError, match=r"only .* is filled in"):
+        check_composed(OmegaConf.create({"a": "\\${seed} \\\\${oc.env:HOME}"}))
 
 
 @pytest.mark.parametrize(

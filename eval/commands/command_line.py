@@ -18,9 +18,10 @@ from gradmix.eval.commands.errors import in_one_line
 from gradmix.eval.commands.help import help_text
 from gradmix.eval.commands.trust import configs_are_checked
 from gradmix.eval.commands.words import key_for
+from gradmix.eval.config import EvalConfig
 from gradmix.registry import nearest
 from gradmix.ssl.checks import check_values
-from gradmix.ssl.config import register_configs
+from gradmix.ssl.config import Config, register_configs
 from gradmix.ssl.keys import keys_of
 
 HYDRA_FLAGS = (
@@ -84,7 +85,7 @@ def checked(composed: DictConfig, schema: type) -> Any:
         ValueError: a key is missing, or a value makes no sense.
     """
     # Once more into the schema, as plain values: Hydra's + adds any key.
-    merged = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.to_container(composed, resolve=True))
+    merged = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.to_container(composed, resolve=False))
     if missing := sorted(OmegaConf.missing_keys(merged)):
         raise ValueError(f"{missing[0]}: missing; give it as {missing[0]}=VALUE")
     config = OmegaConf.to_object(merged)
@@ -105,7 +106,7 @@ def refuse(name: str, schema: type, arguments: list[str]) -> None:
                 or f"settings are given as {flag.lstrip('-').replace('-', '_') or 'KEY'}=VALUE, --help lists them"
             )
             wrong = f"no such flag; {how}"
-        elif equals and not value and _is_path(schema, flag):
+        elif equals and not value and is_path(schema, flag):
             wrong = "empty; give a path"
         elif value.startswith("[") and f"{flag}.name" in keys_of(schema):
             wrong = not_one_option(value)
@@ -167,7 +168,7 @@ def _names(schema: type) -> list[str]:
     return list(dict.fromkeys(".".join(part[:depth]) for part in parts for depth in range(1, len(part) + 1)))
 
 
-def _is_path(schema: type, name: str) -> bool:
+def is_path(schema: type, name: str) -> bool:
     about = keys_of(schema).get(name)
     return about is not None and about.path and not about.is_dict
 
@@ -176,8 +177,8 @@ def _quoted(schema: type, argument: str) -> str:
     """Hydra's grammar reads blanks, commas, brackets and umlauts in values; a path or a class has to be quoted to
     survive it. Any argument of Lightning's Trainer may be given, also one that configs/pretrain.yaml does not list."""
     key, equals, value = argument.partition("=")
-    if equals and _is_path(schema, key.lstrip("+")) and not value.startswith(("'", '"')) and value != "null":
-        return f"{key}={quote(value)}"
+    if equals and is_path(schema, key.lstrip("+")) and not value.startswith(("'", '"')) and value != "null":
+        return f"{key}={quote(literal(schema, value))}"
     if key == "data.known" and value.startswith("[") and not {"'", '"'} & set(value):
         names = r"(?<=[\[,])(?!\d+[\],])[^\[\],]+"  # but no indices
         return "data.known=" + re.sub(names, lambda name: quote(name[0].strip()), value)
@@ -190,5 +191,12 @@ def _quoted(schema: type, argument: str) -> str:
     return argument
 
 
+def literal(schema: type, path: str) -> str:
+    """A path for a config: ``${`` is two letters of it, but in the commands whose folders are named after other keys,
+    ``run_dir=runs/${mix.name}``, and whose config.yaml holds none."""
+    return path if schema in (Config, EvalConfig) else re.sub(r"(\\*)\$\{", r"\1\1\\${", path)
+
+
 def quote(value: str) -> str:
-    return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+    """Hydra takes a backslash as it is, unless a quote follows."""
+    return "'" + re.sub(r"(\\*)('|\Z)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), value) + "'"

@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 SAID_BY_HYDRA = ("hydra.overrides", "hydra.runtime", "hydra.job.override_dirname", "hydra.job.name")
 CODE = ("_target_", "_partial_", "_args_")  # keys that Hydra reads as "import this and call it"
+ESCAPED = re.compile(r"(?<!\\)(?:\\\\)*\\\$\{")  # an odd number of backslashes: not filled in
 PLAIN = re.compile(r"\$\{[\w.]+\}")  # the value of another key; ${NAME:...} is a function call
 MOST_DEPTH = 20
 
@@ -62,6 +63,7 @@ def check_composed(composed: DictConfig) -> None:
     for name, value in leaves.items():
         if name.rpartition(".")[2] in CODE:
             raise ValueError(f"{name}: a config names no code to run")
+        value = ESCAPED.sub(" ", value) if isinstance(value, str) else value
         if isinstance(value, str) and "${" in value:
             asked = PLAIN.findall(value)
             if len(asked) != value.count("${"):

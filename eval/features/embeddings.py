@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
 from gradmix.eval.features.arrays import check_features, check_labels
 
@@ -63,7 +64,9 @@ def embeddings(
         raise ValueError(f"{name.replace('features', 'paths')}: {len(paths)}, {name} has {count} rows")
     if labels is None:
         return Embeddings(features, np.full(count, -1), [], paths, projections)
-    labels = labels if hasattr(labels, "shape") else np.asarray(labels)
+    labels = labels if isinstance(labels, torch.Tensor) else np.asarray(labels)
+    if labels.dtype == object and all(isinstance(label, str) for label in labels.flat):  # as pandas has text
+        labels = labels.astype("U")
     if isinstance(labels, np.ndarray) and labels.dtype.kind in "US":
         if labels.shape != (count,):
             raise ValueError(f"{called}: expected one for each of {count} features, got shape {labels.shape}")

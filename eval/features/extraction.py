@@ -140,8 +140,8 @@ def batches(
         features = backbone(batch.to(device)).float()
         if not features.isfinite().all():
             raise FloatingPointError(
-                "the network's features are not finite, though all of its weights are: the training has diverged; "
-                "train again, in another run_dir=, with a lower optimizer.base_lr"
+                "the network's features are not finite, though all of its weights are; a training that came to this "
+                "has diverged: train again, in another run_dir=, with a lower optimizer.base_lr"
             )
         yield features
 

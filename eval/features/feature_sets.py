@@ -2,7 +2,8 @@
 
 ``train`` alone is divided as a folder of images is: a part of each class to test (``data.test_fraction``), and with
 ``data.known=[...]`` the other classes are unknown. With ``test``, classes that only it has are unknown. Rows of
-``test`` without a class are unknown, and so is all of ``unknown``.
+``test`` without a class are unknown, and so is all of ``unknown``. With ``data.pseudo_unknown`` the last known classes
+play the unknown ones, and what is really unknown is left out. ``held_out`` without labels is of known classes.
 """
 
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from gradmix.eval.features.formats import read_embeddings
 from gradmix.eval.features.mapped import Arrays, map_arrays, write_arrays
 from gradmix.ssl.config import DataConfig
 from gradmix.ssl.data.images import ImageSet
-from gradmix.ssl.data.open_set import OpenSetData, known_classes
+from gradmix.ssl.data.open_set import OpenSetData, _pseudo, known_classes
 from gradmix.ssl.data.sources import Source, stratified
 
 FEATURES = "features"  # data.name of what was evaluated without images
@@ -40,11 +41,14 @@ class FeatureSets:
         Raises:
             ValueError: sets of another width.
         """
-        for name in ("test", "unknown", "held_out"):
-            other = getattr(self, name)
-            if other is not None and other.features.shape[1] != self.train.features.shape[1]:
-                ours, theirs = (one.features.shape[1] for one in (self.train, other))
-                raise ValueError(f"{name}_features: {theirs} wide, train_features are {ours}")
+        sets = {"train": self.train, "test": self.test, "unknown": self.unknown, "held_out": self.held_out}
+        for space in ("features", "projections"):
+            arrays = {name: getattr(one, space, None) for name, one in sets.items()}
+            widths = {f"{name}_{space}": array.shape[1] for name, array in arrays.items() if array is not None}
+            for name, width in widths.items():
+                first = next(iter(widths))
+                if width != widths[first]:
+                    raise ValueError(f"{name}: {width} wide, {first} are {widths[first]}")
 
 
 def read_sets(config: EvalConfig) -> FeatureSets:
@@ -119,9 +123,17 @@ def divide(sets: FeatureSets, config: DataConfig, seed: int) -> tuple[OpenSetDat
     if classes and (labels[chosen] < 0).any():
         count = int((labels[chosen] < 0).sum())
         raise ValueError(f"train_labels: {count} rows have no class; leave them out, or give them as unknown_features")
+    for key in ("known", "pseudo_unknown"):
+        if getattr(config, key) and not classes:
+            raise ValueError(f"data.{key}: the features have no classes, so that none is known; give train_labels")
     number = {name: place for place, name in enumerate(classes)}
     test_labels = np.concatenate([_renumbered(one, number)[rows] for one, rows in parts])
     known = known_classes(config, Source(_images(labels[chosen]), _images(labels[:0]), classes)) if classes else []
+    unknown = [index for index in range(len(classes)) if index not in known]
+    if config.pseudo_unknown:
+        known, unknown = _pseudo(known, config.pseudo_unknown)
+        in_test = np.isin(test_labels, [*known, *unknown])
+        parts, test_labels = [(one, rows[in_test]) for one, rows in parts], test_labels[in_test]
     if classes and len(known) < 2:
         raise ValueError(f"features: one known class only ({classes[known[0]]}); give at least two, or no labels")
     place = np.full(len(classes) + 1, -1)
@@ -130,7 +142,7 @@ def divide(sets: FeatureSets, config: DataConfig, seed: int) -> tuple[OpenSetDat
     missing = set(range(len(known))) - set(place[train.labels[chosen]].tolist())
     if missing:
         raise ValueError(f"features: no training rows of the known class {classes[known[min(missing)]]}")
-    if sets.unknown is not None:
+    if sets.unknown is not None and not config.pseudo_unknown:
         parts = [*parts, (sets.unknown, np.arange(len(sets.unknown)))]
         test_labels = np.concatenate([test_labels, np.full(len(sets.unknown), -1)])
     by_set: dict[str, Parts] = {"train": [(train, chosen)], "test": parts}
@@ -138,8 +150,12 @@ def divide(sets: FeatureSets, config: DataConfig, seed: int) -> tuple[OpenSetDat
     aside = stratified(torch.from_numpy(train_labels), config.holdout, seed)
     held_labels = place[:0]
     if sets.held_out is not None:
-        own = _renumbered(sets.held_out, number)
-        rows = np.arange(len(own)) if not classes else np.flatnonzero(place[own] >= 0)
+        own, named = _renumbered(sets.held_out, number), bool(classes and sets.held_out.classes)
+        if config.pseudo_unknown and not named:
+            raise ValueError(
+                "data.pseudo_unknown: needs held_out_labels, to leave out rows of classes that play unknown"
+            )
+        rows = np.flatnonzero(place[own] >= 0) if named else np.arange(len(own))
         by_set["held_out"], held_labels = [(sets.held_out, rows)], place[own[rows]]
     elif config.holdout:
         kept, away = (rows.numpy() for rows in aside)
@@ -147,9 +163,8 @@ def divide(sets: FeatureSets, config: DataConfig, seed: int) -> tuple[OpenSetDat
         train_labels, held_labels = train_labels[kept], train_labels[away]
     labelled = {"train": train_labels, "held_out": held_labels, "test": place[test_labels]}
     images = {name: _images(torch.from_numpy(own), by_set.get(name, [])) for name, own in labelled.items()}
-    unknown = [name for index, name in enumerate(classes) if index not in known]
-    names = [classes[i] for i in known]
-    return OpenSetData(images["train"], images["held_out"], images["test"], names, unknown, known), by_set
+    names = [classes[i] for i in known], [classes[i] for i in unknown]
+    return OpenSetData(images["train"], images["held_out"], images["test"], *names, known), by_set
 
 
 def write_space(path: Path, parts: Parts, labels: torch.Tensor) -> Arrays:

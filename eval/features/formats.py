@@ -2,13 +2,13 @@
 
 NAME.npy           [N, F] float32; beside it NAME.csv with the columns path and label, a row for each, and where the
                    network has a head NAME.projections.npy
-NAME.safetensors   features [N, F], projections [N, D]; labels [N] int64, -1 for none, which count the names in the
-                   metadata's classes (JSON); paths, the bytes of all of them with a zero byte between two
+NAME.safetensors   features [N, F], projections [N, D]; labels [N] int64, -1 for none, which count the names in classes;
+                   classes and paths: the bytes of all of them with a zero byte between two. Files from elsewhere may
+                   have classes in the metadata, as JSON
 NAME.parquet       columns path, label, features, projections
 """
 
 import csv
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib import import_module
@@ -182,11 +182,14 @@ def _read_safetensors(path: Path) -> Embeddings:
     paths, labels = None, arrays.get("labels")
     features, projections = check_features("features", arrays["features"]), arrays.get("projections")
     if "paths" in arrays:
-        paths = Files(np.array(arrays["paths"].tobytes().split(b"\0"), dtype="S"))
+        paths = Files(_split(arrays["paths"]))
     found = embeddings(features, None if labels is None else np.asarray(labels), paths, projections)
-    if labels is None or "classes" not in about:
+    if labels is None or not ("classes" in arrays or "classes" in about):
         return found
-    classes = parse_json(about["classes"], list[str], "classes")
+    if "classes" in arrays:
+        classes = list(Files(_split(arrays["classes"])))
+    else:
+        classes = parse_json(about["classes"], list[str], "classes")
     if labels.min() < -1 or labels.max() >= len(classes):
         raise ValueError(f"labels: {labels.min()} to {labels.max()}, of {len(classes)} classes")
     return Embeddings(features, np.array(labels), classes, paths, found.projections)
@@ -195,12 +198,15 @@ def _read_safetensors(path: Path) -> Embeddings:
 def _write_safetensors(out: Path, matrix: np.ndarray, widths: tuple[int, int], rows: Rows) -> None:
     columns, count = _parts(matrix, widths), len(matrix)
     classes = sorted({row.label for row in rows()} - {""})
+    names = b"\0".join(map(os.fsencode, classes))
     letters = sum(len(os.fsencode(row.path)) + 1 for row in rows()) - 1
     shapes: dict[str, tuple[str, tuple[int, ...]]] = {"labels": ("I64", (count,))}
     shapes |= {name: ("F32", (count, which.stop - which.start)) for name, which in columns.items()}
-    shapes["paths"] = "U8", (letters,)
+    shapes |= {"paths": ("U8", (letters,))} | ({"classes": ("U8", (len(names),))} if classes else {})
 
     def fill(arrays: Arrays) -> None:
+        if classes:
+            arrays["classes"][:] = np.frombuffer(names, np.uint8)
         number = {name: place for place, name in enumerate(classes)} | {"": -1}
         every, end = rows(), 0
         for some in blocks(matrix.shape):
@@ -213,23 +219,34 @@ def _write_safetensors(out: Path, matrix: np.ndarray, widths: tuple[int, int], r
             arrays["paths"][end : end + len(text)] = np.frombuffer(text, np.uint8)
             end += len(text)
 
-    write_arrays(out, shapes, fill, {MARK: "1", "classes": json.dumps(classes)})
+    write_arrays(out, shapes, fill, {MARK: "1"})
+
+
+def _split(array: np.ndarray) -> np.ndarray:
+    """Texts with a zero byte between two, ``[n]`` bytes each."""
+    return np.array(array.tobytes().split(b"\0"), dtype="S")
 
 
 def _read_parquet(path: Path) -> Embeddings:
-    table = parquet("features").read_table(path)
+    table, arrow = parquet("features").read_table(path), import_module("pyarrow")
+    lists = arrow.ListArray, arrow.LargeListArray, arrow.FixedSizeListArray
+    compute = import_module("pyarrow.compute")
     columns: dict[str, Any] = {}
     if "features" not in table.column_names:
         raise ValueError(f"no column features; there are {', '.join(table.column_names)[:200]}")
     for name in ("features", "projections"):
         if name in table.column_names:
             values = table.column(name).combine_chunks()
-            flat = np.asarray(values.flatten().to_numpy(zero_copy_only=False))
-            if not len(values) or values.null_count or flat.size % len(values):
+            even = isinstance(values, lists) and len(compute.list_value_length(values).unique()) == 1
+            if not even or values.null_count:
                 raise ValueError(f"{name}: expected a list of as many numbers in each row")
+            flat = np.asarray(values.flatten().to_numpy(zero_copy_only=False))
             columns[name] = flat.reshape(len(values), -1)
-    labels = np.array(table.column("label").to_pylist()) if "label" in table.column_names else None
-    paths = Files(table.column("path").to_pylist()) if "path" in table.column_names else None
+    paths, labels = (table.column(name).to_pylist() if name in table.column_names else None for name in HEAD)
+    if labels is not None:
+        none = "" if any(isinstance(label, str) for label in labels) else -1
+        labels = np.array([none if label is None else label for label in labels])
+    paths = None if paths is None else Files("" if path is None else path for path in paths)
     return embeddings(columns["features"], labels, paths, columns.get("projections"))
 
 

@@ -13,9 +13,15 @@ from gradmix.eval.classifiers.linear import LinearProbe
 from gradmix.eval.config import EvalConfig
 from gradmix.eval.protocols.measure import Measure, Skipped, check_neighbours
 from gradmix.eval.protocols.subject import Subject
+from gradmix.eval.runs.foreign import ELSEWHERE
 from gradmix.ssl.config import Config
 from gradmix.ssl.data.open_set import OpenSetData
 from gradmix.ssl.networks.backbones import Backbone
+
+
+def own_k(config: Config, data: OpenSetData) -> int:
+    """A run's own number of neighbours. What was trained elsewhere chose none: it has no more than training images."""
+    return min(config.knn_k, len(data.train)) if config.method.name == ELSEWHERE else config.knn_k
 
 
 class KNN(Measure):
@@ -26,11 +32,11 @@ class KNN(Measure):
     needs = ("features", "classes")
 
     def check(self, config: Config, asked: EvalConfig, data: OpenSetData) -> None:
-        for k in [*asked.knn_k, *([config.knn_k] if data.classes else [])]:
+        for k in [*asked.knn_k, *([own_k(config, data)] if data.classes else [])]:
             check_neighbours("knn_k", k, data)
 
     def fit(self, subject: Subject) -> KNNClassifier:
-        knn = KNNClassifier(subject.config.knn_k, subject.config.knn_temperature)
+        knn = KNNClassifier(own_k(subject.config, subject.data), subject.config.knn_temperature)
         return knn.fit(subject.space(self.SPACE)["train"], subject.data.train.labels)
 
     def measure(self, subject: Subject) -> Iterator[tuple[str, float]]:

@@ -77,13 +77,13 @@ def measured(
     if not subject.lacks("classes") and not subject.lacks("unknown images"):
         about = {"labels": data.test.labels, "images": image_hashes(data.test, read=subject.encoder is not None)}
         write_tensors(out / "features" / "scores.safetensors", about | subject.scores)
-    if not len(data.held_out):
-        skipped["threshold"] = "data.holdout=0 leaves no known images to calibrate on"
-    elif len(data.held_out) < needed(config.accept):
-        skipped["the promise of the threshold"] = (
-            f"accept={config.accept:g} takes {needed(config.accept)} held-out images, there are {len(data.held_out)}; "
-            "the threshold is their largest score"
-        )
+    held_out, fewest = len(data.held_out), needed(config.accept)
+    if not held_out:
+        skipped["threshold"] = f"no known images are held out to calibrate on (data.holdout={config.data.holdout:g})"
+    elif held_out < fewest:
+        takes = f"takes {fewest} held-out images, there are {held_out}" if config.accept < 1 else "takes endlessly many"
+        why = f"accept={config.accept:g} {takes}; the threshold is their largest score"
+        skipped["the promise of the threshold"] = why
     save_detectors(out, run_dir, subject)
     result: dict[str, Any] = {"skipped": skipped, "data/bad_images": len(data.bad)} | numbers
     result |= made_with(config)

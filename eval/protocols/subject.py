@@ -61,7 +61,11 @@ class Subject:
         if need == "start":
             return self.start if isinstance(self.start, str) else None
         if need == "projections" and need not in self.spaces:
-            return "the checkpoint has no projection head"
+            return (
+                "there are features, and no projections"
+                if self.encoder is None
+                else "the checkpoint has no projection head"
+            )
         if need == "classes" and not self.data.classes:
             return "the images have no classes"
         if need == "classes" and not self.known.any():

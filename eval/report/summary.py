@@ -1,5 +1,6 @@
 """What a terminal shows of a run: what it is about to do, and its numbers; of several splits, their mean."""
 
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -42,7 +43,9 @@ def describe(config: Config, data: OpenSetData) -> str:
 
 
 def over_splits(results: list[dict[str, Any]]) -> dict[str, Any]:
-    """Mean and sample standard deviation of every number that all splits have; what else is the same in all of them."""
+    """Mean and sample standard deviation of every number that all splits have; what else is the same in all of them;
+    and what one of them or more did not measure.
+    """
     first = results[0]
     numbers = [
         key
@@ -61,7 +64,19 @@ def over_splits(results: list[dict[str, Any]]) -> dict[str, Any]:
         for key, value in first.items()
         if not isinstance(value, float | int) and all(r.get(key) == value for r in results)
     }
-    return summary | others
+    skipped: dict[str, list[str]] = {}
+    for what, why in (pair for result in results for pair in result.get("skipped", {}).items()):
+        skipped[what] = [*skipped.get(what, []), why]
+    merged = {what: _in_splits(whys, len(results)) for what, whys in skipped.items()}
+    return summary | others | ({"skipped": merged} if merged else {})
+
+
+def _in_splits(whys: list[str], splits: int) -> str:
+    """Why something was not measured in some of the splits: said once where it is the same in all."""
+    counts = Counter(whys)
+    if counts[whys[0]] == splits:
+        return whys[0]
+    return "; ".join(f"in {count} of {splits} splits: {why}" for why, count in counts.items())
 
 
 def table(result: dict[str, Any]) -> str:

@@ -108,7 +108,8 @@ def features_run(config: EvalConfig) -> Config:
     given = {
         "data": config.data.name, "root": config.root, "unknown_root": config.unknown_root, "export": config.export,
         "corruptions": config.corruptions, "against": config.against, "encoder": config.encoder.name,
-        "data.split": config.data.split,
+        "data.split": config.data.split, "unknown_roots": config.unknown_roots,
+        "data.unknown_root": config.data.unknown_root, "data.unknown_roots": config.data.unknown_roots,
     }  # fmt: skip
     for key, value in given.items():
         if value:

@@ -96,9 +96,14 @@ def without_class(scorer: Scorer, name: str) -> Kept:
         raise ValueError(f"class: {name!r} is the detector's only one")
     gone = scorer.classes.index(name)
     left = [one for one in scorer.classes if one != name]
+    whole = {file: read_kept(scorer, file) for file in FITTED_TO}
+    if any((part.labels < 0).any() for part in whole[HELD_OUT]):
+        raise ValueError(
+            f"class: held-out images that have none may be of {name!r}; fit the detector anew, without them"
+        )
     train, held_out = (
-        [Part(p.features, p.rows[p.labels != gone], p.labels[p.labels != gone]) for p in read_kept(scorer, file)]
-        for file in FITTED_TO
+        [Part(p.features, p.rows[p.labels != gone], p.labels[p.labels != gone]) for p in parts]
+        for parts in whole.values()
     )
     train, held_out = (
         [p._replace(labels=p.labels - (p.labels > gone)) for p in parts if len(p.rows)] for parts in (train, held_out)
@@ -167,6 +172,7 @@ def read_kept(scorer: Scorer, name: str) -> list[Part]:
     features, labels = read_space(path, scorer.space)
     check_features(f"{path}: {scorer.space}", features, width=scorer.detector.width_)
     least, most = (-1, -1) if scorer.detector.classes_ is None else (0, len(scorer.classes) - 1)
+    least = -1 if name == HELD_OUT else least  # known, of a class that nobody named
     if check_labels(f"{path}: labels", labels, len(features)).min() < least or labels.max() > most:
         raise ValueError(f"{path}: labels: expected {least} to {most}, got {labels.min()} to {labels.max()}")
     return [Part(features, np.arange(len(labels)), labels)]

@@ -7,18 +7,19 @@ import signal
 import subprocess
 import sys
 import time
+from importlib import import_module
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits
 
 import gradmix
 from gradmix.eval.features.embeddings import embeddings
-from gradmix.eval.features.formats import read_embeddings
+from gradmix.eval.features.formats import Row, read_embeddings, write_embeddings
 from gradmix.ssl.networks.backbones import ResNet
 
 
@@ -229,13 +230,50 @@ def test_a_damaged_file_is_one_line(damage, tmp_path):
         (tmp_path / "a.csv").write_text("file,kind\na,x\n")
         message = "a.csv: expected the columns path, label, got file, kind"
     elif damage == "classes":
-        from safetensors.numpy import save_file
-
         path, message = tmp_path / "a.safetensors", "labels: 0 to 3, of 1 classes"
-        save_file(
-            {"features": np.ones((4, 2), np.float32), "labels": np.arange(4)}, path, {"classes": json.dumps(["a"])}
-        )
+        save_file({"features": torch.ones(4, 2), "labels": torch.arange(4)}, path, {"classes": json.dumps(["a"])})
     else:
         path, message = tmp_path / "b.npy", "features: .*b.npy: no such file"
     with pytest.raises(ValueError, match=message):
         read_embeddings(path)
+
+
+def parquet(path, columns):
+    arrow = pytest.importorskip("pyarrow")
+    import_module("pyarrow.parquet").write_table(arrow.table(columns), path)
+    return path
+
+
+@pytest.mark.parametrize("name", ["features", "projections"])
+@pytest.mark.parametrize(
+    "rows", [[[1, 2, 3], [4], [5, 6], [7, 8]], [1, 2, 3, 4], [{"a": 1}] * 4, [[1], None, [2], [3]]]
+)
+def test_a_parquet_column_without_as_many_numbers_in_each_row_is_refused(name, rows, tmp_path):
+    path = parquet(tmp_path / "a.parquet", {"features": [[1, 2]] * 4, name: rows})
+    with pytest.raises(ValueError, match=f"a.parquet: {name}: expected a list of as many numbers in each row"):
+        read_embeddings(path)
+
+
+@pytest.mark.parametrize("labels", [["x", None, "y"], [3, None, 1], [None] * 3, ["x", "", "y"]])
+def test_a_null_in_parquet_is_no_path_and_no_label(labels, tmp_path):
+    columns = {"features": [[1, 2], [3, 4], [5, 6]], "path": ["a", None, "b"], "label": labels}
+    found = read_embeddings(parquet(tmp_path / "a.parquet", columns))
+    assert list(found.paths) == ["a", "", "b"] and found.features.tolist() == [[1, 2], [3, 4], [5, 6]]
+    assert found.names.tolist() == ["" if label is None else str(label) for label in labels]
+
+
+def test_safetensors_holds_any_number_of_class_names(tmp_path):
+    """More than a header may hold; and the names that stand in the header of a file from elsewhere are read."""
+    names = [f"class {number:06d} of a long name" for number in range(90_000)]
+    matrix = np.arange(90_001, dtype=np.float32)[:, None]
+    write_embeddings(tmp_path / "a.safetensors", matrix, (1, 0), lambda: (Row("x", name) for name in [*names, ""]))
+    found = read_embeddings(tmp_path / "a.safetensors")
+    assert found.classes == names and found.names.tolist() == [*names, ""]
+    odd = ["caf\udce9", "\u00e9"]  # a folder's name that is no UTF-8
+    write_embeddings(tmp_path / "a.safetensors", matrix[:2], (1, 0), lambda: (Row("x", name) for name in odd))
+    assert read_embeddings(tmp_path / "a.safetensors").names.tolist() == odd
+    write_embeddings(tmp_path / "a.safetensors", matrix[:2], (1, 0), lambda: iter([Row("x", ""), Row("y", "")]))
+    assert read_embeddings(tmp_path / "a.safetensors").classes == []
+    arrays = {"features": torch.ones(2, 3), "labels": torch.tensor([1, -1])}
+    save_file(arrays, tmp_path / "a.safetensors", {"classes": json.dumps(["a", "b"])})
+    assert read_embeddings(tmp_path / "a.safetensors").names.tolist() == ["b", ""]

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from gradmix.eval.classifiers.knn import KNNClassifier
 from gradmix.eval.classifiers.linear import LinearProbe
 from gradmix.eval.features.cache import cached_arrays, frozen, weights_key
-from gradmix.eval.features.extraction import Model, extract_together, raw_pixels, raw_pixels_bytes
+from gradmix.eval.features.extraction import Model, extract, extract_together, raw_pixels, raw_pixels_bytes
 from gradmix.eval.features.mapped import write_arrays
 from gradmix.ssl.data.images import ImageSet, normalize
 from gradmix.ssl.networks.backbones import Backbone, ResNet, backbone_metadata
@@ -197,3 +197,9 @@ def test_raw_pixels_are_mapped_where_they_exceed_the_limit(size, tmp_path):
     assert np.array_equal(raw_pixels(some, path, size - 1), expected) and path.stat().st_mtime_ns == made
     other = ImageSet(some.labels, some.size, some.images.flip(0))
     assert np.array_equal(raw_pixels(other, path, 0), expected.flip(0))
+
+
+def test_features_that_are_not_finite_blame_no_training_that_never_was():
+    images = ImageSet(torch.zeros(2, dtype=torch.long), 8, torch.zeros(2, 3, 8, 8, dtype=torch.uint8))
+    with pytest.raises(FloatingPointError, match="its weights are; a training that came to this has diverged"):
+        extract(lambda batch: batch.flatten(1) / 0, images, torch.device("cpu"))

@@ -11,10 +11,13 @@ from PIL import Image
 from safetensors.numpy import load_file
 from sklearn.datasets import load_digits
 from sklearn.metrics import roc_auc_score
-from sklearn.neighbors import NearestNeighbors
+from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
+from sklearn.preprocessing import normalize
 
 import gradmix
 from gradmix.eval import detectors
+from gradmix.eval.features.feature_sets import sets_of
+from gradmix.ssl.config import Config
 
 KNOWN = list("abcd")
 QUICK = ("detectors=[deep_knn,mahalanobis]", "data.holdout=0.1")
@@ -125,12 +128,83 @@ def test_one_file_is_divided_as_a_folder_is(arrays, command, tmp_path):
     )
 
 
+def test_settings_are_chosen_without_the_real_unknowns(arrays, tmp_path):
+    """With pseudo_unknown the last known class is unknown; what is really unknown changes nothing."""
+    run = gradmix.evaluate_features(
+        *arrays.values(), out=tmp_path / "out", detectors=["deep_knn"], data={"pseudo_unknown": 1}
+    )
+    fits, tests = (arrays[f"{name}_labels"] for name in ("train", "test"))
+    played = auroc(
+        arrays["train_features"][fits != "d"],
+        arrays["test_features"][np.isin(tests, ["a", "b", "c"])],
+        arrays["test_features"][tests == "d"],
+    )
+    assert run["osr/deep_knn/auroc"] == pytest.approx(played, abs=1e-6)
+    assert abs(played - expected(arrays)) > 1e-3
+    test = load_file(tmp_path / "out/features/test.safetensors")
+    assert np.bincount(test["labels"] + 1).tolist() == [20, 20, 20, 20]
+
+
 def test_without_labels_a_detector_is_fitted(arrays, tmp_path):
     run = gradmix.evaluate_features(
         arrays["train_features"], settings={"data.holdout": 0.2}, out=tmp_path / "out", detectors=["deep_knn"]
     )
     assert run["skipped"]["knn, linear, osr"] == "the images have no classes"
     assert detectors.load(run.detector).threshold > 0
+
+
+def test_held_out_rows_need_no_labels(arrays, command, tmp_path):
+    """The threshold is that of the same rows with labels, also by class: that is the one they look most like."""
+    own = {name: part for name, part in arrays.items() if name.startswith(("train", "unknown"))}
+    own |= {"held_out_features": arrays["test_features"][:80], "test_features": arrays["test_features"][::4]}
+    asked = {"test_labels": arrays["test_labels"][::4], "detectors": ["deep_knn"], "accept": 0.9, "per_class": True}
+    with_labels = gradmix.evaluate_features(**own, **asked, held_out_labels=np.repeat(KNOWN, 20), out=tmp_path / "with")
+    run = gradmix.evaluate_features(**own, **asked, out=tmp_path / "out")
+    assert "threshold" not in run["skipped"] and "false alarm" in run.report.read_text().lower()
+    thresholds = [detectors.load(one.detector).calibration_.thresholds(np.arange(4), 4) for one in (with_labels, run)]
+    assert len(set(thresholds[0])) > 1 and thresholds[0].tolist() == thresholds[1].tolist()
+    assert (load_file(tmp_path / "out/features/held_out.safetensors")["labels"] == -1).all()
+    removed = command("detector", "remove", "out/detector", "class=a", "out=less")
+    assert removed.code == 2 and "class: held-out images that have none may be of 'a'" in removed.err, removed.err
+    with pytest.raises(ValueError, match="pseudo_unknown: needs held_out_labels"):
+        gradmix.evaluate_features(**own, **asked, data={"pseudo_unknown": 1}, out=tmp_path / "pseudo")
+
+
+def test_why_there_is_no_threshold(arrays, tmp_path):
+    own = {name: arrays[name] for name in ("train_features", "train_labels")}
+    asked = {"held_out_features": arrays["unknown_features"], "detectors": ["deep_knn"], "data": {"holdout": 0.1}}
+    run = gradmix.evaluate_features(**own, **asked, held_out_labels=["e"] * 80, out=tmp_path / "e")
+    assert run["skipped"]["threshold"] == "no known images are held out to calibrate on (data.holdout=0.1)"
+    run = gradmix.evaluate_features(**own, **asked, accept=1.0, out=tmp_path / "all")
+    promise = run["skipped"]["the promise of the threshold"]
+    assert promise == "accept=1 takes endlessly many; the threshold is their largest score"
+
+
+def test_a_few_training_rows_are_enough(arrays, tmp_path):
+    """Names of classes as pandas has them, and k is what there is: all neighbours vote, as scikit-learn says."""
+    few = np.flatnonzero(np.arange(240) % 60 < 4)
+    labels, test = arrays["train_labels"][few], arrays["test_labels"] != "e"
+    own = {"train_features": arrays["train_features"][few], "train_labels": labels.astype(object)}
+    own |= {"test_features": arrays["test_features"][test], "test_labels": arrays["test_labels"][test].astype(object)}
+    run = gradmix.evaluate_features(**own, knn_k=[5], out=tmp_path / "out", detectors=["deep_knn"])
+    unit = [normalize(own[f"{name}_features"]) for name in ("train", "test")]
+    temperature = Config().knn_temperature
+    for name, k in (("knn", 16), (f"knn/k=5,t={temperature:g}", 5)):
+        vote = KNeighborsClassifier(k, weights=lambda d: np.exp((1 - d**2 / 2) / temperature), algorithm="brute")
+        right = vote.fit(unit[0], labels).predict(unit[1]) == arrays["test_labels"][test]
+        assert run[f"{name}/top1"] == pytest.approx(right.mean(), abs=0.013), name  # one of 80 may be a tie
+    with pytest.raises(ValueError, match="knn_k: expected 1 to 16, the size of the training set, got 17"):
+        gradmix.evaluate_features(**own, knn_k=[17], out=tmp_path / "out", detectors=["deep_knn"])
+
+
+def test_sets_are_as_wide_as_each_other():
+    rows = {f"{name}_features": np.ones((4, 3)) for name in ("train", "test", "unknown")}
+    for theirs in (8, 1):
+        wide = {"test_projections": np.ones((4, 6)), "unknown_projections": np.ones((4, theirs))}
+        with pytest.raises(ValueError, match=f"unknown_projections: {theirs} wide, test_projections are 6"):
+            sets_of(rows | wide)
+    with pytest.raises(ValueError, match="train_labels: expected integers, got object"):
+        sets_of(rows | {"train_labels": np.array(["a", None, "b", "c"], dtype=object)})
 
 
 def test_embeddings_are_scored(arrays, command, tmp_path):
@@ -188,6 +262,11 @@ def test_what_gradmix_embed_writes_comes_back(digits_run, command, tmp_path):
         (("features=all.npz", "out=out", "run=x"), "features: beside run= or checkpoint=; give one of them"),
         (("features=all.npz", "out=out", "data=digits"), "data: features= has no images and no network; leave it out"),
         (("features=all.npz", "out=out", "export=[onnx]"), "export: features= has no images and no network"),
+        (("features=all.npz", "out=out", "data.unknown_root=x"), "data.unknown_root: features= has no images and no"),
+        (("features=all.npz", "out=out", "data.unknown_roots={a: x}"), "data.unknown_roots: features= has no images"),
+        (("features=all.npz", "out=out", "unknown_roots={a: x}"), "unknown_roots: features= has no images and no"),
+        (("features=all.npz", "out=out", "data.pseudo_unknown=3"), "data.pseudo_unknown: expected 0 to 2 of 4 known"),
+        (("features=plain.npz", "out=out", "data.pseudo_unknown=1"), "data.pseudo_unknown: the features have no class"),
         (("features=gone.npz", "out=out"), "features: gone.npz: no such file"),
         (("features=bad.npz", "out=out"), "features: bad.npz: bad_features: no such array; expected train_features, "),
         (("features=short.npz", "out=out"), "features: short.npz: train_features: missing"),
@@ -203,6 +282,7 @@ def test_what_gradmix_embed_writes_comes_back(digits_run, command, tmp_path):
 )
 def test_bad_input_is_one_line(arguments, message, arrays, command, tmp_path):
     np.savez("all.npz", **arrays)
+    np.savez("plain.npz", train_features=arrays["train_features"])
     np.savez("bad.npz", **arrays, bad_features=np.ones((1, 64)))
     np.savez("short.npz", test_features=np.ones((3, 64)))
     np.savez("wide.npz", **(arrays | {"test_features": np.ones((100, 3))}))

@@ -94,6 +94,13 @@ def test_over_splits_says_what_all_of_them_say():
     assert over_splits(splits) == {"splits": 2, "a": 1.5, "a/std": pytest.approx(0.5**0.5), "c": "x"}
     assert over_splits([{"knn/top1": 0.5}]) == {"splits": 1, "knn/top1": 0.5}  # of one there is no deviation
     assert "50.00\n" in table(over_splits([{"knn/top1": 0.5}])) + "\n"
+    same, few = {"pixels": "too large"}, {"promise": "there are 18"}
+    skipped = [same | few, same | few, same | {"promise": "there are 17"} | {"recall": "no images"}]
+    assert over_splits([{"skipped": one} for one in skipped])["skipped"] == {
+        "pixels": "too large",
+        "promise": "in 2 of 3 splits: there are 18; in 1 of 3 splits: there are 17",
+        "recall": "in 1 of 3 splits: no images",
+    }
 
 
 @pytest.mark.parametrize("test_images", ["unknown ones", "none"])

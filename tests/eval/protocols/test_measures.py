@@ -1,6 +1,7 @@
 """The loop over measures, what gradmix-eval adds when asked, and feature quality while training."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -137,6 +138,11 @@ def test_what_is_missing_is_said_once_for_all_measures_that_need_it():
     assert skipped["three"] == "the test set has no unknown classes"
     _, skipped = measure_all(measures[:1], subject_with([-1, -1]))
     assert skipped == {"one": "the test set has no images of known classes"}
+
+
+def test_what_is_missing_beside_features_is_no_checkpoints_fault():
+    subject = replace(subject_with([0, 1]), encoder=None)
+    assert subject.lacks("projections") == "there are features, and no projections"
 
 
 def test_each_detector_is_fitted_once(digits_run, tmp_path, monkeypatch):

@@ -20,7 +20,7 @@ from gradmix.eval.features.formats import read_embeddings
 from gradmix.eval.features.mapped import Arrays, map_arrays, write_arrays
 from gradmix.ssl.config import DataConfig
 from gradmix.ssl.data.images import ImageSet
-from gradmix.ssl.data.open_set import OpenSetData, _pseudo, known_classes
+from gradmix.ssl.data.open_set import OpenSetData, known_classes, play_unknown
 from gradmix.ssl.data.sources import Source, stratified
 
 FEATURES = "features"  # data.name of what was evaluated without images
@@ -131,7 +131,7 @@ def divide(sets: FeatureSets, config: DataConfig, seed: int) -> tuple[OpenSetDat
     known = known_classes(config, Source(_images(labels[chosen]), _images(labels[:0]), classes)) if classes else []
     unknown = [index for index in range(len(classes)) if index not in known]
     if config.pseudo_unknown:
-        known, unknown = _pseudo(known, config.pseudo_unknown)
+        known, unknown = play_unknown(known, config.pseudo_unknown)
         in_test = np.isin(test_labels, [*known, *unknown])
         parts, test_labels = [(one, rows[in_test]) for one, rows in parts], test_labels[in_test]
     if classes and len(known) < 2:

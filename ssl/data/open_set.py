@@ -90,7 +90,7 @@ def load_data(config: DataConfig, seed: int, look: bool = False, pixels: bool = 
         known = known_classes(config, source)
         unknown = range(len(source.classes)) if source.unknown is None else source.unknown
         if config.pseudo_unknown:
-            known, unknown = _pseudo(known, config.pseudo_unknown)
+            known, unknown = play_unknown(known, config.pseudo_unknown)
         counts = torch.cat([source.train.labels, source.test.labels]).bincount(minlength=len(source.classes))
         empty = [name for name, count in zip(source.classes, counts, strict=True) if not count]
         unknown = [i for i in unknown if i not in set(known) and counts[i]]
@@ -212,7 +212,12 @@ def known_classes(config: DataConfig, source: Source) -> list[int]:
     return splits[config.split]
 
 
-def _pseudo(known: list[int], count: int) -> tuple[list[int], list[int]]:
+def play_unknown(known: list[int], count: int) -> tuple[list[int], list[int]]:
+    """The known classes without the last ``count``, and these, which play the unknown ones.
+
+    Raises:
+        ValueError: fewer than two would be left.
+    """
     if not 0 < count <= len(known) - 2:
         raise ValueError(f"data.pseudo_unknown: expected 0 to {len(known) - 2} of {len(known)} known, got {count}")
     return known[:-count], known[-count:]

@@ -17,7 +17,7 @@ def test_after(): pass
 
 def hang(rank): time.sleep(1000)
 
-@pytest.mark.timeout(2)
+@pytest.mark.timeout(2, func_only=True)
 def test_that_hangs(start_processes): start_processes(hang, (), 1)
 """
 

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
-from scipy.sparse import csr_array
 
 from gradmix.eval.detectors.base import Detector
 from gradmix.eval.features.arrays import blocks, unit_rows
@@ -37,7 +36,7 @@ def class_means(
     """Means `[classes, F]` in float64 of `prepare(features)`, block by block."""
     sums = np.zeros((classes, features.shape[1]))
     for rows in blocks(features.shape):
-        of_class = positions[rows]
-        members = csr_array((np.ones(len(of_class)), (of_class, np.arange(len(of_class)))), (classes, len(of_class)))
-        sums += members @ prepare(features[rows])
+        order = np.argsort(positions[rows], kind="stable")
+        present, starts = np.unique(positions[rows][order], return_index=True)
+        sums[present] += np.add.reduceat(prepare(features[rows])[order], starts, axis=0, dtype=np.float64)
     return sums / np.bincount(positions, minlength=classes)[:, None]

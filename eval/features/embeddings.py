@@ -76,6 +76,6 @@ def embeddings(
         numbers = np.maximum(check_labels(called, labels, count), -1)
         values, codes = np.unique(numbers, return_inverse=True)
         names = np.array(["" if value < 0 else str(value) for value in values])
-    classes = [str(one) for one in names if one]
-    place = np.array([classes.index(str(one)) if one else -1 for one in names])
-    return Embeddings(features, place[codes], classes, paths, projections)
+    named = names != ""
+    place = np.where(named, np.cumsum(named) - 1, -1)
+    return Embeddings(features, place[codes], [str(one) for one in names[named]], paths, projections)

@@ -42,6 +42,7 @@ lint: install
 	$(BIN)/mypy
 
 docs: install
+	$(BIN)/python docs/hooks.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 	@echo build/site/index.html
 

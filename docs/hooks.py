@@ -1,4 +1,4 @@
-"""What the pages can't hold themselves: the README, tables of settings and of numbers, the sources of the API pages."""
+"""What the pages don't hold themselves: the README, tables of settings and of numbers, the sources of the API pages."""
 
 import re
 import shutil
@@ -30,10 +30,21 @@ def on_startup(**_) -> None:
 
 
 def on_page_markdown(markdown: str, **_) -> str:
-    """Fill `{front page}`, `{settings COMMAND}` with its keys, `{metrics TABLE}` with a table of the catalogue."""
-    markdown = markdown.replace("{front page}", front_page())
-    markdown = re.sub(r"^\{settings (\w+)\}$", lambda match: table(SCHEMAS[match[1]]), markdown, flags=re.M)
-    return re.sub(r"^\{metrics (\w+)\}$", lambda match: metrics(getattr(catalogue, match[1])), markdown, flags=re.M)
+    """Put the README in the place of `{front page}`."""
+    return markdown.replace("{front page}", front_page())
+
+
+def filled(markdown: str) -> str:
+    """A page with its tables written anew: what stands between `<!-- settings COMMAND ... -->`, or
+    `<!-- metrics TABLE ... -->`, and `<!-- end of the table -->`.
+    """
+
+    def write(found: re.Match[str]) -> str:
+        kind, name = found[2], found[3]
+        rows = table(SCHEMAS[name]) if kind == "settings" else metrics(getattr(catalogue, name))
+        return f"{found[1]}\n\n{rows}\n\n{found[4]}"
+
+    return re.sub(r"(<!-- (settings|metrics) (\w+)[^>]*-->).*?(<!-- end of the table -->)", write, markdown, flags=re.S)
 
 
 def front_page() -> str:
@@ -58,3 +69,8 @@ def as_text(words: str) -> str:
 def metrics(table: tuple[catalogue.Metric, ...]) -> str:
     rows = [f"| `{one.key}` | {one.title} {one.arrow} | {one.sentence} |" for one in table]
     return "\n".join(["| key | number | meaning |", "| --- | --- | --- |", *rows])
+
+
+if __name__ == "__main__":  # make docs
+    for page in (ROOT / "docs").rglob("*.md"):
+        page.write_text(filled(page.read_text()))

@@ -177,7 +177,7 @@ def test_why_there_is_no_threshold(arrays, tmp_path):
     assert run["skipped"]["threshold"] == "no known images are held out to calibrate on (data.holdout=0.1)"
     run = gradmix.evaluate_features(**own, **asked, accept=1.0, out=tmp_path / "all")
     promise = run["skipped"]["the promise of the threshold"]
-    assert promise == "accept=1 takes endlessly many; the threshold is their largest score"
+    assert promise == "accept=1 can't be promised; the threshold is their largest score"
 
 
 def test_a_few_training_rows_are_enough(arrays, tmp_path):

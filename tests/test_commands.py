@@ -272,6 +272,7 @@ def test_a_folder_of_another_config_is_not_touched(run, command):
 def test_bad_runs_and_detectors_are_named(command, run, tmp_path):
     assert "not a run's folder" in command("eval", f"run={tmp_path}").err
     assert "run: missing" in command("eval").err
+    assert "encoder: belongs to checkpoint=FILE" in command("eval", f"run={run}", "encoder=resnet50").err
     assert "root: data=digits reads no folder" in command("eval", f"run={run}", "root=.").err
     assert f"did you mean {run / 'detector'}" in command("score", f"detector={run}", "images=/etc/hostname").err
     assert "names no image file" in command("score", f"detector={run / 'detector'}", "images=nothing*").err

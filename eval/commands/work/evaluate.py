@@ -74,6 +74,8 @@ def find_run(config: EvalConfig) -> tuple[Path, Path, list[str], Foreign | None]
         raise ValueError(
             "run: missing; give run=DIR, or checkpoint=FILE with encoder=, data= and out=, or features=FILE with out="
         )
+    if config.run is not None and config.encoder.name:
+        raise ValueError("encoder: belongs to checkpoint=FILE; a run has a network of its own, leave it out")
     if config.test_features is not None or config.unknown_features is not None:
         raise ValueError("test_features, unknown_features: belong to features=FILE, which is missing")
     if config.out is not None:

@@ -123,7 +123,7 @@ class Scores(Sequence["Score"]):
         scored = [(row.score, row.margin) for row in self.rows]
         limits = sorted(score - margin for score, margin in scored if score is not None and margin is not None)
         bound = "no threshold" if self.threshold is None else f"unknown above {self.threshold:.4f}"
-        if limits and f"{limits[0]:.4f}" != f"{limits[-1]:.4f}":
+        if limits and limits[-1] - limits[0] > 1e-4:  # less is how the numbers were rounded
             bound = f"unknown above {limits[0]:.4f} to {limits[-1]:.4f}, by class"
         lines = [f"{len(self)} images, {self.predictions.count('unknown')} unknown ({bound})"]
         for row in self.rows[:SHOWN]:

@@ -56,7 +56,7 @@ class NTXentLoss(nn.Module):
         if z.shape[0] % 2:
             raise ValueError(f"z: expected two views per image, got {z.shape[0]} rows")
         with torch.autocast(z.device.type, enabled=False):
-            z, positives, weight = _full_precision(z), _full_precision(positives), _full_precision(weight)
+            z, positives, weight = full_precision(z), full_precision(positives), full_precision(weight)
             everyone, first = gather(z)
             own = first + torch.arange(len(z), device=z.device)
 
@@ -108,7 +108,7 @@ class SupConLoss(nn.Module):
         if labels.is_floating_point():
             raise ValueError(f"labels: expected integers, got {labels.dtype}")
         with torch.autocast(z.device.type, enabled=False):
-            z, positives, weight = _full_precision(z), _full_precision(positives), _full_precision(weight)
+            z, positives, weight = full_precision(z), full_precision(positives), full_precision(weight)
             everyone, first = gather(z)
             everyones_labels, _ = gather(labels)
             everyones_positives = None if positives is None else gather(positives)[0]
@@ -141,7 +141,7 @@ def in_blocks(function: Callable[..., tuple[Tensor, ...]], *rows: Tensor) -> tup
     return tuple(map(torch.cat, zip(*parts, strict=True)))
 
 
-def _full_precision(tensor: MaybeTensor) -> MaybeTensor:
+def full_precision(tensor: MaybeTensor) -> MaybeTensor:
     """Half precision cannot hold exp(1 / 0.05); float64 stays as it is."""
     return tensor.float() if tensor is not None and tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gradmix.ssl.losses import positive_temperature
+from gradmix.ssl.losses import full_precision, positive_temperature
 from gradmix.ssl.processes import gather
 from gradmix.ssl.targets import check_rows
 
@@ -88,7 +88,7 @@ class PrototypeLoss(nn.Module):
         check_rows(z, self.prototypes.shape[1], labels, other, kept)
         temperature = self.temperature if temperature is None else positive_temperature(temperature)
         with torch.autocast(z.device.type, enabled=False):
-            z = z.float() if z.dtype in (torch.float16, torch.bfloat16) else z
+            z = full_precision(z)
             everyone, first = gather(z)
             mine = slice(first, first + len(z))
             if other is not None and kept is not None:
@@ -111,7 +111,7 @@ class PrototypeLoss(nn.Module):
     def logits(self, z: Tensor, temperature: float | None = None) -> Tensor:
         """Similarities ``[N, K * M]`` of L2-normalised ``z`` ``[N, D]`` to all prototypes, by the temperature."""
         with torch.autocast(z.device.type, enabled=False):
-            z = z.float() if z.dtype in (torch.float16, torch.bfloat16) else z
+            z = full_precision(z)
             return z @ self.prototypes.T.to(z.dtype) / (self.temperature if temperature is None else temperature)
 
     def _reciprocal(self, z: Tensor, prototypes: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gradmix.ssl.losses import positive_temperature
+from gradmix.ssl.losses import full_precision, positive_temperature
 
 
 class OrthogonalTargetLoss(nn.Module):
@@ -65,7 +65,7 @@ class OrthogonalTargetLoss(nn.Module):
         check_rows(z, self.targets.shape[1], labels, other, kept)
         temperature = self.temperature if temperature is None else positive_temperature(temperature)
         with torch.autocast(z.device.type, enabled=False):
-            z = z.float() if z.dtype in (torch.float16, torch.bfloat16) else z
+            z = full_precision(z)
             logits = self.logits(z, temperature)
             kept = z.new_ones(len(z)) if kept is None else kept.to(z.dtype)
             share = torch.zeros_like(logits).scatter_(1, labels[:, None], kept[:, None])
@@ -76,7 +76,7 @@ class OrthogonalTargetLoss(nn.Module):
     def logits(self, z: Tensor, temperature: float | None = None) -> Tensor:
         """Similarities ``[N, K]`` of L2-normalised ``z`` ``[N, D]`` to the targets, by the temperature."""
         with torch.autocast(z.device.type, enabled=False):
-            z = z.float() if z.dtype in (torch.float16, torch.bfloat16) else z
+            z = full_precision(z)
             return z @ self.targets.T.to(z.dtype) / (self.temperature if temperature is None else temperature)
 
 

@@ -189,7 +189,7 @@ def known_classes(config: DataConfig, source: Source) -> list[int]:
         ValueError: no such class or split, or a class is named twice.
     """
     if config.known is not None:
-        by_name = {name: index for index, name in enumerate(source.classes)}
+        by_name = {normalize("NFC", name): index for index, name in enumerate(source.classes)}
         numbers = all(name.isdecimal() for name in source.classes)  # then a number is a name, never an index
         known = []
         for entry in config.known:

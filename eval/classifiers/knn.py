@@ -5,6 +5,8 @@ import numpy as np
 from gradmix.eval.features.arrays import Array, blocks, check_features, check_k, check_labels, like
 from gradmix.eval.features.search import Neighbours
 
+VOTE_TEMPERATURE = 0.07  # as in that paper
+
 
 class KNNClassifier:
     """Cosine neighbours vote for their class with weight exp(cosine / temperature).
@@ -21,7 +23,7 @@ class KNNClassifier:
         index: how to search, see `gradmix.eval.features.search.Neighbours`.
     """
 
-    def __init__(self, k: int = 20, temperature: float = 0.07, index: str = "auto") -> None:
+    def __init__(self, k: int = 20, temperature: float = VOTE_TEMPERATURE, index: str = "auto") -> None:
         if temperature <= 0:
             raise ValueError(f"temperature: expected a positive number, got {temperature}")
         self.k, self.temperature, self.index = k, temperature, index

@@ -29,12 +29,32 @@ class Verdict(NamedTuple):
         closest: the closest known class; None where the detector was fitted without labels.
         threshold: above it, the score says unknown; None before `calibrate`.
         p_value: see `gradmix.eval.detectors.calibration`; None without held-out scores.
+        nearest: the row of the nearest training feature; None where the detector looks for none.
     """
 
     score: np.ndarray
     closest: np.ndarray | None
     threshold: np.ndarray | None
     p_value: np.ndarray | None
+    nearest: np.ndarray | None
+
+    @property
+    def label(self) -> np.ndarray | None:
+        """The closest known class, -1 where the score is above the threshold; None without classes."""
+        if self.closest is None or self.threshold is None:
+            return self.closest
+        return np.where(self.score > self.threshold, UNKNOWN, self.closest)
+
+
+class Assessed(NamedTuple):
+    """Of a block of features, numpy `[N]`: scores, positions in `classes_`, and rows of the nearest training features.
+
+    What a detector does not know is None.
+    """
+
+    score: np.ndarray
+    position: np.ndarray | None
+    nearest: np.ndarray | None = None
 
 
 @dataclass
@@ -83,7 +103,7 @@ class Detector:
 
     def score(self, features: Array) -> Array:
         """How unknown each image is, `[N]` float32; higher is more unknown."""
-        return like(self._assess_all(features)[0], features)
+        return like(self._assess_all(features).score, features)
 
     def classify(self, features: Array) -> Array:
         """The closest known class of each image, `[N]` int64 training labels, however unknown it is.
@@ -93,7 +113,7 @@ class Detector:
         """
         if self.classes_ is None:
             raise ValueError(f"{type(self).__name__} was fitted without labels and cannot name a class")
-        return like(self.classes_[self._assess_all(features)[1]], features)
+        return like(self.classes_[self._assess_all(features).position], features)
 
     def predict(self, features: Array) -> Array:
         """The closest known class `[N]` int64 of each image, or -1 where its score is above the threshold."""
@@ -105,20 +125,20 @@ class Detector:
             raise ValueError("no threshold yet: call calibrate(held_out_known_features) first")
         if self.classes_ is None:
             raise ValueError(f"{type(self).__name__} was fitted without labels and cannot name a class")
-        score, closest, threshold, _ = self.judge(features)
-        assert closest is not None  # there are classes
-        return like(score, features), like(np.where(score > threshold, UNKNOWN, closest), features)
+        verdict = self.judge(features)
+        assert verdict.label is not None  # there are classes
+        return like(verdict.score, features), like(verdict.label, features)
 
     def judge(self, features: Array) -> Verdict:
         """All that can be said of each image, from one pass."""
-        score, positions = self._assess_all(features)
+        score, positions, nearest = self._assess_all(features)
         closest = None if self.classes_ is None else self.classes_[positions]
         threshold = None if self.threshold is None else np.full(len(score), self.threshold)
         if self.calibration_ is None:
-            return Verdict(score, closest, threshold, None)
+            return Verdict(score, closest, threshold, None, nearest)
         if self.calibration_.per_class:
             threshold = self.calibration_.thresholds(positions, len(score))
-        return Verdict(score, closest, threshold, self.calibration_.p_values(score, positions))
+        return Verdict(score, closest, threshold, self.calibration_.p_values(score, positions), nearest)
 
     def calibrate(self, features: Array, accept: float = 0.95, per_class: bool = False) -> "Detector":
         """Set `threshold` so that a known image is accepted with a chance of at least `accept`.
@@ -131,7 +151,7 @@ class Detector:
         Args:
             per_class: thresholds of their own for the classes with enough images, see `Calibration`.
         """
-        scores, positions = self._assess_all(features)
+        scores, positions, _ = self._assess_all(features)
         self.calibration_ = Calibration(scores, positions, self.class_count or 1, accept, per_class)
         self.threshold = self.calibration_.threshold
         return self
@@ -235,7 +255,7 @@ class Detector:
         """
         raise NotImplementedError
 
-    def _assess(self, features: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+    def _assess(self, features: np.ndarray) -> Assessed | tuple[np.ndarray, np.ndarray | None]:
         """Scores `[N]` and positions in `classes_` `[N]` (or None) of a block of float32 features."""
         raise NotImplementedError
 
@@ -243,11 +263,16 @@ class Detector:
         if not hasattr(self, "width_"):
             raise ValueError(f"{type(self).__name__} is not fitted yet: call fit(features, labels) first")
 
-    def _assess_all(self, features: Array) -> tuple[np.ndarray, np.ndarray | None]:
+    def _assess_all(self, features: Array) -> Assessed:
         self._check_fitted()
         features = check_features("features", features, width=self.width_)
         wide = (len(features), max(features.shape[1], self.class_count or 1))  # many detectors look at all classes
-        parts = [self._assess(np.asarray(features[rows], np.float32)) for rows in blocks(wide)]
-        score = np.concatenate([score for score, _ in parts]).astype(np.float32)
-        positions = [position for _, position in parts if position is not None]
-        return score, None if self.classes_ is None else np.concatenate(positions)
+        parts = [Assessed(*self._assess(np.asarray(features[rows], np.float32))) for rows in blocks(wide)]
+        score = np.concatenate([part.score for part in parts]).astype(np.float32)
+        positions = [part.position for part in parts if part.position is not None]
+        nearest = [part.nearest for part in parts if part.nearest is not None]
+        return Assessed(
+            score,
+            None if self.classes_ is None else np.concatenate(positions),
+            np.concatenate(nearest) if nearest else None,
+        )

@@ -6,8 +6,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from gradmix.eval.classifiers.knn import vote
-from gradmix.eval.detectors.base import Detector
+from gradmix.eval.classifiers.knn import VOTE_TEMPERATURE, vote
+from gradmix.eval.detectors.base import Assessed, Detector
 from gradmix.eval.features.arrays import Array, check_features, check_k, like, unit_rows
 from gradmix.eval.features.search import Neighbours
 
@@ -17,7 +17,7 @@ class DeepKNN(Detector):
     """Score: Euclidean distance (not squared, 0 to 2) of the L2-normalised feature to its k-th neighbour.
 
     A feature of zero norm is at distance 1 from every other. The class is the vote of the k neighbours with
-    weight exp(cosine / 0.07), the smallest label on a tie. Needs labels only for `classify`.
+    weight exp(cosine / VOTE_TEMPERATURE), the smallest label on a tie. Needs labels only for `classify`.
 
     Args:
         k: which neighbour.
@@ -41,10 +41,11 @@ class DeepKNN(Detector):
         check_k(self.k, len(features))
         self.bank_, self.positions_ = Neighbours(features, self.index), positions
 
-    def _assess(self, features: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+    def _assess(self, features: np.ndarray) -> Assessed:
         similarity, rows = self.bank_.search(features, self.k)
         # 2 - 2 cos cancels for near duplicates, so the one distance that matters is computed from the rows
         distance = np.linalg.norm(unit_rows(features) - self.bank_[rows[:, -1]], axis=1)
         if self.positions_ is None:
-            return distance, None
-        return distance, vote(similarity, self.positions_[rows], self.class_count, 0.07).argmax(axis=1)
+            return Assessed(distance, None, rows[:, 0])
+        position = vote(similarity, self.positions_[rows], self.class_count, VOTE_TEMPERATURE).argmax(axis=1)
+        return Assessed(distance, position, rows[:, 0])

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from gradmix.eval.classifiers.knn import vote
+from gradmix.eval.classifiers.knn import VOTE_TEMPERATURE, vote
 from gradmix.eval.detectors.base import Detector
 from gradmix.eval.features.arrays import check_k, unit_rows
 from gradmix.eval.features.search import Neighbours
@@ -43,4 +43,4 @@ class MeanShift(Detector):
         shift = np.linalg.norm(unit_rows(features) - mean, axis=1)
         if self.positions_ is None:
             return shift, None
-        return shift, vote(similarity, self.positions_[rows], self.class_count, 0.07).argmax(axis=1)
+        return shift, vote(similarity, self.positions_[rows], self.class_count, VOTE_TEMPERATURE).argmax(axis=1)

@@ -78,14 +78,12 @@ def _captions(run: Run, rows: np.ndarray) -> list[str]:
     captions = [f"test image {row}: {name}" for row, name in zip(rows, names, strict=True)]
     if run.images and run.images["test"].files is not None:
         captions = [f"{name}, {run.file_name('test', row)}" for row, name in zip(rows, names, strict=True)]
-    if run.detector is None:
+    if run.verdict is None:
         return captions
-    scores = run.detector.score(test["features"][rows])
     taken = [""] * len(rows)
-    if run.detector.classes_ is not None:
-        predict = run.detector.predict if run.detector.threshold is not None else run.detector.classify
-        taken = [f", taken for {run.name_of(label)}" for label in predict(test["features"][rows])]
-    return [f"{c}{t}, score {s:.3f}" for c, t, s in zip(captions, taken, scores, strict=True)]
+    if run.verdict.label is not None:
+        taken = [f", taken for {run.name_of(label)}" for label in run.verdict.label[rows]]
+    return [f"{c}{t}, score {s:.3f}" for c, t, s in zip(captions, taken, run.verdict.score[rows], strict=True)]
 
 
 def _class(label: int) -> str:

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from gradmix.eval.detectors import PRIMARY, DeepKNN
+from gradmix.eval.detectors import PRIMARY
 from gradmix.eval.report.page import Section, section
 from gradmix.eval.report.pictures import SHARP, data_uri, thumbnail
 from gradmix.eval.runs.folder import Run
@@ -18,9 +18,9 @@ NEAREST = 3
 def confusion(run: Run) -> Section:
     """Which test classes are taken for which: a table, or of more than ``WIDEST`` classes a picture."""
     name, title, detector = "confusion", "Confusion", run.detector
-    if "test" not in run.features or detector is None or detector.classes_ is None:
+    if detector is None or run.verdict is None or run.verdict.label is None:
         return section(name, title, why="There are no classes to confuse.")
-    labels, predicted = run.features["test"]["labels"], _predictions(detector, run.features["test"]["features"])
+    labels, predicted = run.features["test"]["labels"], run.verdict.label
     count = len(run.classes)
     matrix = np.zeros((count + 1, count + 1), int)  # the last row and column: unknown
     np.add.at(matrix, (labels % (count + 1), predicted % (count + 1)), 1)
@@ -42,11 +42,10 @@ def confusion(run: Run) -> Section:
 def mistakes(run: Run) -> Section:
     """The mistakes that the detector is surest of, beside the nearest training images."""
     name, title, detector = "mistakes", "Surest mistakes", run.detector
-    if "test" not in run.features or detector is None or detector.classes_ is None:
+    if detector is None or run.verdict is None or run.verdict.label is None or run.verdict.closest is None:
         return section(name, title, why="There are no classes, so there are no mistakes to show.")
     test, labels = run.features["test"]["features"], run.features["test"]["labels"]
-    score, closest = np.asarray(detector.score(test)), np.asarray(detector.classify(test))
-    predicted = _predictions(detector, test)
+    score, closest, predicted = run.verdict.score, run.verdict.closest, run.verdict.label
     low, high = np.argsort(score, kind="stable"), np.argsort(-score, kind="stable")
     kinds = {
         "Unknown images taken for known ones": low[(labels[low] < 0) & (predicted[low] >= 0)],
@@ -64,10 +63,6 @@ def mistakes(run: Run) -> Section:
         shown.append((what, len(rows), cards))
     no_images = "" if run.images else run.why_no_images
     return section(name, title, why="", nearest=NEAREST, no_images=no_images, kinds=shown)
-
-
-def _predictions(detector: DeepKNN, features: np.ndarray) -> np.ndarray:
-    return np.asarray(detector.classify(features) if detector.threshold is None else detector.predict(features))
 
 
 def _as_table(names: list[str], matrix: np.ndarray, shares: np.ndarray, rows: range) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import shlex
 from dataclasses import asdict, dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,6 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from gradmix.eval import detectors
 from gradmix.eval.detectors import PRIMARY, DeepKNN, Detector
+from gradmix.eval.detectors.base import Verdict
 from gradmix.eval.features.arrays import check_features, check_labels
 from gradmix.eval.features.feature_sets import FEATURES
 from gradmix.eval.features.mapped import Arrays, map_arrays
@@ -61,6 +62,13 @@ class Run:
     classes: list[str]
     images: dict[str, ImageSet] = field(default_factory=dict)
     why_no_images: str = ""
+
+    @cached_property
+    def verdict(self) -> Verdict | None:
+        """What the detector makes of every test image; None without it, or without test images."""
+        if self.detector is None or "test" not in self.features:
+            return None
+        return self.detector.judge(self.features["test"]["features"])
 
     def name_of(self, label: int) -> str:
         """The class's name; ``unknown`` for -1, ``image`` where there are no classes."""
@@ -156,10 +164,11 @@ def read_scores(
         scores = {name: (saved[f"{name}/score"], saved[f"{name}/correct"].astype(bool)) for name in names}
         if all(score.shape == right.shape == labels.shape for score, right in scores.values()):
             return dict(sorted(scores.items(), key=lambda item: (item[0] != PRIMARY, item[0] == "pixels", item[0])))
-    if detector is None or detector.classes_ is None:
+    if detector is None:
         return {}
     test = features["test"]["features"]
-    return {PRIMARY: (np.asarray(detector.score(test)), np.asarray(detector.classify(test)) == labels)}
+    verdict = detector.judge(test)
+    return {} if verdict.closest is None else {PRIMARY: (verdict.score, verdict.closest == labels)}
 
 
 def find_images(run: Run, data: OpenSetData | None) -> tuple[dict[str, ImageSet], str]:

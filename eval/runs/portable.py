@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize as unit_length
 from torch.nn.functional import one_hot
 
+from gradmix.eval.classifiers.knn import VOTE_TEMPERATURE
 from gradmix.eval.detectors import NCI, ClassKNN, DeepKNN, Detector, Energy, MeanShift, NNGuide
 from gradmix.eval.features.search import Neighbours
 from gradmix.eval.runs.export import write_onnx
@@ -100,7 +101,7 @@ def _tensor(name: str, value: np.ndarray | Neighbours) -> Tensor:
 
 
 def _vote(similarity: Tensor, positions: Tensor, classes: int) -> Tensor:
-    weights = torch.exp((similarity - similarity[:, :1]) / 0.07)
+    weights = torch.exp((similarity - similarity[:, :1]) / VOTE_TEMPERATURE)
     return (weights[:, :, None] * one_hot(positions, classes)).sum(1).argmax(1)
 
 

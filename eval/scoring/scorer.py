@@ -339,15 +339,14 @@ class Scorer:
 
     def _score(self, features: Tensor) -> Iterator[Score]:
         """Of each image, without its path."""
-        verdict, missing, nearest = self.detector.judge(features), [None] * len(features), [""] * len(features)
-        if self.knn is not None:
-            nearest = [self.training_name(row) for row in self.knn.neighbours(features, 1)[1][:, 0].tolist()]
+        verdict, missing = self.detector.judge(features), [None] * len(features)
         columns = (missing if column is None else column.tolist() for column in verdict)
-        for score, label, threshold, p_value, near in zip(*columns, nearest, strict=True):
+        for score, label, threshold, p_value, row in zip(*columns, strict=True):
             prediction = "" if label is None else self.classes[int(label)]
             if threshold is not None and score > threshold:
                 prediction = UNKNOWN_NAME
             margin = None if threshold is None else score - threshold
+            near = "" if self.knn is None or row is None else self.training_name(row)
             yield Score("", score, prediction, margin, p_value, near)
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import gradmix.ssl.pretrain
+from gradmix.attribution import layercam, record
 from gradmix.ssl.config import EncoderConfig, SpeedConfig
 from gradmix.ssl.data.loader import TrainLoader
 from gradmix.ssl.data.open_set import load_data
@@ -185,3 +186,39 @@ def test_an_extra_view_is_a_third_one_of_the_same_images(config, data):
     own = similarity.diagonal()
     assert (own < similarity.new_tensor(views[0].numel() - 1.0) * 0.999).float().mean() > 0.9  # not the view itself
     assert own.mean() > 1.3 * similarity.mean()  # but of its image: as alike as two views of one are
+
+
+def test_what_is_drawn_is_of_its_place(monkeypatch, config, data):
+    """Views, boxes and what the network drops: others at every seed, epoch, step and process, and there the same."""
+    module, batch = built(config("unused", mix="cutmix"), data)
+    dropped = []
+    module.head.register_forward_pre_hook(lambda head, inputs: dropped.append(torch.rand(64)))
+
+    def drawn(**changes):
+        module.config.seed = changes.pop("seed", 0)
+        monkeypatch.setattr(Pretraining, "global_rank", changes.pop("rank", 0))
+        torch.rand(3)  # what happened before must not matter
+        del dropped[:]
+        module.training_step(batch._replace(**changes), 0)
+        views, mixed = module.pictures
+        return views, mixed.boxes, dropped[0]
+
+    first = drawn()
+    assert all(map(torch.equal, first, drawn()))
+    for changes in ({"seed": 1}, {"epoch": 1}, {"step": 1}, {"rank": 1}):
+        assert not any(map(torch.equal, first, drawn(**changes))), changes
+
+
+@pytest.mark.parametrize("followed", ["selfsup", "supervised", "joint"])
+def test_attribution_follows_the_loss_that_it_was_asked_to(followed, config, data):
+    settings = config("unused")
+    settings.method.attribution, settings.method.supervised = followed, 0.5
+    module, batch = built(settings, data)
+    module.training_step(batch, 0)
+    views, mixed = module.pictures
+    activations: list[torch.Tensor] = []
+    with record(module.backbone, ["layer2", "layer3", "layer4"], activations):
+        z = module.project(views)
+    losses = {"selfsup": NTXentLoss(0.1)(z), "supervised": SupConLoss(0.1)(z, batch.labels.repeat(2))}
+    losses["joint"] = losses["selfsup"] + 0.5 * losses["supervised"]
+    torch.testing.assert_close(mixed.attribution, layercam(losses[followed], activations, (8, 8)), atol=1e-3, rtol=0)

@@ -5,6 +5,7 @@ import os
 import re
 import signal
 from dataclasses import replace
+from operator import eq
 
 import pytest
 import torch
@@ -178,6 +179,9 @@ def test_when_to_mix():
     assert not any(mixes_at(never, 0, *p) for p in places)
     half = [mixes_at(MixConfig("gradmix", probability=0.5), 0, *p) for p in places]
     assert 0.45 < sum(half) / len(half) < 0.55
+    others = [mixes_at(MixConfig("gradmix", probability=0.5), 1, *p) for p in places]
+    for one, other in ((half[:-50], half[50:]), (half[:-1], half[1:]), (half, others)):  # epochs, steps, seeds
+        assert 0.45 < sum(map(eq, one, other)) / len(one) < 0.55  # know nothing of each other
     window = MixConfig("gradmix", start_epoch=3, end_epoch=5)
     assert {epoch for epoch, step in places if mixes_at(window, 0, epoch, step)} == {3, 4}
 

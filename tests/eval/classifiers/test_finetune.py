@@ -1,7 +1,6 @@
 """Probes on augmented images, with a tiny untrained ResNet on real digits."""
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch

@@ -24,6 +24,13 @@ def test_with_every_step_off_views_are_the_normalised_images():
     torch.testing.assert_close(views, torch.cat([by_hand, by_hand]).float(), atol=1e-4, rtol=1e-4)
 
 
+def test_of_views_that_are_cut_already_the_first_two_are_taken_without_a_crop():
+    """A step that mixes in an extra view finds the others behind them."""
+    cuts = pixels(12).view(3, 4, 3, 12, 12)
+    views = TwoViews(AugmentConfig(**{**vars(OFF), "crop": (0.2, 0.3)}), 12)(cuts, seed=0)
+    torch.testing.assert_close(views, normalize(torch.cat([cuts[:, 0], cuts[:, 1]])))
+
+
 def test_a_flip_is_a_flip():
     images = pixels()
     views = TwoViews(AugmentConfig(**{**vars(OFF), "flip": 1.0}), 12)(images, seed=0)
@@ -51,7 +58,10 @@ def test_denormalize_undoes_normalize():
     torch.testing.assert_close(denormalize(normalize(images)), images.float() / 255)
 
 
-@pytest.mark.parametrize(("crop", "ratio"), [((0.4, 1.0), (0.75, 4 / 3)), ((0.9, 1.0), (0.4, 0.5)), ((1, 1), (2, 3))])
+@pytest.mark.parametrize(
+    ("crop", "ratio"),
+    [((0.4, 1.0), (0.75, 4 / 3)), ((0.9, 1.0), (0.4, 0.5)), ((1, 1), (2, 3)), ((0.2, 0.4), (0.4, 0.6))],
+)
 def test_crops_are_as_high_and_as_wide_as_torchvisions(crop, ratio):
     """Also whole sides, and where none of ten crops fits. An image that is its own coordinates tells the crop."""
     count, size = 4000, 8

@@ -328,6 +328,10 @@ def test_mahalanobis_shrinkage():
     distance = ((QUERIES[:, None] - means) ** 2).sum(axis=2).min(axis=1) / variance
     ours = Mahalanobis(shrinkage=1.0).fit(TRAIN, TRAIN_LABELS).score(QUERIES)
     np.testing.assert_allclose(ours, distance, rtol=1e-4)
+    away = TRAIN.astype(np.float64).mean(axis=0)
+    background = ((QUERIES - away) ** 2).sum(axis=1) / np.mean((TRAIN - away) ** 2)
+    ours = RelativeMahalanobis(shrinkage=1.0).fit(TRAIN, TRAIN_LABELS).score(QUERIES)
+    np.testing.assert_allclose(ours, distance - background, rtol=1e-4, atol=1e-3)
     with pytest.raises(ValueError, match="shrinkage: expected 0 to 1, got 2"):
         Mahalanobis(shrinkage=2)
 

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
-from sklearn.preprocessing import normalize
+from sklearn.preprocessing import StandardScaler, normalize
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from gradmix.eval.detectors import Detector
@@ -53,6 +54,12 @@ def test_many_knn_settings_are_scikit_learns(command, tmp_path, digits_run):
     assert numbers["quality/effective_rank"] == pytest.approx(effective_rank(fit["features"]))
     assert numbers["quality/class_spread"] == pytest.approx(class_spread(fit["features"], fit["labels"]))
     assert numbers["quality/alignment"] > 0
+    labels, right = fit["labels"].numpy(), test["labels"][known].numpy()
+    assert numbers["majority/top1"] == pytest.approx((right == np.bincount(labels).argmax()).mean())
+    scaler = StandardScaler().fit(fit["features"])
+    theirs = LogisticRegression(max_iter=5000).fit(scaler.transform(fit["features"]), labels)
+    expected = theirs.score(scaler.transform(test["features"][known]), right)
+    assert numbers["linear/top1"] == pytest.approx(expected, abs=0.04)  # another strength of decay
 
 
 @pytest.mark.parametrize(

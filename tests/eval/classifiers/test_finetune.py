@@ -46,6 +46,10 @@ def test_learns_and_leaves_the_backbone_bit_identical(digits, protocol, optimize
     assert weights_key(network) == before and torch.equal(torch.get_rng_state(), state)
     assert accuracy(probe, test) > 0.6  # a third is chance
     assert (weights_key(probe.backbone) == before) == (protocol == "augmented")
+    after = weights_key(probe.backbone)
+    alone = [probe.predict(test.select(torch.tensor([row]))).item() for row in range(10)]
+    assert alone == probe.predict(test)[:10].tolist()  # whatever else is in the batch
+    assert weights_key(probe.backbone) == after
     again = ImageProbe(protocol, settings, AUGMENT).fit(network, train, 3)
     assert torch.equal(again.head[1].weight, probe.head[1].weight)
     assert str(probe) == f"{protocol}: sgd, 8 epochs, lr {lr / 4:.3g}, weight decay 0, last weights"

@@ -87,7 +87,7 @@ def test_a_setting_that_diverges_is_not_chosen():
 
 def test_a_head_of_nans_is_worth_least():
     """Though its largest logit is the first, and all these images are of the first class."""
-    features, labels = noisy(30, 0, width=8)
+    features, _ = noisy(30, 0, width=8)
     weight = torch.zeros(2, 5, 8)
     weight[0] = torch.nan
     rows = torch.zeros(30, dtype=torch.int64)

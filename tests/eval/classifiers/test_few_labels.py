@@ -31,14 +31,13 @@ def test_subsets_are_fixed_differ_by_seed_and_contain_each_other():
 def test_accuracy_is_a_logistic_regressions_on_the_same_images():
     train = np.arange(len(LABELS)) < 1200
     sets = FEATURES[train], LABELS[train], FEATURES[~train], LABELS[~train]
-    for amount in (1, 10):
-        ours, theirs = few_labels(*sets, amount, seeds=3), []
-        for seed in range(3):
-            rows = subset(sets[1], amount, seed)
-            scaler = StandardScaler().fit(sets[0][rows])
-            probe = LogisticRegression(max_iter=2000).fit(scaler.transform(sets[0][rows]), sets[1][rows])
-            theirs.append(probe.score(scaler.transform(sets[2]), sets[3]))
-        assert ours == pytest.approx(theirs, abs=0.003)  # an image
+    ours, theirs = few_labels(*sets, 1, seeds=2), []
+    for seed in range(2):
+        rows = subset(sets[1], 1, seed)
+        scaler = StandardScaler().fit(sets[0][rows])
+        probe = LogisticRegression(max_iter=2000).fit(scaler.transform(sets[0][rows]), sets[1][rows])
+        theirs.append(probe.score(scaler.transform(sets[2]), sets[3]))
+    assert ours == pytest.approx(theirs, abs=0.003)  # an image
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from sklearn.preprocessing import StandardScaler, normalize
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from gradmix.eval.detectors import Detector
+from gradmix.eval.protocols.closed_set import Majority
 from gradmix.eval.protocols.evaluate import evaluate
 from gradmix.eval.protocols.measure import Measure, Skipped
 from gradmix.eval.protocols.measures import can_be_measured, measure_all
@@ -35,6 +36,13 @@ def test_what_no_measure_needs_is_not_looked_for():
 
     needy = SimpleNamespace(name="a", KIND="kind", needs=("pixels",))
     assert can_be_measured([needy], Answers()) == ([], {"raw pixels": "there are none"})
+
+
+def test_the_majority_is_the_training_images():
+    train, test = (SimpleNamespace(labels=torch.tensor(labels)) for labels in ([0, 0, 0, 1], [1, 1, 0, -1]))
+    data = SimpleNamespace(train=train, test=test, classes=["a", "b"])
+    numbers = dict(Majority().measure(SimpleNamespace(data=data, known=test.labels >= 0)))
+    assert numbers["majority/top1"] == pytest.approx(1 / 3)
 
 
 def test_many_knn_settings_are_scikit_learns(command, tmp_path, digits_run):

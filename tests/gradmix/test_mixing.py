@@ -247,6 +247,8 @@ def test_gradmix_and_its_controls_draw_the_same_boxes_sizes_and_partners():
     for other in (GradMix(centre="random"), GradMix(paste="cut"), GradMix(evidence="agreement")):
         mixed = mix(other, images, generator=seeded(5))
         assert torch.equal(mixed.kept, one.kept) and torch.equal(mixed.partner, one.partner)
+    assert torch.equal(mix(MIXERS["noise_box"](), images, generator=seeded(5)).boxes, one.boxes)
+    assert not torch.equal(mix(MIXERS["random_box"](), images, generator=seeded(5)).boxes, one.boxes)
 
 
 @pytest.mark.parametrize("alpha", [0.01, 0.3, 1.0, 50.0])

@@ -163,7 +163,6 @@ class _Standardised:
         squares = sum(np.square(rows[block] - self.mean).sum(axis=0) for block in blocks(rows.shape))
         self.scale = np.sqrt(squares / len(rows))
         self.scale[self.scale <= 1e-12 * np.abs(self.mean)] = 1  # a constant column: don't blow up its rounding
-        self.scale[self.scale == 0] = 1
         self.rows, self.ready = rows, None
         if not isinstance(rows, np.memmap):
             ready = np.empty(rows.shape, np.float32)

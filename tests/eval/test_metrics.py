@@ -161,6 +161,17 @@ def test_tensors_are_taken():
     assert auroc(known.bfloat16(), unknown.half()) == pytest.approx(5 / 6, abs=1e-15)
 
 
+@pytest.mark.parametrize("kind", [np.uint8, np.int8, np.float16, np.float32])
+def test_small_numbers_are_computed_in_double_precision(kind):
+    """Of bytes -1 would be 255."""
+    for known, unknown, correct in arrays_with_ties(20):
+        known, unknown = (np.abs(10 * scores).astype(kind) for scores in (known, unknown))
+        wide = known.astype(float), unknown.astype(float)
+        for metric, more in ((auroc, {}), (aupr, {"positive": "known"}), (fpr_at_tpr, {"tpr": 0.8})):
+            assert metric(known, unknown, **more) == metric(*wide, **more)
+        assert oscr(known, unknown, correct) == oscr(*wide, correct)
+
+
 @pytest.mark.parametrize("metric", [auroc, aupr, fpr_at_tpr, lambda k, u: oscr(k, u, np.ones(len(k)))])
 def test_bad_scores(metric):
     good = np.ones(4)

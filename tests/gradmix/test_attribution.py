@@ -103,6 +103,35 @@ def test_layercam_is_the_papers(dtype, evidence, size):
     assert (maps.amax((1, 2)) > 0.3).all()  # something was seen in every image
 
 
+@pytest.mark.parametrize("evidence", ["loss", "agreement"])
+def test_of_negative_activations_only_the_gradients_sign_is_asked(evidence):
+    """Without a ReLU behind them, as in ConvNeXt and ViT, activations are negative where they please."""
+    generator = torch.Generator().manual_seed(0)
+    activation, gradient = torch.randn(2, 3, 4, 4, 5, generator=generator, dtype=torch.float64)
+    activation.requires_grad_()
+    maps = layercam((activation * gradient).sum(), [activation], (8, 10), evidence)
+    slow = slow_layercam([activation.detach()], [gradient], (8, 10), 1 if evidence == "loss" else -1)
+    torch.testing.assert_close(maps.double(), slow, rtol=1e-5, atol=1e-6)
+
+
+def test_gradients_too_small_for_half_precision_still_give_a_map():
+    """The mean over a thousand rows makes them so: 2 ** -26 at most, where float16 ends at 2 ** -24."""
+    weight = torch.rand(1024, 1, 2, 2, generator=torch.Generator().manual_seed(0))
+    maps = []
+    for dtype in (torch.float32, torch.float16):
+        activation = torch.ones(1024, 1, 2, 2, dtype=dtype, requires_grad=True)
+        maps.append(layercam((activation * weight).sum((1, 2, 3)).mean() * 2.0**-16, [activation], (2, 2)))
+    torch.testing.assert_close(*maps, rtol=0, atol=0.1)
+
+
+def test_channels_may_come_last():
+    """Known by the image's proportions, which whole patches keep only roughly: 9 / 5 of 65 / 33."""
+    activation, gradient = torch.rand(2, 3, 5, 9, 4, generator=torch.Generator().manual_seed(0))
+    first, last = activation.movedim(3, 1).requires_grad_(), activation.requires_grad_()
+    expected = layercam((first * gradient.movedim(3, 1)).sum(), [first], (33, 65))
+    torch.testing.assert_close(layercam((last * gradient).sum(), [last], (33, 65)), expected)
+
+
 @pytest.mark.parametrize("supervised", [False, True])
 @pytest.mark.parametrize("layer", ["layer1", "layer2"])
 def test_layercam_is_pytorch_grad_cams(layer, supervised):
@@ -134,6 +163,15 @@ def test_layercam_is_pytorch_grad_cams(layer, supervised):
     torch.testing.assert_close((maps - low) / (high - low), theirs, rtol=1e-4, atol=1e-5)
     if layer == "layer1":
         torch.testing.assert_close(maps, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("evidence", ["loss", "agreement"])
+def test_a_mixer_follows_the_evidence_that_it_was_asked_for(evidence):
+    encoder, views = encoder_and_views()
+    mixer, activations = GradMix(evidence=evidence), []
+    with mixer.watch(encoder), record(encoder, STAGES, activations):
+        loss = NTXentLoss(0.1)(project(encoder, views))
+    assert torch.equal(mixer(views, loss).attribution, layercam(loss, activations, (16, 16), evidence))
 
 
 def snapshot(encoder: nn.Module, *tensors: torch.Tensor):

@@ -247,6 +247,8 @@ def test_gradmix_and_its_controls_draw_the_same_boxes_sizes_and_partners():
     for other in (GradMix(centre="random"), GradMix(paste="cut"), GradMix(evidence="agreement")):
         mixed = mix(other, images, generator=seeded(5))
         assert torch.equal(mixed.kept, one.kept) and torch.equal(mixed.partner, one.partner)
+    assert torch.equal(mix(MIXERS["noise_box"](), images, generator=seeded(5)).boxes, one.boxes)
+    assert not torch.equal(mix(MIXERS["random_box"](), images, generator=seeded(5)).boxes, one.boxes)
 
 
 @pytest.mark.parametrize("alpha", [0.01, 0.3, 1.0, 50.0])
@@ -283,6 +285,42 @@ def test_draws_are_scipys_beta(alpha):
 def test_every_image_draws_its_own_share(name):
     mixed = mix(MIXERS[name](), numbered(50, (64, 64)), generator=seeded(0))
     assert mixed.kept.unique().numel() > 20
+
+
+def test_noise_has_the_mean_and_deviation_of_each_channel_of_its_image():
+    level = torch.tensor([[0.2, 3.0, -1.0], [5.0, 0.0, 0.5]]).repeat(2, 1)[:, :, None, None]
+    spread = torch.tensor([[1.0, 0.1, 0.5], [0.2, 2.0, 0.4]]).repeat(2, 1)[:, :, None, None]
+    images = level + spread * torch.randn(4, 3, 128, 128, generator=seeded(0))
+    noise = mix(GradMix(paste="noise", keep=(0.0, 0.0)), images, generator=seeded(1)).images
+    for found, expected in zip(torch.std_mean(noise, (2, 3)), torch.std_mean(images, (2, 3)), strict=True):
+        assert ((found - expected).abs() < 0.05 * spread[:, :, 0, 0]).all()  # six standard errors
+
+
+def test_cutmix_takes_its_share_of_the_area_where_nothing_is_clipped():
+    boxes = mix(CutMix(alpha=1e6), numbered(200, (64, 32)), generator=seeded(0)).boxes  # lam is 1/2
+    heights, widths = (boxes[:, 2:] - boxes[:, :2]).unbind(1)
+    assert (heights.max(), widths.max()) == (45, 22)  # sqrt(1/2) of 64 and 32, cut to whole pixels
+    assert heights.min() < 30  # clipped
+
+
+def test_resizemix_draws_sides_and_places_evenly():
+    boxes = mix(ResizeMix(), numbered(2000, (50, 50))[:, :1], generator=seeded(0)).boxes
+    counts = (boxes[:, 2] - boxes[:, 0]).bincount(minlength=41)
+    assert counts[:5].sum() == 0 and len(counts) == 41  # 0.1 to 0.8 of 50
+    assert (counts[6:40] - 4000 / 35).abs().max() < 55  # five standard deviations
+    places = mix(ResizeMix((0.5, 0.5)), numbered(900, (4, 4)), generator=seeded(0)).boxes[:, :2]
+    for one in places.T:
+        assert (one.bincount(minlength=3) - 600).abs().max() < 100 and one.max() == 2  # box of 2 among 4: 0, 1, 2
+
+
+def test_fmix_masks_are_blobs_the_larger_the_faster_the_spectrum_falls():
+    shares = []
+    for decay in (0.01, 1.5, 3.0):
+        images = numbered(40, (32, 32))
+        own = mix(FMix(alpha=1e6, decay=decay), images, generator=seeded(0)).images[:, 0] == images[:, 0]
+        shares.append((own[:, 1:] != own[:, :-1]).double().mean().item())  # neighbours on two sides of an edge
+    assert shares[0] == pytest.approx(0.5, abs=0.02)  # white noise
+    assert 0.1 < shares[1] < 0.35 and shares[2] < 0.08
 
 
 def test_boxes_and_fractions_as_pure_functions():
@@ -357,6 +395,9 @@ def test_randomness_is_the_generators_and_the_global_one_is_left_alone(name):
     private = [mix(mixer, images).images for _ in range(2)]
     again = mix(MIXERS[name](), images).images
     assert torch.equal(private[0], again) and not torch.equal(private[0], private[1])
+    with torch.random.fork_rng():
+        torch.manual_seed(torch.initial_seed() + 1)
+        assert not torch.equal(private[0], mix(MIXERS[name](), images).images)
     assert states() == before
 
 

@@ -205,6 +205,8 @@ LOSSES = {
     "ntxent_mixed": lambda z, p, weight, labels: NTXentLoss(0.05)(z, p, weight),
     "supcon": lambda z, p, weight, labels: SupConLoss(0.05)(z, labels),
     "supcon_mixed": lambda z, p, weight, labels: SupConLoss(0.05)(z, labels, p, weight),
+    # Labels by which 4 rows of the first process have a positive, and 2 of the second.
+    "supcon_lonely": lambda z, p, weight, labels: SupConLoss(0.05)(z, (12 * weight).long()),
 }
 
 

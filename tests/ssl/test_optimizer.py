@@ -1,5 +1,7 @@
 """The optimizer: one step as another, what weight decay falls on, and checkpoints from before it spared anything."""
 
+import math
+
 import pytest
 import torch
 from pytorch_lightning import Callback
@@ -139,3 +141,18 @@ def test_the_shortest_training_learns(epochs, steps_per_epoch, steps, config):
         optimizer.step()
         schedule.step()
     assert rates[0] == 1 and all(rate > 0 for rate in rates[:-1])
+
+
+def test_the_rate_rises_in_a_line_and_falls_along_a_cosine_to_its_end(config):
+    settings = config("unused", epochs=6)
+    settings.optimizer.warmup_epochs, settings.optimizer.final_lr = 2, 0.25
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=3.0)
+    schedule = build_schedule(settings, optimizer, 4.0)
+    rates = []
+    for _ in range(24):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    rise = [3 * (step + 1) / 8 for step in range(8)]
+    fall = [3 * (0.25 + 0.75 * (1 + math.cos(math.pi * step / 15)) / 2) for step in range(16)]
+    assert rates == pytest.approx(rise + fall)

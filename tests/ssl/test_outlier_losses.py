@@ -154,10 +154,11 @@ def test_mixed_images_may_be_the_outliers(config, data):
 def test_prototypes_are_all_as_likely(config, data):
     settings = config("unused", "sphor", "none", outliers=OutlierConfig("attribution"))
     settings.method = MethodConfig("palm", prototypes=1.0, mixed_loss="prototypes", attribution="prototypes")
+    settings.method.temperature_end = 0.5
     module, batch = built(settings, data)
-    module.training_step(batch, 0)
+    module.training_step(batch._replace(epoch=1, step=0), 0)  # half of two epochs: between 0.1 and 0.5
     with torch.no_grad():
-        logits = module.project(module.disrupted[2]) @ module.prototype_loss.prototypes.T / 0.1
+        logits = module.project(module.disrupted[2]) @ module.prototype_loss.prototypes.T / 0.3
     torch.testing.assert_close(module.scalars["train/outliers"], uniform_loss(logits), rtol=1e-4, atol=1e-5)
 
 

@@ -1,14 +1,17 @@
 """One training step: micro-batches, switches, controls, and the losses' temperature."""
 
+import math
+
 import pytest
 import torch
 
 import gradmix.ssl.pretrain
+from gradmix.attribution import layercam, record
 from gradmix.ssl.config import EncoderConfig, SpeedConfig
 from gradmix.ssl.data.loader import TrainLoader
 from gradmix.ssl.data.open_set import load_data
 from gradmix.ssl.losses import NTXentLoss, SupConLoss
-from gradmix.ssl.pretrain import Pretraining
+from gradmix.ssl.pretrain import Pretraining, mixes_at
 from gradmix.ssl.train import check
 
 
@@ -159,16 +162,17 @@ def test_a_network_that_gradmix_does_not_know_is_refused_before_training(config)
 def test_the_losses_have_the_temperature_of_their_step(method, config, data):
     module, batch = built(config("unused", method, epochs=2), data)
     module.config.method.temperature_end = 0.5
-    module.training_step(batch._replace(epoch=1, step=0), 0)  # half of two epochs
+    module.training_step(batch._replace(epoch=1, step=1), 0)  # 6 of 10 steps are over
+    t = 0.3 - 0.2 * math.cos(math.pi * 0.6)
     views, mixed = module.pictures
     labels = batch.labels.repeat(2)
     with torch.no_grad():
         z, p = module.project(views), module.project(mixed.images)
-        expected = {"train/supervised": SupConLoss(0.3)(z, labels)}
+        expected = {"train/supervised": SupConLoss(t)(z, labels)}
         if method == "joint":
-            expected |= {"train/selfsup": NTXentLoss(0.3)(z), "train/mixed": NTXentLoss(0.3)(z, p, mixed.kept)}
+            expected |= {"train/selfsup": NTXentLoss(t)(z), "train/mixed": NTXentLoss(t)(z, p, mixed.kept)}
         else:
-            expected |= {"train/mixed": SupConLoss(0.3)(z, labels, p, mixed.kept)}
+            expected |= {"train/mixed": SupConLoss(t)(z, labels, p, mixed.kept)}
     for name, value in expected.items():
         torch.testing.assert_close(module.scalars[name], value, rtol=1e-5, atol=0)
     torch.testing.assert_close(module.scalars["train/loss"], sum(expected.values()), rtol=1e-5, atol=0)
@@ -185,3 +189,48 @@ def test_an_extra_view_is_a_third_one_of_the_same_images(config, data):
     own = similarity.diagonal()
     assert (own < similarity.new_tensor(views[0].numel() - 1.0) * 0.999).float().mean() > 0.9  # not the view itself
     assert own.mean() > 1.3 * similarity.mean()  # but of its image: as alike as two views of one are
+
+
+def test_what_is_drawn_is_of_its_place(monkeypatch, config, data):
+    """Views, boxes and what the network drops: others at every seed, epoch, step and process, and there the same."""
+    module, batch = built(config("unused", mix="cutmix"), data)
+    dropped = []
+    module.head.register_forward_pre_hook(lambda head, inputs: dropped.append(torch.rand(64)))
+
+    def drawn(**changes):
+        module.config.seed = changes.pop("seed", 0)
+        monkeypatch.setattr(Pretraining, "global_rank", changes.pop("rank", 0))
+        torch.rand(3)  # what happened before must not matter
+        del dropped[:]
+        module.training_step(batch._replace(**changes), 0)
+        views, mixed = module.pictures
+        return views, mixed.boxes, dropped[0]
+
+    first = drawn()
+    assert all(map(torch.equal, first, drawn()))
+    for changes in ({"seed": 1}, {"epoch": 1}, {"step": 1}, {"rank": 1}):
+        assert not any(map(torch.equal, first, drawn(**changes))), changes
+
+
+def test_which_steps_mix_is_of_the_runs_seed(config, data):
+    module, batch = built(config("unused", mix="cutmix", mixing={"probability": 0.5}), data)
+    mix = module.config.mix
+    step = next(step for step in range(99) if mixes_at(mix, 0, 0, step) != mixes_at(mix, 1, 0, step))
+    for module.config.seed in (0, 1):
+        module.training_step(batch._replace(step=step), 0)
+        assert ("train/mixed" in module.scalars) == mixes_at(mix, module.config.seed, 0, step)
+
+
+@pytest.mark.parametrize("followed", ["selfsup", "supervised", "joint"])
+def test_attribution_follows_the_loss_that_it_was_asked_to(followed, config, data):
+    settings = config("unused")
+    settings.method.attribution, settings.method.supervised = followed, 0.5
+    module, batch = built(settings, data)
+    module.training_step(batch, 0)
+    views, mixed = module.pictures
+    activations: list[torch.Tensor] = []
+    with record(module.backbone, ["layer2", "layer3", "layer4"], activations):
+        z = module.project(views)
+    losses = {"selfsup": NTXentLoss(0.1)(z), "supervised": SupConLoss(0.1)(z, batch.labels.repeat(2))}
+    losses["joint"] = losses["selfsup"] + 0.5 * losses["supervised"]
+    torch.testing.assert_close(mixed.attribution, layercam(losses[followed], activations, (8, 8)), atol=1e-3, rtol=0)

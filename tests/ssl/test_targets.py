@@ -51,6 +51,8 @@ def test_it_is_the_cross_entropy_of_soft_labels(temperature, smoothing):
     mixed = slow(z, loss.targets, shares_of(labels, 5, smoothing, other, kept), temperature)
     assert loss(z, labels, other, kept).item() == pytest.approx(mixed, rel=1e-5)
     assert loss(z, labels, other, torch.ones(len(z))).item() == pytest.approx(clean, rel=1e-5)
+    warmer = slow(z, loss.targets, shares_of(labels, 5, smoothing), 2 * temperature)
+    assert loss(z, labels, temperature=2 * temperature).item() == pytest.approx(warmer, rel=1e-5)
 
 
 @pytest.mark.parametrize(("classes", "dim"), [(1, 1), (6, 128), (128, 128)])

@@ -5,6 +5,7 @@ import os
 import re
 import signal
 from dataclasses import replace
+from operator import eq
 
 import pytest
 import torch
@@ -88,10 +89,14 @@ def test_a_run_that_died_goes_on_to_the_same_weights(tmp_path, whole, step, conf
     train(settings, data)
     assert same(whole, weights(tmp_path))
     told = json.loads((tmp_path / "training.json").read_text())
-    assert told["train/loss"] > 0  # also when there was no step left to do
-    assert (
-        told["train/resumed_from_step"] == step - 1
-    )  # the step whose checkpoint was not written yet is lost, no other
+    assert told["train/loss"] > 0
+    # the step whose checkpoint was not written yet is lost, no other
+    assert told["train/resumed_from_step"] == step - 1
+    if step == 15:  # died behind its last checkpoint: there is no step left to do
+        (tmp_path / "training.json").unlink()
+        train(settings, data)
+        again = json.loads((tmp_path / "training.json").read_text())
+        assert again["train/loss"] == told["train/loss"] and again["train/resumed_from_step"] == 15
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
@@ -178,6 +183,9 @@ def test_when_to_mix():
     assert not any(mixes_at(never, 0, *p) for p in places)
     half = [mixes_at(MixConfig("gradmix", probability=0.5), 0, *p) for p in places]
     assert 0.45 < sum(half) / len(half) < 0.55
+    others = [mixes_at(MixConfig("gradmix", probability=0.5), 1, *p) for p in places]
+    for one, other in ((half[:-50], half[50:]), (half[:-1], half[1:]), (half, others)):  # epochs, steps, seeds
+        assert 0.45 < sum(map(eq, one, other)) / len(one) < 0.55  # know nothing of each other
     window = MixConfig("gradmix", start_epoch=3, end_epoch=5)
     assert {epoch for epoch, step in places if mixes_at(window, 0, epoch, step)} == {3, 4}
 

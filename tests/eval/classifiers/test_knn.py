@@ -82,6 +82,8 @@ def test_many_settings_from_one_search():
     for k, temperature in [(1, 0.1), (50, 0.02), (100, 2.0)]:
         expected = slow_vote(train, labels, test, k, temperature)
         np.testing.assert_allclose(ours.vote(*found, k=k, temperature=temperature), expected, atol=1e-4)
+        winners = ours.winners(*found, k=k, temperature=temperature)
+        assert (np.take_along_axis(expected, winners[:, None], 1)[:, 0] >= expected.max(axis=1) - 1e-4).all()
     with pytest.raises(ValueError, match="k=101 is larger"):
         ours.vote(*found, k=101)
 

@@ -5,7 +5,7 @@ from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
-from gradmix.eval.classifiers.linear import LinearProbe, _Standardised
+from gradmix.eval.classifiers.linear import LinearProbe, _merits, _Standardised
 
 
 def digits():
@@ -85,6 +85,16 @@ def test_a_setting_that_diverges_is_not_chosen():
     assert probe.lr_ < 10 and (probe.predict(test) == test_labels).mean() > 0.9
 
 
+def test_a_head_of_nans_is_worth_least():
+    """Though its largest logit is the first, and all these images are of the first class."""
+    features, _ = noisy(30, 0, width=8)
+    weight = torch.zeros(2, 5, 8)
+    weight[0] = torch.nan
+    rows = torch.zeros(30, dtype=torch.int64)
+    nans, zeros = _merits((weight, torch.zeros(2, 5)), _Standardised(features, "cpu"), rows, np.arange(30))
+    assert nans < zeros == (1.0, pytest.approx(-np.log(5)))
+
+
 def test_memory_mapped_features_give_the_same_probe(tmp_path):
     train, labels, test, _ = digits()
     train = train.astype(np.float32)
@@ -144,6 +154,8 @@ def test_classes_with_one_image_are_not_held_out():
     assert probe.predict(train[:1]).tolist() == [7]
     held = probe._held_out(np.searchsorted(probe.classes_, labels))
     assert not held[0] and all(0 < held[labels == label].mean() < 0.5 for label in range(4))
+    probe.seed = 1
+    assert (probe._held_out(np.searchsorted(probe.classes_, labels)) != held).any()
 
 
 def test_of_classes_with_two_images_one_trains_however_much_is_held_out():

@@ -19,7 +19,7 @@ def slow_p_value(held_out, score):
     return Fraction(1 + sum(bool(one >= score) for one in held_out), len(held_out) + 1)
 
 
-@pytest.mark.parametrize("accept", ["0.5", "0.9", "0.95", "0.99"])
+@pytest.mark.parametrize("accept", ["0.5", "0.55", "0.9", "0.95", "0.99"])  # 0.55 * 100 is above 55
 def test_p_values_and_thresholds_say_the_same_as_a_slow_loop(accept):
     rng, share = np.random.default_rng(0), Fraction(accept)
     for count in (1, 5, 18, 19, 20, 98, 99, 100, 137):
@@ -175,6 +175,16 @@ def test_a_saved_detector_can_be_asked_for_another_share(name, tmp_path):
             np.testing.assert_array_equal(ours, theirs)
         np.testing.assert_array_equal(loaded.predict(test), expected.predict(test))
         assert loaded.threshold == expected.threshold
+    held_scores, looks_like = fitted.score(held_out), fitted.classify(held_out)
+    limits = {}
+    for label in (0, 2, 4):
+        own = np.sort(held_scores[looks_like == label])
+        limits[label] = own[math.ceil((len(own) + 1) * 0.9 - 1e-9) - 1]
+    score, closest = fitted.score(test), fitted.classify(test)
+    flagged = score > np.array([limits[label] for label in closest])
+    assert flagged.any() and len(set(limits.values())) == 3
+    np.testing.assert_array_equal(loaded.accept(0.9, True).predict(test), np.where(flagged, -1, closest))
+    loaded.accept(0.9, False)
     loaded.save(tmp_path)
     np.testing.assert_array_equal(load(tmp_path).predict(test), loaded.predict(test))
     with pytest.raises(ValueError, match=r"accept: 0\.999 can't be promised with 300 held-out images, it takes 999"):

@@ -168,6 +168,16 @@ def test_approximate_indexes_are_within_a_hundredth(factory):
         assert 1 <= (distance(cosine.min(axis=1)) / distance(expected[:, -1])).mean() + 1e-6 < 1.01
 
 
+def test_an_inverted_file_misses_no_more_than_it_may_where_all_rows_are_close():
+    """There a cosine that is missed by little is a distance that is missed by much."""
+    generator = np.random.default_rng(0)
+    bank = (np.ones(8) + 0.03 * generator.normal(size=(8000, 8))).astype(np.float32)
+    pairs = generator.integers(8000, size=(2, 500))
+    halfway = unit_rows(unit_rows(bank[pairs[0]]) + unit_rows(bank[pairs[1]]))
+    tenth = [distance(Neighbours(bank, how).search(halfway, 10)[0][:, -1]) for how in ("Flat", "IVF128,Flat")]
+    assert (tenth[1] / tenth[0] - 1).mean() < 3e-4
+
+
 def test_an_inverted_file_probes_some_lists_but_not_all():
     index = Neighbours(clusters(4000), "IVF64,Flat").index
     assert 1 < index.nprobe < 64

@@ -10,13 +10,14 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from sklearn.datasets import load_sample_images
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from gradmix.eval.detectors import load
 from gradmix.eval.features.extraction import Model
-from gradmix.eval.protocols import robustness
+from gradmix.eval.protocols import corruptions, robustness
 from gradmix.eval.protocols.corruptions import CORRUPTIONS, SEVERITIES, corrupt, plasma
 from gradmix.eval.protocols.robustness import METHODS, summarise
 from gradmix.eval.runs.folder import read_run
@@ -105,6 +106,27 @@ def test_motion_blur_of_a_point_is_a_line_within_45_degrees():
         assert variances[0] < 0.5
         angles.append(np.degrees(np.arctan(axes[0, 1] / axes[1, 1])))
     assert np.abs(angles).max() < 47 and np.ptp(angles) > 15
+
+
+def test_every_image_is_blurred_with_its_own_kernel():
+    generator = torch.Generator().manual_seed(0)
+    images, kernels = torch.rand(4, 3, 9, 9, generator=generator), torch.rand(4, 3, 3, generator=generator)
+    for image, kernel, found in zip(images, kernels, corruptions.convolve(images, kernels), strict=True):
+        alone = F.conv2d(F.pad(image[:, None], (1,) * 4, mode="replicate"), kernel[None, None])[:, 0]
+        torch.testing.assert_close(found, alone)
+
+
+def test_elastic_transform_moves_pixels_as_far_as_it_says():
+    """An image that is its own coordinates tells how far; away from the edges, which are mirrored."""
+    size, shift = 64, 0.03
+    y, x = torch.meshgrid(*[torch.arange(size) / size] * 2, indexing="ij")
+    images = torch.stack([x, y, x]).expand(200, 3, size, size)
+    moved = corruptions.elastic_transform(images, shift, torch.Generator().manual_seed(0)) - images
+    # At a corner of the grid there is a control point; 13 pixels from there, where two of six lie, are the next ones.
+    places = [round(step * (size - 1) / 5) for step in (2, 3)]
+    for channel in (0, 1):
+        found = moved[:, channel][:, places][:, :, places].std()
+        assert found == pytest.approx(shift, rel=0.1)
 
 
 def test_noise_has_the_strength_that_the_table_says():

@@ -1,6 +1,7 @@
 """A run's numbers against scikit-learn on the features that the run saved."""
 
 import json
+import math
 import re
 import shutil
 from dataclasses import replace
@@ -18,7 +19,7 @@ from sklearn.preprocessing import normalize
 from gradmix.eval.classifiers.linear import LinearProbe
 from gradmix.eval.commands.work.evaluate import take_over
 from gradmix.eval.config import EvalConfig
-from gradmix.eval.detectors import ViM
+from gradmix.eval.detectors import ViM, load
 from gradmix.eval.features.extraction import raw_pixels
 from gradmix.eval.protocols.evaluate import evaluate
 from gradmix.eval.protocols.measures import choose_measures
@@ -194,6 +195,20 @@ def test_scores_say_what_the_metrics_say(digits_run):
         assert not correct[~known].any()
         assert correct[known].double().mean() == pytest.approx(metrics[f"osr/{detector}/closed_set_accuracy"])
     assert len(scores["images"].unique()) > len(known) - 3  # the digits hold a few exact duplicates
+
+
+def test_the_threshold_is_of_the_held_out_images(digits_run):
+    bank, held_out, test = (
+        torch.from_numpy(normalize(load_file(digits_run / f"features/{name}.safetensors")["features"].double().numpy()))
+        for name in ("train", "held_out", "test")
+    )
+    fifth = torch.cdist(held_out, bank).topk(5, largest=False).values[:, -1].sort().values
+    threshold = fifth[math.ceil((len(fifth) + 1) * 0.95 - 1e-9) - 1].item()
+    assert load(digits_run / "detector").threshold == pytest.approx(threshold, rel=1e-4)
+    known = load_file(digits_run / "features/test.safetensors")["labels"] >= 0
+    flagged = torch.cdist(test, bank).topk(5, largest=False).values[:, -1] > threshold
+    expected = (flagged[~known].double().mean() + (~flagged[known]).double().mean()).item() / 2
+    assert read(digits_run)["osr/deep_knn/balanced_accuracy"] == pytest.approx(expected, abs=1e-3)
 
 
 def test_two_runs_on_the_same_images(digits_run, command, tmp_path):

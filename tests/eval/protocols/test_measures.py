@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
-from sklearn.preprocessing import normalize
+from sklearn.preprocessing import StandardScaler, normalize
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from gradmix.eval.detectors import Detector
+from gradmix.eval.protocols.closed_set import Majority
 from gradmix.eval.protocols.evaluate import evaluate
 from gradmix.eval.protocols.measure import Measure, Skipped
 from gradmix.eval.protocols.measures import can_be_measured, measure_all
@@ -36,6 +38,13 @@ def test_what_no_measure_needs_is_not_looked_for():
     assert can_be_measured([needy], Answers()) == ([], {"raw pixels": "there are none"})
 
 
+def test_the_majority_is_the_training_images():
+    train, test = (SimpleNamespace(labels=torch.tensor(labels)) for labels in ([0, 0, 0, 1], [1, 1, 0, -1]))
+    data = SimpleNamespace(train=train, test=test, classes=["a", "b"])
+    numbers = dict(Majority().measure(SimpleNamespace(data=data, known=test.labels >= 0)))
+    assert numbers["majority/top1"] == pytest.approx(1 / 3)
+
+
 def test_many_knn_settings_are_scikit_learns(command, tmp_path, digits_run):
     """On an open-set subset: six of ten digits are known, the test set has all."""
     result = command("eval", f"run={digits_run}", "knn_k=[1,5,50]", "knn_temperature=[0.07,1]", "out=out")
@@ -53,6 +62,12 @@ def test_many_knn_settings_are_scikit_learns(command, tmp_path, digits_run):
     assert numbers["quality/effective_rank"] == pytest.approx(effective_rank(fit["features"]))
     assert numbers["quality/class_spread"] == pytest.approx(class_spread(fit["features"], fit["labels"]))
     assert numbers["quality/alignment"] > 0
+    labels, right = fit["labels"].numpy(), test["labels"][known].numpy()
+    assert numbers["majority/top1"] == pytest.approx((right == np.bincount(labels).argmax()).mean())
+    scaler = StandardScaler().fit(fit["features"])
+    theirs = LogisticRegression(max_iter=5000).fit(scaler.transform(fit["features"]), labels)
+    expected = theirs.score(scaler.transform(test["features"][known]), right)
+    assert numbers["linear/top1"] == pytest.approx(expected, abs=0.04)  # another strength of decay
 
 
 @pytest.mark.parametrize(

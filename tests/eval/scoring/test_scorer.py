@@ -98,6 +98,17 @@ def test_any_detector_ships(digits_run, command, tmp_path):
         assert result.code == 2 and message in result.err, result.err
 
 
+def test_only_what_is_above_the_threshold_is_unknown_and_has_a_margin_above_0(detector, digits_run):
+    features = load_file(digits_run / "features/test.safetensors")["features"][:20].numpy()
+    scorer = Scorer(detector)
+    expected = scorer.detector.score(features).astype(float)
+    scorer.detector.calibration_, scorer.detector.threshold = None, expected[7]
+    scores = list(scorer.score_features(features, [f"{row}" for row in range(20)], batch_size=6))
+    assert [score.path for score in scores] == [f"{row}" for row in range(20)]
+    assert [score.margin for score in scores] == (expected - expected[7]).tolist()
+    assert [score.prediction == "unknown" for score in scores] == (expected > expected[7]).tolist()
+
+
 def test_class_names_that_were_changed_are_refused(detector):
     about = json.loads((detector / "scorer.json").read_text())
     about["classes"][0] = "seven"

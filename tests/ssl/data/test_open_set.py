@@ -319,6 +319,7 @@ def test_pseudo_unknown_classes_are_known_ones_and_the_unknown_are_left_out():
     known = whole.test.labels
     assert (pseudo.test.labels >= 0).sum() == ((known >= 0) & (known < 4)).sum()
     assert (pseudo.test.labels < 0).sum() == (known >= 4).sum()
+    assert len(load_data(replace(DIGITS, pseudo_unknown=4), 0).classes) == 2
     with pytest.raises(ValueError, match=r"data.pseudo_unknown: expected 0 to 4 of 6 known, got 5"):
         load_data(replace(DIGITS, pseudo_unknown=5), 0)
 

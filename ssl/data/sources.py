@@ -13,6 +13,7 @@ from torchvision import datasets
 
 from gradmix.registry import Registry
 from gradmix.ssl.config import DataConfig
+from gradmix.ssl.data.copies import first_copies
 from gradmix.ssl.data.images import ImageSet, from_array
 from gradmix.ssl.data.listing import list_folders, list_images
 from gradmix.ssl.data.reading import EXTENSIONS
@@ -72,7 +73,7 @@ def imagefolder(config: DataConfig, seed: int) -> Source:
     everything, classes = _by_class(root, size)
     if len(classes) == 1:
         raise _only_one(root, classes[0])
-    kept, aside = stratified(everything.labels, config.test_fraction, seed)
+    kept, aside = stratified(everything.labels, config.test_fraction, seed, first_copies(everything))
     return Source(everything.select(kept), everything.select(aside), classes)
 
 
@@ -242,12 +243,21 @@ def join(first: ImageSet, second: ImageSet) -> ImageSet:
     return ImageSet(labels, first.size, torch.cat([first.images, second.pixels]))
 
 
-def stratified(labels: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Indices kept and set aside: ``share`` of each class (at least one image of a class that has two), seeded."""
+def stratified(labels: Tensor, share: float, seed: int, first: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Indices kept and set aside: ``share`` of each class (at least one image of a class that has two), seeded.
+
+    Args:
+        first: of images that are the same one, the index of the first, see :func:`.copies.first_copies`. They stay
+            together: all go where that one is drawn, or are kept, if else nothing of a class were.
+    """
     rng = np.random.default_rng([seed, 0x5EED])
     aside = torch.zeros(len(labels), dtype=torch.bool)
     order = labels.argsort(stable=True)
     for members in order.split(labels.unique(return_counts=True)[1].tolist()):
         count = min(max(round(share * len(members)), 1), len(members) - 1) if share > 0 else 0
         aside[torch.from_numpy(rng.permutation(members.numpy())[:count])] = True
+    if first is not None:
+        aside = aside[first]
+        lost = ~torch.isin(labels, labels[~aside])
+        aside &= ~torch.isin(first, first[lost])
     return (~aside).nonzero()[:, 0], aside.nonzero()[:, 0]

@@ -77,7 +77,7 @@ def test_extra_views_are_other_crops(root, config, tmp_path):
 def test_a_run_that_meets_a_bad_file_stops_and_one_that_skips_it_does_not_measure_it(root, command, tmp_path):
     bad = root / "a" / "00.jpg"
     bad.write_bytes(bad.read_bytes()[:300])
-    (root / "b" / "copy.jpg").write_bytes((root / "a" / "02.jpg").read_bytes())
+    (root / "b" / "copy.jpg").write_bytes((root / "a" / "03.jpg").read_bytes())
     arguments = ("data=imagefolder", f"data.root={root}", "data.image_size=16", "epochs=2", *QUICK)
     result = command("pretrain", *arguments)
     assert result.code == 2 and "image files can't be read" in result.err and str(bad) in result.err

@@ -38,6 +38,7 @@ class OpenSetData:
         looked_at: no file is left that can't be read; else their turn has not come yet.
         unknown_sets: with ``data.unknown_roots``, which test images ``[N]`` are of which, by name.
         copies: how many files are copies of another one, as ``metrics.json`` has it; empty without files.
+        drawn: fingerprint of ``train`` before files that can't be read were left out of it.
     """
 
     train: ImageSet
@@ -52,6 +53,7 @@ class OpenSetData:
     looked_at: bool = True
     unknown_sets: dict[str, Tensor] = field(default_factory=dict)
     copies: dict[str, int] = field(default_factory=dict)
+    drawn: str = ""
 
     def sets(self) -> dict[str, ImageSet]:
         """``train``, ``held_out`` and ``test`` by name, as far as there are images in them."""
@@ -124,6 +126,7 @@ def load_data(config: DataConfig, seed: int, look: bool = False, pixels: bool = 
     first = first_copies(train, test)
     kept, aside = stratified(train.labels, config.holdout, seed, None if first is None else first[: len(train)])
     sets = [train.select(kept), train.select(aside), test]
+    drawn = sets[0].fingerprint()
     looked_at = look or config.scan or all(part.images is not None for part in sets)
     if look or config.scan:
         sets = [part if part.bytes <= limit else scan.read(part, -1) for part in sets]
@@ -136,7 +139,8 @@ def load_data(config: DataConfig, seed: int, look: bool = False, pixels: bool = 
     of_set = {name: sets[2].labels == -number for number, name in enumerate(config.unknown_roots, start=1)}
     test = replace(sets[2], labels=sets[2].labels.clamp(min=-1))
     notes = [*source.notes, *notes, *lines]
-    return OpenSetData(sets[0], sets[1], test, classes, names, known, empty, scan.bad, notes, looked_at, of_set, copies)
+    split = sets[0], sets[1], test, classes, names, known
+    return OpenSetData(*split, empty, scan.bad, notes, looked_at, of_set, copies, drawn)
 
 
 def unknown_folders(config: DataConfig) -> dict[str, str]:

@@ -94,6 +94,10 @@ def test_a_run_that_meets_a_bad_file_stops_and_one_that_skips_it_does_not_measur
     assert "knn/top1" in numbers and numbers["data/class_copies"] == 1 and numbers["data/test_copies"] == 0
     assert command("eval", "run=run").code == 0
     assert command("score", "detector=run/detector", f"images={root}").code == 2  # the bad one is a row with an error
+    (root / "b" / "04.jpg").unlink()  # now the split is drawn otherwise: what was trained on would be tested
+    (tmp_path / "run/report.html").unlink()
+    for result in (command("eval", "run=run"), command("pretrain", *arguments, "data.on_bad_image=skip")):
+        assert result.code == 2 and "not the training images that run was trained on" in result.err
 
 
 def test_all_processes_stop_at_a_file_that_one_of_them_can_not_read():

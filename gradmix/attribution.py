@@ -189,7 +189,7 @@ def record(module: nn.Module, layers: Sequence[str], into: list[Tensor]) -> Iter
 
     Raises:
         ValueError: a name in ``layers`` that ``module`` does not have (the message lists those it has), or a layer
-            that gives anything but a tensor of three or four dimensions.
+            that the forward pass does not call, or that gives anything but a tensor of three or four dimensions.
     """
     known = dict(module.named_modules())
     for name in layers:
@@ -205,13 +205,21 @@ def record(module: nn.Module, layers: Sequence[str], into: list[Tensor]) -> Iter
         def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
             if not isinstance(output, Tensor) or output.ndim not in (3, 4):
                 shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-                raise ValueError(f"layers: {name!r} gives {shape}, not [N, C, h, w] or [N, T, C]")
+                raise ValueError(f"layers: {name!r} gives {shape}, not [N, C, h, w] or [N, T, C]; name others")
             seen[name] = output
             into[:] = [seen[layer] for layer in layers if layer in seen]
 
         return hook
 
+    def complete(_module: nn.Module, _inputs: Any, _output: Any) -> None:
+        if missing := [name for name in layers if name not in seen]:
+            raise ValueError(
+                f"layers: {type(module).__name__} does not call {missing[0]!r} in its forward pass; name others. "
+                f"It has: {_choices(module)}"
+            )
+
     handles = [known[name].register_forward_hook(hook_for(name)) for name in layers]
+    handles.append(module.register_forward_hook(complete))
     try:
         yield
     finally:

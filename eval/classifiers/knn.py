@@ -71,7 +71,7 @@ class KNNClassifier:
         )
 
 
-def vote(similarity: np.ndarray, positions: np.ndarray, classes: int, temperature: float | None) -> np.ndarray:
+def vote(similarity: np.ndarray, positions: np.ndarray, classes: int, temperature: float) -> np.ndarray:
     """Sum of exp(similarity / temperature) per class, divided by the sum over classes.
 
     Args:

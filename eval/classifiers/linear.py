@@ -117,7 +117,7 @@ class LinearProbe:
         held = np.zeros(len(positions), dtype=bool)
         for position in range(len(self.classes_)):
             rows = generator.permutation(np.flatnonzero(positions == position))
-            held[rows[: max(1, round(self.holdout * len(rows))) if len(rows) > 1 else 0]] = True
+            held[rows[: min(max(1, round(self.holdout * len(rows))), len(rows) - 1)]] = True  # one at least trains
         return held
 
     @torch.no_grad()

@@ -40,7 +40,7 @@ KINDS = (
 )
 DETECTORS: Registry[type[Detector]] = Registry("gradmix.detectors", {kind.NAME: kind for kind in KINDS})
 
-PRIMARY = DeepKNN.NAME  # on backbone features: the detector that claims are made with, and the one that is saved
+PRIMARY = DeepKNN.NAME  # on backbone features: claims are made with it; `primary=` says which one a run saves
 
 __all__ = ["DETECTORS", "PRIMARY", "Detector", "load", *(kind.__name__ for kind in KINDS)]
 

@@ -112,8 +112,7 @@ def divide(sets: FeatureSets, config: DataConfig, seed: int) -> tuple[OpenSetDat
         ValueError: classes that make no sense, or training rows without one.
     """
     train, test = sets.train, sets.test
-    classes = list(train.classes)
-    classes += [name for name in ([] if test is None else test.classes) if name not in classes]
+    classes = list(dict.fromkeys([*train.classes, *([] if test is None else test.classes)]))
     labels = torch.from_numpy(train.labels)
     if test is None:
         chosen, tested = (rows.numpy() for rows in _to_test(labels, config.test_fraction, seed))
@@ -129,7 +128,7 @@ def divide(sets: FeatureSets, config: DataConfig, seed: int) -> tuple[OpenSetDat
     number = {name: place for place, name in enumerate(classes)}
     test_labels = np.concatenate([_renumbered(one, number)[rows] for one, rows in parts])
     known = known_classes(config, Source(_images(labels[chosen]), _images(labels[:0]), classes)) if classes else []
-    unknown = [index for index in range(len(classes)) if index not in known]
+    unknown = sorted(set(range(len(classes))) - set(known))
     if config.pseudo_unknown:
         known, unknown = play_unknown(known, config.pseudo_unknown)
         in_test = np.isin(test_labels, [*known, *unknown])

@@ -80,6 +80,8 @@ def load_data(config: DataConfig, seed: int, look: bool = False, pixels: bool = 
     """
     check_values(config, "data.")
     folders = unknown_folders(config)
+    if config.pseudo_unknown:
+        folders = {}  # known classes play the unknown ones, and no other image is looked at
     source = SOURCES.pick("data.name", config.name)(config, seed)
     source, photographs, notes = of_its_size(source, config)
     limit = int(config.memory_gib * 2**30) if not photographs else -1
@@ -87,8 +89,8 @@ def load_data(config: DataConfig, seed: int, look: bool = False, pixels: bool = 
     unknown: Sequence[int] = []
     empty: list[str] = []
     if not source.classes:
-        for key in ("known", "unknown_root", "unknown_roots"):
-            if getattr(config, key):
+        for key in ("known", "split", "pseudo_unknown", "unknown_root", "unknown_roots"):
+            if getattr(config, key) != getattr(DataConfig(), key):
                 raise ValueError(f"data.{key}: the images in data.root have no classes, so that none is known")
         train, test = source.train, source.test
     else:
@@ -98,8 +100,8 @@ def load_data(config: DataConfig, seed: int, look: bool = False, pixels: bool = 
             known, unknown = play_unknown(known, config.pseudo_unknown)
         counts = torch.cat([source.train.labels, source.test.labels]).bincount(minlength=len(source.classes))
         empty = [name for name, count in zip(source.classes, counts, strict=True) if not count]
-        unknown = [i for i in unknown if i not in set(known) and counts[i]]
-        unknown = [] if folders else unknown
+        taken = set(known)
+        unknown = [] if folders else [i for i in unknown if i not in taken and counts[i]]
         of_class = torch.full((len(source.classes) + 1,), -1)
         of_class[known] = torch.arange(len(known))
         train_labels, test_labels = of_class[source.train.labels], of_class[source.test.labels]
@@ -136,7 +138,8 @@ def load_data(config: DataConfig, seed: int, look: bool = False, pixels: bool = 
     elif config.on_bad_image == "skip":
         sets = [replace(part, lenient=True) for part in sets]
     copies, lines = count_copies(first, train, test, scan.bad)
-    of_set = {name: sets[2].labels == -number for number, name in enumerate(config.unknown_roots, start=1)}
+    names_of_sets = config.unknown_roots if folders else ()
+    of_set = {name: sets[2].labels == -number for number, name in enumerate(names_of_sets, start=1)}
     test = replace(sets[2], labels=sets[2].labels.clamp(min=-1))
     notes = [*source.notes, *notes, *lines]
     split = sets[0], sets[1], test, classes, names, known

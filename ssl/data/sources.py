@@ -25,6 +25,7 @@ UNKNOWN_SIZE = 0  # of images that are still files, until gradmix.ssl.data.open_
 # In any case; of the test folders the first that is there is the test set.
 TRAIN_FOLDERS = ("train", "training")
 TEST_FOLDERS = ("test", "testing", "val", "valid", "validation")
+TINY_IMAGENET = "tiny-imagenet-200"  # the folder that its archive makes
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,8 @@ def _of_classes(images: ImageSet, own: list[str], classes: list[str]) -> ImageSe
     """Labels that count ``own`` names, as labels that count ``classes``."""
     if own == classes:
         return images
-    return replace(images, labels=torch.tensor([classes.index(name) for name in own])[images.labels])
+    place = {name: index for index, name in enumerate(classes)}
+    return replace(images, labels=torch.tensor([place[name] for name in own])[images.labels])
 
 
 def tinyimagenet(config: DataConfig, seed: int) -> Source:
@@ -152,7 +154,7 @@ def tinyimagenet(config: DataConfig, seed: int) -> Source:
         ValueError: the folder is not TinyImageNet's.
     """
     root, size = _root_of(config), config.image_size or UNKNOWN_SIZE
-    root = root / "tiny-imagenet-200" if (root / "tiny-imagenet-200").is_dir() else root
+    root = root / TINY_IMAGENET if (root / TINY_IMAGENET).is_dir() else root
     for needed in ("wnids.txt", "train", "val/val_annotations.txt"):
         if not (root / needed).exists():
             raise ValueError(f"data.root: {root} is not TinyImageNet's folder, {needed} is missing")
@@ -249,6 +251,19 @@ def existing_root(root: str, key: str) -> Path:
         where = "" if path.is_absolute() else f" here, in {Path.cwd()}"
         raise ValueError(f"{key}: {path} is not a folder{where}")
     return path
+
+
+def folders_read(config: DataConfig) -> list[Path]:
+    """The folders that a config names in which every file is taken for an image, or every folder for a class."""
+    named = [config.unknown_root, *config.unknown_roots.values()]
+    folders = [Path(one).expanduser() for one in named if isinstance(one, str)]
+    if config.root is None:
+        return folders
+    root = Path(config.root).expanduser()
+    root = root / TINY_IMAGENET if config.name == "tinyimagenet" and (root / TINY_IMAGENET).is_dir() else root
+    names = list_folders(root) if root.is_dir() else []
+    parts = [root / name for name in names if name.lower() in (*TRAIN_FOLDERS, *TEST_FOLDERS)]
+    return folders + (parts or ([root] if config.name == "imagefolder" else []))
 
 
 def _labelled(found: dict[str, list[str]], size: int) -> ImageSet:

@@ -4,8 +4,6 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from gradmix.ssl.config import DataConfig
-
 
 def check_output(key: str, out: Path, files: Iterable[str | Path] = (), folders: Iterable[str | Path] = ()) -> None:
     """
@@ -52,17 +50,6 @@ def check_writable(key: str, folder: Path, files: Iterable[str] = (), folders: I
             raise ValueError(
                 f"{key}: {folder / name} is a folder, where a file is to be; remove it, or write elsewhere"
             )
-
-
-def folders_read(data: DataConfig) -> list[Path]:
-    """The folders of images that a config names, as far as every file in them is taken for an image or a class."""
-    named = [data.unknown_root, *data.unknown_roots.values()]
-    folders = [Path(one).expanduser() for one in named if isinstance(one, str)]
-    if data.name == "imagefolder" and data.root is not None:
-        root = Path(data.root).expanduser()
-        parts = [root / part for part in ("train", "test") if (root / part).is_dir()]
-        folders += parts or [root]
-    return folders
 
 
 def _identity(path: str | Path) -> tuple[int, int] | None:

@@ -252,6 +252,24 @@ def test_layers_that_give_no_map_are_refused():
             encoder(views)
 
 
+def test_layers_that_the_forward_pass_passes_by_are_refused():
+    """Such as stages whose blocks the network calls one by one: the other layers alone would be another map."""
+
+    class PassesBy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, 4, 1), nn.Sequential(nn.Conv2d(4, 4, 1))
+
+        def forward(self, x):
+            return self.second[0](self.first(x)).mean((2, 3))
+
+    with pytest.raises(ValueError, match="layers: PassesBy does not call 'second' in its forward pass; name others"):
+        with GradMix(["first", "second"]).watch(network := PassesBy()):
+            network(torch.rand(4, 3, 8, 8))
+    with GradMix(["first", "second.0"]).watch(network):
+        network(torch.rand(4, 3, 8, 8))
+
+
 def test_default_layers_are_the_last_stages_wherever_the_encoder_lies():
     encoder, _ = encoder_and_views()
     assert default_layers(encoder) == STAGES

@@ -24,10 +24,11 @@ from gradmix.ssl.checks import check_root
 from gradmix.ssl.config import Config
 from gradmix.ssl.data.names import check_names
 from gradmix.ssl.data.open_set import load_data
+from gradmix.ssl.data.sources import folders_read
 from gradmix.ssl.runs.files import remove_strays, replacing, write_json
 from gradmix.ssl.runs.folder import FILES, FOLDERS, check_classes, check_free, claim, read_config
 from gradmix.ssl.runs.lock import alone_in
-from gradmix.ssl.runs.outputs import check_output, check_writable, folders_read
+from gradmix.ssl.runs.outputs import check_output, check_writable
 
 
 def run_eval(config: EvalConfig) -> None:

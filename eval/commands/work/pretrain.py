@@ -19,12 +19,13 @@ from gradmix.eval.runs.numbers import check_trained_on, read_metrics
 from gradmix.ssl.config import Config
 from gradmix.ssl.data.names import check_names
 from gradmix.ssl.data.open_set import OpenSetData, load_data, splits_of
+from gradmix.ssl.data.sources import folders_read
 from gradmix.ssl.machine import check_precision
 from gradmix.ssl.processes import is_first, world_size
 from gradmix.ssl.runs.files import remove_strays, replacing, write_json
 from gradmix.ssl.runs.folder import FILES, FOLDERS, check_free, has_begun, read_config
 from gradmix.ssl.runs.lock import alone_in
-from gradmix.ssl.runs.outputs import check_output, check_writable, folders_read
+from gradmix.ssl.runs.outputs import check_output, check_writable
 from gradmix.ssl.train import check, train
 
 

@@ -146,6 +146,13 @@ def test_classes_with_one_image_are_not_held_out():
     assert not held[0] and all(0 < held[labels == label].mean() < 0.5 for label in range(4))
 
 
+def test_of_classes_with_two_images_one_trains_however_much_is_held_out():
+    train, labels = noisy(6, 0)
+    labels[:] = [0, 0, 1, 1, 2, 2]
+    held = LinearProbe(holdout=0.8).fit(train, labels)._held_out(labels)
+    assert held.reshape(3, 2).sum(axis=1).tolist() == [1, 1, 1]
+
+
 def test_one_image_per_class_and_constant_columns():
     train = np.array([[1.0, 0.1, 5], [2.0, 0.1, 5], [4.0, 0.1, 5]])
     probe = LinearProbe().fit(train, [0, 1, 2])

@@ -8,6 +8,7 @@ from PIL import Image
 
 from gradmix.ssl.config import DataConfig
 from gradmix.ssl.data.open_set import load_data
+from gradmix.ssl.data.sources import folders_read
 
 
 def folders(root, *names, count=4):
@@ -34,6 +35,7 @@ def test_the_two_sets_by_any_spelling(tmp_path, train, test):
     data = load(folders(tmp_path, *(f"{part}/{kind}" for part in (train, test) for kind in ("cat", "dog"))))
     assert data.classes == ["cat", "dog"] and len(data.train) == len(data.test) == 8 and said(data) == []
     assert all(f"/{test}/" in path for path in data.test.files)
+    assert set(folders_read(DataConfig("imagefolder", str(tmp_path)))) == {tmp_path / train, tmp_path / test}
 
 
 def test_training_alone_is_a_class_and_train_alone_is_half_a_split(tmp_path):

@@ -16,7 +16,7 @@ from torchvision import datasets
 from gradmix.ssl.config import DataConfig
 from gradmix.ssl.data.images import decode
 from gradmix.ssl.data.open_set import known_classes, load_data
-from gradmix.ssl.data.sources import SOURCES
+from gradmix.ssl.data.sources import SOURCES, folders_read
 from gradmix.ssl.data.splits import CIFAR_PLUS, SPLITS
 
 DIGITS = DataConfig(name="digits", image_size=8, split=0)
@@ -323,6 +323,27 @@ def test_pseudo_unknown_classes_are_known_ones_and_the_unknown_are_left_out():
         load_data(replace(DIGITS, pseudo_unknown=5), 0)
 
 
+@pytest.mark.parametrize("key", ["unknown_root", "unknown_roots"])
+def test_pseudo_unknown_leaves_folders_of_unknown_images_out_too(key, tmp_path):
+    far = tmp_path / "far"
+    far.mkdir()
+    Image.new("RGB", (8, 8)).save(far / "0.png")
+    given = str(far) if key == "unknown_root" else {"far": str(far)}
+    alone = load_data(replace(DIGITS, pseudo_unknown=2), 0)
+    beside = load_data(replace(DIGITS, pseudo_unknown=2, **{key: given}), 0)
+    assert torch.equal(beside.test.labels, alone.test.labels)
+    assert beside.unknown == alone.unknown and not beside.unknown_sets
+
+
+@pytest.mark.parametrize("given", [{"known": ["a", "b"]}, {"split": 0}, {"pseudo_unknown": 2}])
+def test_images_without_classes_have_none_that_are_known(given, tmp_path):
+    for number in range(4):
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / f"{number}.png")
+    (key,) = given
+    with pytest.raises(ValueError, match=rf"data\.{key}: .*have no classes"):
+        load_data(DataConfig(name="imagefolder", root=str(tmp_path), **given), 0)
+
+
 def test_cifar10_as_folders_has_its_own_splits(tmp_path):
     names = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
     for part in ("train", "test"):
@@ -390,3 +411,17 @@ def test_a_class_may_be_called_train(tmp_path):
         for number in range(8):
             Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / name / f"{number}.png")
     assert load_data(DataConfig("imagefolder", image_size=8, root=str(tmp_path)), 0).classes == ["bus", "train"]
+
+
+def test_folders_that_are_read(tmp_path):
+    """So that nothing is written where it would be taken for an image or a class the next time."""
+    data = DataConfig(name="imagefolder", root=str(tmp_path))
+    assert folders_read(data) == [tmp_path]
+    for name in ("train", "val"):
+        (tmp_path / name).mkdir()
+        assert folders_read(data)[-1] == tmp_path / name
+    assert folders_read(replace(data, name="cifar10")) == [tmp_path / "train", tmp_path / "val"]
+    inner = tmp_path / "tiny-imagenet-200/train"
+    inner.mkdir(parents=True)
+    assert folders_read(replace(data, name="tinyimagenet")) == [inner]
+    assert folders_read(DataConfig(name="cifar10", root="x", unknown_root="far")) == [Path("far")]

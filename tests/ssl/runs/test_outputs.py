@@ -4,8 +4,7 @@ import os
 
 import pytest
 
-from gradmix.ssl.config import DataConfig
-from gradmix.ssl.runs.outputs import check_output, check_writable, folders_read
+from gradmix.ssl.runs.outputs import check_output, check_writable
 
 
 def test_outputs_are_no_inputs(tmp_path):
@@ -21,14 +20,6 @@ def test_outputs_are_no_inputs(tmp_path):
         with pytest.raises(ValueError, match=r"out: .* lies in .*photos, which is read"):
             check_output("out", tmp_path / name, folders=[tmp_path / "photos"])
     check_output("out", tmp_path / "photos.csv", [tmp_path / "a.jpg", tmp_path / "gone"], [tmp_path / "photos", "gone"])
-
-
-def test_folders_of_images(tmp_path):
-    data = DataConfig(name="imagefolder", root=str(tmp_path))
-    assert folders_read(data) == [tmp_path]
-    (tmp_path / "train").mkdir()
-    assert folders_read(data) == [tmp_path / "train"]
-    assert folders_read(DataConfig(name="cifar10", root="x", unknown_root="far"))[0].name == "far"
 
 
 def test_outputs_can_be_put_in_place(tmp_path):

@@ -283,6 +283,19 @@ SESSION = tuple(
         ("train/outliers", "Loss of outliers", "How much images of no class are like those of one.", False),
         ("train/kept", "Kept share of the image", "Share of an image's own pixels after mixing, mean.", True),
         ("data/bad_images", "Unreadable files", "Image files that could not be decoded and were left out.", False),
+        ("data/copies", "Copies", "Image files that are exact copies of another one.", False),
+        (
+            "data/test_copies",
+            "Copies in the test set",
+            "Test images that are exact copies of training images.",
+            False,
+        ),
+        (
+            "data/class_copies",
+            "Copies in two classes",
+            "Image files that are exact copies of another class's.",
+            False,
+        ),
         ("splits", "Splits", "How many splits a mean is over.", False),
     )
 )

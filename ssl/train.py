@@ -115,6 +115,7 @@ def train(config: Config, data: OpenSetData, callbacks: Sequence[Callback] = ())
                 "train/images_per_s": round(progress.images_per_s, 1),
                 "train/lr": learning_rate(config),
                 "train/precision": precision(config),
+                **({"train/images": data.drawn} if data.drawn else {}),
                 **({"train/teacher": module.taught_by} if module.taught_by else {}),
                 **{name: value.item() for name, value in module.scalars.items()},
             },

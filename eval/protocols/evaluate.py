@@ -85,7 +85,7 @@ def measured(
         why = f"accept={config.accept:g} {takes}; the threshold is their largest score"
         skipped["the promise of the threshold"] = why
     save_detectors(out, run_dir, subject)
-    result: dict[str, Any] = {"skipped": skipped, "data/bad_images": len(data.bad)} | numbers
+    result: dict[str, Any] = {"skipped": skipped, "data/bad_images": len(data.bad)} | data.copies | numbers
     result |= made_with(config)
     result |= {key: value for key, value in said.items() if key not in result} | provenance()  # what is measured counts
     write_json(out / "metrics.json", result)

@@ -30,6 +30,12 @@ HEADLINE = (
     "osr/pixels/auroc",
     f"osr/{PRIMARY}/oscr",
 )
+# What may be wrong with the images, as metrics.json counts it.
+TROUBLES = {
+    "data/bad_images": "unreadable files left out",
+    "data/test_copies": "test images are exact copies of training images",
+    "data/class_copies": "images are exact copies of one in another class",
+}
 
 
 def write_report(run_dir: Path, data: OpenSetData | None = None) -> Path:
@@ -75,7 +81,7 @@ def what_was_run(run: Run) -> Section:
         "Run": str(run.path),
         "Data": f"{config.data.name}{f', {config.data.root}' if config.data.root else ''}: {', '.join(sizes)} images"
         + (f" ({unknown} of unknown classes)" if unknown else "")
-        + (f"; {found['data/bad_images']} unreadable files left out" if found.get("data/bad_images") else ""),
+        + "".join(f"; {found[key]} {what}" for key, what in TROUBLES.items() if found.get(key)),
         "Unknown images": config.data.unknown_root
         or ", ".join(f"{name}: {root}" for name, root in config.data.unknown_roots.items()),
         "Known classes": _first(run.classes) or "none: the images have no classes",

@@ -9,11 +9,12 @@ from typing import Any
 
 from gradmix.eval.catalogue import match
 from gradmix.ssl.config import Config
+from gradmix.ssl.data.open_set import OpenSetData
 from gradmix.ssl.runs.documents import as_schema, read_document
 
 Plain = bool | int | float | str | None
 # The rest of training.json are numbers.
-WORDS = {"train/precision": str, "train/teacher": str, "command": str, "checkpoint": str}
+WORDS = {"train/precision": str, "train/teacher": str, "train/images": str, "command": str, "checkpoint": str}
 
 
 @dataclass
@@ -117,6 +118,20 @@ def read_metrics(path: Path) -> dict[str, Any]:
             schema = str | None
         as_schema(value, schema, f"{path}: {key}")
     return numbers
+
+
+def check_trained_on(run_dir: Path, data: OpenSetData) -> None:
+    """
+    Raises:
+        ValueError: the training images found now are not those that the run was trained on. Where the split is drawn,
+            it has seen some of the test images then.
+    """
+    if read_training(run_dir / "training.json").get("train/images", data.drawn) != data.drawn:
+        raise ValueError(
+            f"data: not the training images that {run_dir} was trained on: files were added, removed or renamed, and "
+            "it may have seen what would be its test images. Put them back as they were (data.on_bad_image=skip "
+            "leaves out what can't be read), or train anew with another run_dir="
+        )
 
 
 def read_training(path: Path) -> dict[str, Any]:

@@ -9,7 +9,10 @@ from torch import Tensor
 
 from gradmix.ssl.data.reading import EXTENSIONS
 
-NO_CLASSES = frozenset(("__MACOSX", "lost+found", "@eaDir"))  # folders that systems put beside people's own
+# Folders that systems put beside people's own.
+NO_CLASSES = frozenset(
+    ("__MACOSX", "lost+found", "@eaDir", "#recycle", "@Recycle", "$RECYCLE.BIN", "System Volume Information")
+)
 
 
 class Files(Sequence[str]):
@@ -42,7 +45,9 @@ class Files(Sequence[str]):
 
 
 def list_images(folder: str | Path) -> list[str]:
-    """Image files in ``folder`` and below, by extension, sorted; links are followed, hidden names are left out.
+    """Image files in ``folder`` and below, by extension, sorted; hidden names are left out.
+
+    Links are followed. One that leads nowhere is listed, and can't be read, so that nobody misses it without a word.
 
     Raises:
         ValueError: a folder can't be read.
@@ -62,12 +67,29 @@ def _list(folder: str, found: list[str], above: tuple[tuple[int, int], ...]) -> 
             for entry in entries:
                 if is_hidden(entry.name):
                     continue
-                if os.path.splitext(entry.name)[1].lower() in EXTENSIONS and entry.is_file():
+                if is_image(entry):
                     found.append(entry.path)
-                elif entry.is_dir():
+                elif _is_folder(entry):
                     _list(entry.path, found, (*above, here))
     except OSError as error:
         raise ValueError(f"{folder}: this folder can't be read ({error.strerror})") from error
+
+
+def is_image(entry: "os.DirEntry[str]") -> bool:
+    """Whether it is a file, or a link to none, that is called as an image is."""
+    if os.path.splitext(entry.name)[1].lower() not in EXTENSIONS:
+        return False
+    try:
+        return entry.is_file() or (entry.is_symlink() and not entry.is_dir())
+    except OSError:  # a link to itself
+        return True
+
+
+def _is_folder(entry: "os.DirEntry[str]") -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
 
 
 def list_folders(root: Path) -> list[str]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gradmix.ssl.checks import check_values
 from gradmix.ssl.config import DataConfig
+from gradmix.ssl.data.copies import count_copies, first_copies
 from gradmix.ssl.data.images import ImageSet
 from gradmix.ssl.data.kept import kept_file
 from gradmix.ssl.data.scan import Scan
@@ -36,6 +37,8 @@ class OpenSetData:
         notes: what people should know of the data, a line each.
         looked_at: no file is left that can't be read; else their turn has not come yet.
         unknown_sets: with ``data.unknown_roots``, which test images ``[N]`` are of which, by name.
+        copies: how many files are copies of another one, as ``metrics.json`` has it; empty without files.
+        drawn: fingerprint of ``train`` before files that can't be read were left out of it.
     """
 
     train: ImageSet
@@ -49,6 +52,8 @@ class OpenSetData:
     notes: list[str] = field(default_factory=list)
     looked_at: bool = True
     unknown_sets: dict[str, Tensor] = field(default_factory=dict)
+    copies: dict[str, int] = field(default_factory=dict)
+    drawn: str = ""
 
     def sets(self) -> dict[str, ImageSet]:
         """``train``, ``held_out`` and ``test`` by name, as far as there are images in them."""
@@ -120,8 +125,10 @@ def load_data(config: DataConfig, seed: int, look: bool = False, pixels: bool = 
     if config.on_bad_image == "error":
         scan.refuse_bad()
     check_present(train, classes, config)  # now of what can be read
-    kept, aside = stratified(train.labels, config.holdout, seed)
+    first = first_copies(train, test)
+    kept, aside = stratified(train.labels, config.holdout, seed, None if first is None else first[: len(train)])
     sets = [train.select(kept), train.select(aside), test]
+    drawn = sets[0].fingerprint()
     looked_at = look or config.scan or all(part.images is not None for part in sets)
     if look or config.scan:
         sets = [part if part.bytes <= limit else scan.read(part, -1) for part in sets]
@@ -130,11 +137,13 @@ def load_data(config: DataConfig, seed: int, look: bool = False, pixels: bool = 
         check_present(sets[0], classes, config)
     elif config.on_bad_image == "skip":
         sets = [replace(part, lenient=True) for part in sets]
+    copies, lines = count_copies(first, train, test, scan.bad)
     names_of_sets = config.unknown_roots if folders else ()
     of_set = {name: sets[2].labels == -number for number, name in enumerate(names_of_sets, start=1)}
     test = replace(sets[2], labels=sets[2].labels.clamp(min=-1))
-    notes = [*source.notes, *notes]
-    return OpenSetData(sets[0], sets[1], test, classes, names, known, empty, scan.bad, notes, looked_at, of_set)
+    notes = [*source.notes, *notes, *lines]
+    split = sets[0], sets[1], test, classes, names, known
+    return OpenSetData(*split, empty, scan.bad, notes, looked_at, of_set, copies, drawn)
 
 
 def unknown_folders(config: DataConfig) -> dict[str, str]:

@@ -26,21 +26,31 @@ def opened(path: str) -> BinaryIO:
         OSError: missing or not to be read.
         ValueError: a pipe, a socket or a device, from which reading might never end.
     """
+    file, start, size = _place(path)
+    if start is None and size > AT_ONCE:
+        return file
+    with file:
+        file.seek(start or 0)
+        return BytesIO(file.read(size))
+
+
+def piece(path: str, start: int, count: int) -> bytes:
+    """``count`` bytes of a file, or of a member of a shard, from ``start`` on; raises as :func:`opened` does."""
+    file, first, size = _place(path)
+    with file:
+        file.seek((first or 0) + start)
+        return file.read(max(0, min(count, size - start)))
+
+
+def _place(path: str) -> tuple[BinaryIO, int | None, int]:
+    """An open file; where in it the member of a shard begins, None of a file by itself; and how many bytes that has."""
     member = MEMBER.match(path)
     file = open(path if member is None else member[1], "rb", opener=_without_waiting)
-    try:
-        state = os.fstat(file.fileno())
-        if not stat.S_ISREG(state.st_mode):
-            raise ValueError("not a regular file")
-        if member is None and state.st_size > AT_ONCE:
-            return file
-        file.seek(0 if member is None else int(member[2]))
-        inside = BytesIO(file.read(AT_ONCE if member is None else int(member[3])))
-    except BaseException:
+    state = os.fstat(file.fileno())
+    if not stat.S_ISREG(state.st_mode):
         file.close()
-        raise
-    file.close()
-    return inside
+        raise ValueError("not a regular file")
+    return (file, None, state.st_size) if member is None else (file, int(member[2]), int(member[3]))
 
 
 def _without_waiting(path: str, flags: int) -> int:

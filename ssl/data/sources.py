@@ -13,6 +13,8 @@ from torchvision import datasets
 
 from gradmix.registry import Registry
 from gradmix.ssl.config import DataConfig
+from gradmix.ssl.data.copies import first_copies
+from gradmix.ssl.data.doubts import doubts_of
 from gradmix.ssl.data.images import ImageSet, from_array
 from gradmix.ssl.data.listing import list_folders, list_images
 from gradmix.ssl.data.reading import EXTENSIONS
@@ -20,7 +22,9 @@ from gradmix.ssl.data.shards import list_shards, read_shards
 from gradmix.ssl.data.splits import CIFAR_PLUS
 
 UNKNOWN_SIZE = 0  # of images that are still files, until gradmix.ssl.data.open_set chooses one by them
-TEST_FOLDERS = ("test", "val", "valid", "validation")  # beside train/; the first that is there is the test set
+# In any case; of the test folders the first that is there is the test set.
+TRAIN_FOLDERS = ("train", "training")
+TEST_FOLDERS = ("test", "testing", "val", "valid", "validation")
 TINY_IMAGENET = "tiny-imagenet-200"  # the folder that its archive makes
 
 
@@ -58,29 +62,70 @@ def imagefolder(config: DataConfig, seed: int) -> Source:
         ValueError: a folder is missing, or has no images or one class only.
     """
     root, size = _root_of(config), config.image_size or UNKNOWN_SIZE
-    names = [name for name in TEST_FOLDERS if (root / name).is_dir()]
-    half = root / "train"  # a class of that name has its images right in it, and no test set beside it
-    if half.is_dir() and (names or list_folders(half) or list_shards(half)):
-        if not names:
-            raise ValueError(f"data.root: {root} has train/ but none of {', '.join(TEST_FOLDERS)} beside it")
-        (train, ours), (test, theirs) = (_by_class(root / name, size) for name in ("train", names[0]))
-        for name, own in (("train", ours), (names[0], theirs)):
+    halves = _halves(root)
+    if halves:
+        half, other, notes = halves
+        (train, ours, doubts), (test, theirs, more) = (_by_class(folder, size) for folder in (half, other))
+        for folder, own in ((half, ours), (other, theirs)):
             if not own and (ours or theirs):
-                raise ValueError(f"data.root: no images in {root / name}/<class>/, though the other set has classes")
+                raise ValueError(f"data.root: no images in {folder}/<class>/, though the other set has classes")
+        _check_spelling(half, ours, theirs)
         classes = ours if ours == theirs else sorted({*ours, *theirs})
-        notes = [f"{root / name} is left out, {names[0]}/ is the test set" for name in names[1:]]
-        return Source(_of_classes(train, ours, classes), _of_classes(test, theirs, classes), classes, notes=notes)
-    everything, classes = _by_class(root, size)
-    if len(classes) == 1:
-        raise _only_one(root, classes[0])
-    kept, aside = stratified(everything.labels, config.test_fraction, seed)
-    return Source(everything.select(kept), everything.select(aside), classes)
+        train, test = _of_classes(train, ours, classes), _of_classes(test, theirs, classes)
+        return Source(train, test, classes, notes=[*notes, *doubts, *more])
+    everything, classes, notes = _by_class(root, size)
+    filled = everything.labels.unique().tolist()
+    if classes and len(filled) == 1:
+        raise _only_one(root, classes[filled[0]])
+    kept, aside = stratified(everything.labels, config.test_fraction, seed, first_copies(everything))
+    return Source(everything.select(kept), everything.select(aside), classes, notes=notes)
 
 
-def _by_class(root: Path, size: int) -> tuple[ImageSet, list[str]]:
-    """The images of ``root`` and the names that their labels count."""
+def _halves(root: Path) -> tuple[Path, Path, list[str]] | None:
+    """The folders of the training and of the test set, if ``root`` has them, and what to say of the others.
+
+    Raises:
+        ValueError: a folder ``train`` with classes in it, and no test set.
+    """
+    folders = {name.lower(): root / name for name in list_folders(root)}  # of Train and train, train: it comes later
+    tests = [folders[name] for name in TEST_FOLDERS if name in folders]
+    trains = [folders[name] for name in TRAIN_FOLDERS if name in folders]
+    if not trains:
+        return None
+    half = trains[0]
+    if not tests:  # a class of that name has its images right in it
+        if half.name.lower() == "train" and (list_folders(half) or list_shards(half)):
+            raise ValueError(f"data.root: {root} has {half.name}/ but none of {', '.join(TEST_FOLDERS)} beside it")
+        return None
+    notes = [f"{folder} is left out, {tests[0].name}/ is the test set" for folder in tests[1:]]
+    others = [name for name in list_folders(root) if root / name not in (half, *tests)]
+    if others:
+        notes.append(f"beside {half.name}/ and {tests[0].name}/, left out: {', '.join(others)}")
+    return half, tests[0], notes
+
+
+def _check_spelling(half: Path, ours: list[str], theirs: list[str]) -> None:
+    """
+    Raises:
+        ValueError: a class of the test set would be unknown for its upper and lower case alone.
+    """
+    trained = {name.casefold(): name for name in ours if name not in theirs}
+    for name in theirs:
+        if name not in ours and name.casefold() in trained:
+            raise ValueError(
+                f"data.root: the class {trained[name.casefold()]} in {half} is called {name} in the test set; "
+                "give both folders one name"
+            )
+
+
+def _by_class(root: Path, size: int) -> tuple[ImageSet, list[str], list[str]]:
+    """The images of ``root``, the names that their labels count, and what looks wrong about the folders."""
     if list_shards(root):
-        return read_shards(root, size)
+        if images := list_images(root):
+            raise ValueError(
+                f"data.root: {root} has tar files and images ({images[0]}); move one or the other elsewhere"
+            )
+        return *read_shards(root, size), []
     found: dict[str, list[str]] = {}
     for name in list_folders(root):
         # A Mac writes é as two characters, and a folder that was copied from one is no other class.
@@ -90,8 +135,8 @@ def _by_class(root: Path, size: int) -> tuple[ImageSet, list[str]]:
     if not any(found.values()):  # empty folders are no classes
         if len(names) == 1 and not list_images(root):
             raise _only_one(root, names[0])
-        return images_below("data.root", root, size), []
-    return _labelled(found, size), names
+        return images_below("data.root", root, size), [], []
+    return _labelled(found, size), names, doubts_of(root, found)
 
 
 def _of_classes(images: ImageSet, own: list[str], classes: list[str]) -> ImageSet:
@@ -216,7 +261,8 @@ def folders_read(config: DataConfig) -> list[Path]:
         return folders
     root = Path(config.root).expanduser()
     root = root / TINY_IMAGENET if config.name == "tinyimagenet" and (root / TINY_IMAGENET).is_dir() else root
-    parts = [root / name for name in ("train", *TEST_FOLDERS) if (root / name).is_dir()]
+    names = list_folders(root) if root.is_dir() else []
+    parts = [root / name for name in names if name.lower() in (*TRAIN_FOLDERS, *TEST_FOLDERS)]
     return folders + (parts or ([root] if config.name == "imagefolder" else []))
 
 
@@ -256,12 +302,21 @@ def join(first: ImageSet, second: ImageSet) -> ImageSet:
     return ImageSet(labels, first.size, torch.cat([first.images, second.pixels]))
 
 
-def stratified(labels: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Indices kept and set aside: ``share`` of each class (at least one image of a class that has two), seeded."""
+def stratified(labels: Tensor, share: float, seed: int, first: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Indices kept and set aside: ``share`` of each class (at least one image of a class that has two), seeded.
+
+    Args:
+        first: of images that are the same one, the index of the first, see :func:`.copies.first_copies`. They stay
+            together: all go where that one is drawn, or are kept, if else nothing of a class were.
+    """
     rng = np.random.default_rng([seed, 0x5EED])
     aside = torch.zeros(len(labels), dtype=torch.bool)
     order = labels.argsort(stable=True)
     for members in order.split(labels.unique(return_counts=True)[1].tolist()):
         count = min(max(round(share * len(members)), 1), len(members) - 1) if share > 0 else 0
         aside[torch.from_numpy(rng.permutation(members.numpy())[:count])] = True
+    if first is not None:
+        aside = aside[first]
+        lost = ~torch.isin(labels, labels[~aside])
+        aside &= ~torch.isin(first, first[lost])
     return (~aside).nonzero()[:, 0], aside.nonzero()[:, 0]

@@ -77,6 +77,7 @@ def test_extra_views_are_other_crops(root, config, tmp_path):
 def test_a_run_that_meets_a_bad_file_stops_and_one_that_skips_it_does_not_measure_it(root, command, tmp_path):
     bad = root / "a" / "00.jpg"
     bad.write_bytes(bad.read_bytes()[:300])
+    (root / "b" / "copy.jpg").write_bytes((root / "a" / "03.jpg").read_bytes())
     arguments = ("data=imagefolder", f"data.root={root}", "data.image_size=16", "epochs=2", *QUICK)
     result = command("pretrain", *arguments)
     assert result.code == 2 and "image files can't be read" in result.err and str(bad) in result.err
@@ -86,11 +87,17 @@ def test_a_run_that_meets_a_bad_file_stops_and_one_that_skips_it_does_not_measur
     assert list(json.loads((tmp_path / "run/bad_images.json").read_text())) == [str(bad)]
     measured = [len(load_file(path)["labels"]) for path in (tmp_path / "run/features").glob("t*.safetensors")]
     held_out = len(load_file(tmp_path / "run/features/held_out.safetensors")["labels"])
-    assert sum(measured) + held_out == 35
+    assert sum(measured) + held_out == 36
+    assert "1 image files are exact copies of one in another class, such as" in result.out
     assert (tmp_path / "run/report.html").is_file()
-    assert "knn/top1" in json.loads((tmp_path / "run/metrics.json").read_text())
+    numbers = json.loads((tmp_path / "run/metrics.json").read_text())
+    assert "knn/top1" in numbers and numbers["data/class_copies"] == 1 and numbers["data/test_copies"] == 0
     assert command("eval", "run=run").code == 0
     assert command("score", "detector=run/detector", f"images={root}").code == 2  # the bad one is a row with an error
+    (root / "b" / "04.jpg").unlink()  # now the split is drawn otherwise: what was trained on would be tested
+    (tmp_path / "run/report.html").unlink()
+    for result in (command("eval", "run=run"), command("pretrain", *arguments, "data.on_bad_image=skip")):
+        assert result.code == 2 and "not the training images that run was trained on" in result.err
 
 
 def test_all_processes_stop_at_a_file_that_one_of_them_can_not_read():

@@ -19,7 +19,7 @@ from gradmix.eval.runs.export import export_backbone
 from gradmix.eval.runs.folder import GROUPS, defaults
 from gradmix.eval.runs.foreign import Foreign, adopt, check_transfer_classes, features_run, read_foreign, transfer
 from gradmix.eval.runs.groups import find_runs
-from gradmix.eval.runs.numbers import check_same_data
+from gradmix.eval.runs.numbers import check_same_data, check_trained_on
 from gradmix.ssl.checks import check_root
 from gradmix.ssl.config import Config
 from gradmix.ssl.data.names import check_names
@@ -158,6 +158,8 @@ def eval_one(config: EvalConfig, run_dir: Path, out: Path, foreign: Foreign | No
             check_transfer_classes(run, data)
         else:
             check_classes(run_dir, data.classes)
+            if foreign is None:
+                check_trained_on(run_dir, data)
         choose_measures(run, config, data)
         if foreign is not None:
             adopt(*foreign)

@@ -15,7 +15,7 @@ from gradmix.eval.report.comparison import write_comparison
 from gradmix.eval.report.summary import describe, over_splits, table
 from gradmix.eval.report.tensorboard import write_tensorboard
 from gradmix.eval.runs.groups import find_runs
-from gradmix.eval.runs.numbers import read_metrics
+from gradmix.eval.runs.numbers import check_trained_on, read_metrics
 from gradmix.ssl.config import Config
 from gradmix.ssl.data.names import check_names
 from gradmix.ssl.data.open_set import OpenSetData, load_data, splits_of
@@ -108,7 +108,9 @@ def pretrain_one(config: Config) -> dict[str, Any] | None:
             print(describe(config, data))
         check_names(data.classes, data.train, data.held_out, data.test)
         choose_measures(config, data=data)
-        if not (run_dir / "training.json").exists():
+        if (run_dir / "training.json").exists():
+            check_trained_on(run_dir, data)
+        else:
             train(config, data, watchers(data, config))
             if world_size() > 1:
                 data = look_at(config, data, first)

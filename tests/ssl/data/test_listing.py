@@ -31,7 +31,8 @@ def root(tmp_path):
     (tmp_path / "images/cat/._0.png").write_bytes(b"\0\5\26\7")
     os.symlink(tmp_path / "elsewhere", tmp_path / "images/dog", target_is_directory=True)
     os.symlink(tmp_path / "images", tmp_path / "images/cat/round", target_is_directory=True)  # and round, and round
-    os.symlink(tmp_path / "nowhere", tmp_path / "images/cat/broken.png")
+    for name in ("$RECYCLE.BIN", "System Volume Information", "#recycle"):
+        picture(tmp_path / "images" / name / "old.png")
     return tmp_path / "images"
 
 
@@ -41,6 +42,20 @@ def test_links_are_followed_alike_in_training_and_scoring(root):
     listed = {str(root / "cat" / f"{i}.png") for i in range(8)} | {str(root / "dog" / f"{i}.PNG") for i in range(8)}
     assert {*data.train.files, *data.test.files} >= listed
     assert {path for path in find_images(str(root)) if "/round/" not in path} == listed
+
+
+def test_links_that_lead_nowhere_are_named(root):
+    for name, to in (("lost.png", "/nowhere/lost.png"), ("itself.png", "itself.png"), ("itself", "itself")):
+        os.symlink(to, root / "cat" / name)
+    os.symlink("/nowhere", root / "fox")
+    config = DataConfig("imagefolder", str(root), image_size=8)
+    with pytest.raises(
+        ValueError, match=r"2 image files can't be read.*itself\.png: Too many.*lost\.png: No such file"
+    ):
+        load_data(config, 0)
+    data = load_data(replace(config, on_bad_image="skip"), 0)
+    assert set(data.bad) == {str(root / "cat/lost.png"), str(root / "cat/itself.png")}
+    assert f"left out: {root / 'fox'}, a link that leads nowhere" in data.notes
 
 
 def test_lists_are_sorted_and_the_same_every_time(tmp_path):

@@ -30,9 +30,10 @@ SETTING = (
     *("data=cifar10", "encoder=resnet18", "encoder.width=16", "batch_size=256", "method.temperature=0.1"),
     *("optimizer=adam", "knn_every=0", "pictures_every=0", "test_every=25", "trainer.precision=32-true"),
 )
+TWICE = "none, twice as long"
 ARMS = {
     "none": ["mix=none"],
-    "none, twice as long": ["mix=none", f"epochs={2 * EPOCHS}"],
+    TWICE: ["mix=none"],
     "cutmix": ["mix=cutmix"],
     "random_box": ["mix=random_box"],
     "extra_view": ["mix=extra_view"],
@@ -67,7 +68,7 @@ STAGES = {
     "simclr": (ARMS, ["method=simclr", "data.split=null"]),
     "sphor": ({name: ARMS[name] for name in ("none", "gradmix (loss)", "cutmix")}, ["method=sphor"]),
     "beyond": (
-        {name: ARMS[name] for name in ("none", "none, twice as long", "gradmix (loss)")} | BEYOND,
+        {name: ARMS[name] for name in ("none", TWICE, "gradmix (loss)")} | BEYOND,
         ["method=joint"],
     ),
 }
@@ -115,7 +116,8 @@ def run_all(options: argparse.Namespace) -> None:
     for split, (arm, of_arm) in itertools.product(options.splits, arms.items()):
         of_arm = [with_teacher(text, options.runs / options.stage, split) for text in of_arm]
         root = subset(options.archive, options.runs / "images", split)
-        overrides = [*SETTING, f"data.root={root}", f"data.split={split}", f"seed={split}", f"epochs={options.epochs}"]
+        epochs = options.epochs * (2 if arm == TWICE else 1)
+        overrides = [*SETTING, f"data.root={root}", f"data.split={split}", f"seed={split}", f"epochs={epochs}"]
         overrides += [
             *of_stage,
             *of_all(chosen["all"], of_arm),
@@ -222,7 +224,7 @@ def table(rows: list[dict]) -> str:
         groups.setdefault((row["stage"], row["arm"], row["epochs"]), {})[row["split"]] = row
     order = list(ALL)
     for (stage, arm, epochs), by_split in sorted(groups.items(), key=lambda g: (g[0][0], order.index(g[0][1]))):
-        half = epochs // 2 if arm == "none, twice as long" else epochs
+        half = epochs // 2 if arm == TWICE else epochs
         base = groups.get((stage, "none", half), {})
         cells = [stage, arm, str(epochs), str(len(by_split))]
         for measure in MEASURES.values():

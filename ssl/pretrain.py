@@ -148,6 +148,11 @@ class Pretraining(LightningModule):
         done = (batch.epoch + batch.step / self.loader.steps_per_epoch) / self.config.epochs
         temperature = temperature_at(method, done)
 
+        if mixer is not None:
+            self.pictures = None  # those of the step before, so that no two steps' lie in the device's memory
+        if looks:
+            self.disrupted = None
+
         views = self.draw_views(batch.images, seed)  # [2B, 3, H, W]
         labels = batch.labels.repeat(2)  # [2B]
         with self.watched(looks):

@@ -1,5 +1,6 @@
 """Features of a frozen network: of a run's images, extracted once; of any images, batch after batch."""
 
+import math
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -133,10 +134,14 @@ def batches(
     Raises:
         FloatingPointError: a feature is not finite.
     """
-    workers = decoders(workers, world_size()) if images.images is None else 0
-    loader = DataLoader(images, batch_size=BATCH, num_workers=workers)
-    hidden = True if len(loader) < 20 else None  # None: where the output is no terminal
-    for batch, _, _ in tqdm(loader, desc="features", disable=hidden, leave=False):
+    if images.images is not None:
+        parts: Iterable[Tensor] = images.images.split(BATCH)
+    else:
+        loader = DataLoader(images, batch_size=BATCH, num_workers=decoders(workers, world_size()))
+        parts = (batch for batch, _, _ in loader)
+    total = math.ceil(len(images) / BATCH)
+    hidden = True if total < 20 else None  # None: where the output is no terminal
+    for batch in tqdm(parts, desc="features", total=total, disable=hidden, leave=False):
         features = backbone(batch.to(device)).float()
         if not features.isfinite().all():
             raise FloatingPointError(

@@ -9,6 +9,7 @@ import torch
 from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.utils.validation import check_is_fitted
 
+from gradmix.eval.features.extraction import looked_at
 from gradmix.ssl.networks.backbones import load_backbone
 
 
@@ -49,11 +50,12 @@ class Features(TransformerMixin, BaseEstimator):
         check_is_fitted(self)
         if not len(X):
             raise ValueError("X: expected at least one image, got none")
-        parts = []
-        for first in range(0, len(X), self.batch_size):
-            images = torch.stack([self.backbone_.transform(image) for image in X[first : first + self.batch_size]])
-            parts.append(self.backbone_(images.to(self.device)).float().cpu().numpy())
-        return np.concatenate(parts)
+        looks = looked_at(list(X), self.backbone_.transform, self._look, self.batch_size)
+        return np.concatenate([features.numpy() for _, features in looks if features is not None])
+
+    @torch.inference_mode()
+    def _look(self, images: torch.Tensor) -> torch.Tensor:
+        return self.backbone_(images.to(self.device)).float().cpu()
 
     def get_feature_names_out(self, input_features: Any = None) -> np.ndarray:
         """``feature0``, ``feature1``, ..."""

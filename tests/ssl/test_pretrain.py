@@ -158,6 +158,16 @@ def test_a_network_that_gradmix_does_not_know_is_refused_before_training(config)
         built_of_timms("coat_tiny", config, mix="none", speed=SpeedConfig(compile=True))
 
 
+def test_no_two_steps_pictures_are_kept(config, data):
+    """They are as large as the batch: while the network works on one, that of the step before is gone."""
+    module, batch = built(config("unused"), data)
+    kept = []
+    with module.backbone.register_forward_hook(lambda *_: kept.append(module.pictures)):
+        for step in range(2):
+            module.training_step(batch._replace(step=step), 0)
+    assert kept == [None] * 4 and module.pictures is not None
+
+
 @pytest.mark.parametrize("method", ["joint", "supcon"])
 def test_the_losses_have_the_temperature_of_their_step(method, config, data):
     module, batch = built(config("unused", method, epochs=2), data)

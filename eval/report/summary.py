@@ -83,7 +83,7 @@ def table(result: dict[str, Any]) -> str:
     """What a person wants to see first, as text."""
     lines = [*_known(result), *_open_set(result), *_others(result)]
     if result.get("data/test_copies"):
-        lines.append(f"  too good: {result['data/test_copies']:g} test images are exact copies of training images")
+        lines.append(f"  too good: exact copies of training images in the test set: {result['data/test_copies']:g}")
     lines += [f"  not measured: {what} ({why})" for what, why in result.get("skipped", {}).items()]
     return "\n".join(lines)
 

@@ -89,22 +89,22 @@ def count_copies(
     told = [
         (
             pairs if {*pairs} - {*in_test, *in_class} else [],
-            "image files are exact copies of another one",
+            "exact copies among the image files",
             "they count more than once; a split that is drawn keeps copies together",
         ),
         (
             in_test,
-            f"of {len(test)} test images are exact copies of training images",
+            f"exact copies of training images among {len(test)} test images",
             "the numbers will look better than they are; remove them from one of the two",
         ),
         (
             in_class,
-            "image files are exact copies of one in another class",
+            "exact copies of an image in another class",
             "one of the two classes is wrong; remove one of each pair",
         ),
     ]
     notes = [
-        f"{len(found)} {what}, such as {_shown(files[found[0][0]])} of {_shown(files[found[0][1]])}: {so}"
+        f"{what}: {len(found)}, such as {_shown(files[found[0][0]])} of {_shown(files[found[0][1]])}; {so}"
         for found, what, so in told
         if found
     ]

@@ -88,7 +88,7 @@ def test_a_run_that_meets_a_bad_file_stops_and_one_that_skips_it_does_not_measur
     measured = [len(load_file(path)["labels"]) for path in (tmp_path / "run/features").glob("t*.safetensors")]
     held_out = len(load_file(tmp_path / "run/features/held_out.safetensors")["labels"])
     assert sum(measured) + held_out == 36
-    assert "1 image files are exact copies of one in another class, such as" in result.out
+    assert "exact copies of an image in another class: 1, such as" in result.out
     assert (tmp_path / "run/report.html").is_file()
     numbers = json.loads((tmp_path / "run/metrics.json").read_text())
     assert "knn/top1" in numbers and numbers["data/class_copies"] == 1 and numbers["data/test_copies"] == 0

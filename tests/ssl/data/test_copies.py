@@ -111,7 +111,7 @@ def test_a_draw_parts_no_copies(tmp_path, seed):
     assert data.copies == {"data/copies": 8, "data/test_copies": 0, "data/class_copies": 4}
     notes = [note for note in data.notes if "exact copies" in note]
     assert len(notes) == 2 and "a split that is drawn keeps copies together" in notes[0]
-    assert notes[1].startswith("4 image files are exact copies of one in another class, such as ")
+    assert notes[1].startswith("exact copies of an image in another class: 4, such as ")
     assert set(notes) < set(describe(Config(data=config(tmp_path)), data).splitlines())
 
 
@@ -147,12 +147,12 @@ def test_a_split_that_was_brought_stays_as_it_is(tmp_path):
     assert len(data.test) == 14 and len(data.train) + len(data.held_out) == 12
     assert data.copies == {"data/copies": 2, "data/test_copies": 2, "data/class_copies": 1}
     first, second = (note for note in data.notes if "exact copies" in note)
-    named = f"such as {tmp_path / 'test/cat/same.png'} of {tmp_path / 'train/cat/00.png'}: "
+    named = f"such as {tmp_path / 'test/cat/same.png'} of {tmp_path / 'train/cat/00.png'}; "
     assert first == (
-        f"2 of 14 test images are exact copies of training images, {named}"
+        f"exact copies of training images among 14 test images: 2, {named}"
         "the numbers will look better than they are; remove them from one of the two"
     )
-    assert "a\\nb.png" in second and "1 image files are exact copies of one in another class" in second
+    assert "a\\nb.png" in second and "exact copies of an image in another class: 1" in second
 
 
 def test_unknown_images_that_were_trained_on_are_said(tmp_path):

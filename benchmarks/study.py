@@ -89,7 +89,7 @@ def main() -> None:
     parser.add_argument("--save", action="store_true", help="write results/study.json, plots and docs/study.md")
     options = parser.parse_args()
     if options.save and options.override:
-        parser.error("--save is for the study's own settings, --override for rehearsals in a folder of their own (--runs)")
+        parser.error("--save is for the study's own settings; rehearse with --override in another folder (--runs)")
     if options.archive:
         run_all(options)
     rows = [row for path in sorted(options.runs.glob("*/*/metrics.json")) if (row := study_row(path.parent))]

@@ -20,8 +20,6 @@ from gradmix.ssl.pictures import mixing_picture
 from gradmix.ssl.pretrain import Pretraining
 from gradmix.ssl.runs.files import write_atomically
 
-LONG = 3600  # seconds of a training on a CPU from which on it says what is quicker
-
 
 class EpochCallback(Callback):
     """Something that is done at the end of every n-th epoch, and of the last.
@@ -236,9 +234,7 @@ class Progress(Callback):
             self.images += self.images_per_step
         left = (self.total - module.steps) * self.seconds * self.images_per_step / max(self.images, 1)
         if self.images == self.first_steps * self.images_per_step and left >= 30 and trainer.is_global_zero:
-            slow = left >= LONG and module.device.type == "cpu"
-            hint = "; quicker on a CPU: encoder.width=16 (of ResNets), mix=none, fewer epochs=" if slow else ""
-            tqdm.write(f"expected time: {tqdm.format_interval(left)}, measured over {self.first_steps} steps{hint}")
+            tqdm.write(f"expected time: {tqdm.format_interval(left)}, measured over {self.first_steps} steps")
         last = module.steps == self.total
         if self.bar.update(1) or (last and not self.bar.disable):
             end = {name: value for name, value in self.end(module).items() if name != "left"}  # the bar has it
@@ -262,14 +258,16 @@ class Progress(Callback):
         shown = {} if loss is None else {"loss": f"{loss.item():.3f}"}
         if self.knn is not None:
             shown["knn"] = f"{self.knn:.1f}%"
-        return shown | {"img/s": f"{self.images_per_s:.0f}"}
+        if self.images:  # after one step nobody knows
+            shown["img/s"] = f"{self.images_per_s:.{1 if self.images_per_s < 10 else 0}f}"
+        return shown
 
     def end(self, module: Pretraining) -> dict[str, str]:
         """How much longer, and until when; at the end, how long it took."""
         left = (self.total - module.steps) * self.seconds * self.images_per_step / max(self.images, 1)
         if module.steps == self.total:
             return {"took": tqdm.format_interval(time.perf_counter() - self._begin)}
-        if not self.images:  # after one step nobody knows
+        if not self.images:
             return {}
         day = "%H:%M" if left < 12 * 3600 else "%a %H:%M"
         return {"left": tqdm.format_interval(left), "until": time.strftime(day, time.localtime(time.time() + left))}

@@ -3,10 +3,12 @@
 import copy
 import os
 import shutil
+import time
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from gradmix.ssl.config import Config
 
@@ -14,6 +16,7 @@ STATES = {"adam": 2, "adamw": 2}  # what an optimizer keeps per weight; 1 for th
 GIB = 2**30
 GROUP = Path("/sys/fs/cgroup")  # this process's container
 MOST_DECODERS = 16  # a few feed any card
+LONG = 3600  # seconds of a training on a CPU from which on it says what is quicker
 
 
 def usable_cpus() -> int:
@@ -166,6 +169,50 @@ def activation_bytes(network: nn.Module, image_size: int) -> int:
         return sum(storage.nbytes() for storage in storages)
 
     return (kept(4) - kept(2)) // 2  # what does not grow with the batch is the weights
+
+
+def seconds_per_view(network: nn.Module, image_size: int) -> float:
+    """Seconds of one view's forward and backward pass on one CPU, measured on a copy of the network."""
+    network, views = copy.deepcopy(network).train(), max(2, min(64, 2 * 224**2 // image_size**2))
+    seconds, threads = [], torch.get_num_threads()
+    torch.set_num_threads(1)  # of several, each would wait for those that other processes hold up
+    try:
+        with torch.random.fork_rng(devices=[]):
+            for _ in range(2):  # the first one warms caches up
+                start = time.perf_counter()
+                network(torch.zeros(views, 3, image_size, image_size)).sum().backward()
+                seconds.append(time.perf_counter() - start)
+    finally:
+        torch.set_num_threads(threads)
+    return min(seconds) / views
+
+
+def least_time(config: Config, network: nn.Module, image_size: int, steps: int, processes: int) -> str | None:
+    """What so many steps will take on this CPU at the least, in words; None where that is less than a minute.
+
+    Args:
+        network: images ``[N, 3, S, S]`` to projections.
+        processes: that share each batch.
+    """
+    if config.speed.compile:  # the measurement would compile it first
+        return None
+    views = (2 if config.mix.name == "none" else 4) * config.batch_size // processes  # mixed ones pass through it too
+    seconds = steps * views * seconds_per_view(network, image_size) / torch.get_num_threads()
+    if seconds < 60:
+        return None
+    hint = f"; quicker: {', '.join(quicker(config, image_size))}" if seconds >= LONG else ""
+    return f"expected time: {tqdm.format_interval(seconds)} or more on this CPU{hint}"
+
+
+def quicker(config: Config, image_size: int) -> list[str]:
+    """Settings that make a long training on a CPU shorter."""
+    wide = config.encoder.name.startswith("resnet") and (config.encoder.width or 64) > 16
+    return [
+        *(["data.image_size=64"] if image_size > 64 else []),
+        *(["encoder.width=16"] if wide else []),
+        *(["mix=none"] if config.mix.name != "none" else []),
+        "fewer epochs=",
+    ]
 
 
 def _existing(folder: Path) -> Path:

@@ -22,7 +22,7 @@ from gradmix.ssl.data.loader import check_batch_size
 from gradmix.ssl.data.open_set import OpenSetData
 from gradmix.ssl.guard import Guard
 from gradmix.ssl.loggers import asked_for, loggers
-from gradmix.ssl.machine import check_limits, check_queue, decoders, precision
+from gradmix.ssl.machine import check_limits, check_queue, decoders, least_time, precision
 from gradmix.ssl.networks.backbones import backbone_metadata, check_encoder
 from gradmix.ssl.objective import check_mixing
 from gradmix.ssl.optimizer import learning_rate
@@ -93,10 +93,7 @@ def train(config: Config, data: OpenSetData, callbacks: Sequence[Callback] = ())
         if data.bad:
             write_json(run_dir / "bad_images.json", data.bad)
         print(where_images_lie(config, data.train, trainer.strategy.root_device, workers))
-        steps = config.epochs * (len(data.train) // config.batch_size)
-        print(f"{data.train.size} x {data.train.size} pixels, {steps} steps, {takes}")
-        if start:
-            print(f"goes on after step {start}")
+        announce(config, data.train, network, start, takes, trainer)
     if start < config.epochs * (len(data.train) // config.batch_size):  # else stopped before the files below
         trainer.fit(module)
     if trainer.is_global_zero:
@@ -121,6 +118,23 @@ def train(config: Config, data: OpenSetData, callbacks: Sequence[Callback] = ())
             },
         )
     trainer.strategy.barrier()
+
+
+def announce(
+    config: Config, images: ImageSet, network: torch.nn.Module, start: int, takes: str, trainer: Trainer
+) -> None:
+    """Say what is to come, and what it will cost.
+
+    Args:
+        takes: of memory, in words.
+    """
+    steps = config.epochs * (len(images) // config.batch_size)
+    print(f"{images.size} x {images.size} pixels, {steps} steps, {takes}")
+    if start:
+        print(f"goes on after step {start}")
+    if trainer.strategy.root_device.type == "cpu" and start < steps:
+        if least := least_time(config, network, images.size, steps - start, trainer.world_size):
+            print(least)
 
 
 def where_images_lie(config: Config, images: ImageSet, device: torch.device, workers: int) -> str:

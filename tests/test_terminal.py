@@ -14,7 +14,6 @@ from types import SimpleNamespace
 
 import pytest
 import timm
-import torch
 from tqdm.auto import tqdm
 
 from gradmix.eval.commands.help import settings
@@ -50,25 +49,23 @@ def test_elsewhere_nothing_but_results(tmp_path):
     assert "\r" not in result.stdout and "deep_knn on pixels" in result.stdout
 
 
-def training(steps, device="cpu"):
+def training(steps):
     scalars = {"train/loss": SimpleNamespace(item=lambda: 1.5)}
-    module = SimpleNamespace(start=0, steps=0, loader=range(steps), scalars=scalars, device=torch.device(device))
+    module = SimpleNamespace(start=0, steps=0, loader=range(steps), scalars=scalars)
     return module, SimpleNamespace(is_global_zero=True)
 
 
-@pytest.mark.parametrize(("device", "steps", "hint"), [("cpu", 1000, True), ("cpu", 100, False), ("cuda", 1000, False)])
-def test_a_training_that_takes_hours_on_a_cpu_says_what_is_quicker(capsys, monkeypatch, device, steps, hint):
+def test_after_five_steps_a_training_says_how_long_it_will_take(capsys, monkeypatch):
     now = 1000.0
     monkeypatch.setattr("gradmix.ssl.callbacks.time.perf_counter", lambda: now)
     progress = Progress(images_per_step=10)
-    module, trainer = training(steps, device)
+    module, trainer = training(1000)
     progress.on_train_start(trainer, module)
     for step in range(1, 8):
         module.steps, now = step, now + 10
         progress.on_train_batch_end(trainer, module, None, SimpleNamespace(epoch=0), step)
     told = capsys.readouterr().out
-    assert f"expected time: {tqdm.format_interval(10 * (steps - 6))}, measured over 5 steps" in told
-    assert ("encoder.width=16" in told) == hint
+    assert f"expected time: {tqdm.format_interval(10 * (1000 - 6))}, measured over 5 steps" in told
 
 
 @pytest.mark.parametrize("seconds", [0.5, 2.5])

@@ -8,7 +8,16 @@ from torch import nn
 
 from gradmix.ssl import machine
 from gradmix.ssl.data.open_set import load_data
-from gradmix.ssl.machine import activation_bytes, check_limits, check_queue, decoders, free_memory, usable_cpus
+from gradmix.ssl.machine import (
+    activation_bytes,
+    check_limits,
+    check_queue,
+    decoders,
+    free_memory,
+    least_time,
+    seconds_per_view,
+    usable_cpus,
+)
 from gradmix.ssl.networks.backbones import ResNet
 from gradmix.ssl.train import train
 
@@ -55,6 +64,51 @@ def test_what_is_too_large_is_named(tmp_path, config, monkeypatch, free_disk, fr
     if changes:
         settings.speed.micro_batch = 256
         check_limits(settings, network, 100, 32)
+
+
+class Clock:
+    """Every look at it is a second later."""
+
+    now = 0.0
+
+    def __call__(self):
+        self.now += 1
+        return self.now
+
+
+def test_a_pass_through_the_network_leaves_no_trace(monkeypatch):
+    monkeypatch.setattr(machine.time, "perf_counter", Clock())
+    network, before, random = ResNet("resnet18", width=4), {}, torch.get_rng_state()
+    before |= {name: value.clone() for name, value in network.state_dict().items()}
+    threads = torch.get_num_threads()
+    assert seconds_per_view(network, 224) == 1 / 2 and seconds_per_view(network, 16) == 1 / 64
+    assert all(torch.equal(before[name], value) for name, value in network.state_dict().items())
+    assert all(parameter.grad is None for parameter in network.parameters())
+    assert torch.equal(random, torch.get_rng_state()) and torch.get_num_threads() == threads
+
+
+@pytest.mark.parametrize(
+    ("mix", "processes", "steps", "said"),
+    [
+        ("gradmix", 1, 450, "expected time: 1:00:00 or more on this CPU; quicker: mix=none, fewer epochs="),
+        ("none", 1, 450, "expected time: 30:00 or more on this CPU"),
+        ("none", 2, 450, "expected time: 15:00 or more on this CPU"),
+        ("gradmix", 1, 7, None),
+    ],
+)
+def test_the_least_time_is_that_of_every_view_of_every_step(tmp_path, monkeypatch, config, mix, processes, steps, said):
+    """A clock of a second for 64 views, on one thread: 128 images are two views each, or four with mixing."""
+    monkeypatch.setattr(machine.time, "perf_counter", Clock())
+    monkeypatch.setattr(machine.torch, "get_num_threads", lambda: 1)
+    settings = config(tmp_path, mix=mix)
+    assert least_time(settings, ResNet("resnet18", width=4), 8, steps, processes) == said
+    settings.encoder.width = None
+    if said is not None and mix == "gradmix":
+        assert "quicker: data.image_size=64, encoder.width=16, mix=none" in least_time(
+            settings, ResNet("resnet18", width=4), 128, steps, processes
+        )
+    settings.speed.compile = True
+    assert least_time(settings, ResNet("resnet18", width=4), 8, steps, processes) is None
 
 
 def test_a_batch_is_shared_between_hosts(tmp_path, config, monkeypatch):

@@ -208,14 +208,14 @@ class Pretraining(LightningModule):
     def mix(
         self, mixer: Mixer, batch: Batch, views: Tensor, z: Tensor, guide: Tensor, maps: Tensor | None, seed: int
     ) -> Mixed:
-        """What the mixer makes of the views."""
-        others = batch.images if batch.images.ndim == 4 else batch.images[:, 2:]  # of photographs, four are cut
-        again = partial(self.draw_views, others, seed_of(seed, 1))  # what extra_view calls
-        generator = torch.Generator(views.device).manual_seed(seed)
-        its_maps = maps if mixer.looks else None
+        """What the mixer makes of the views; extra_view has others, in which nothing is mixed."""
+        if self.config.mix.name == "extra_view":
+            others = batch.images if batch.images.ndim == 4 else batch.images[:, 2:]  # of photographs, four are cut
+            views = self.draw_views(others, seed_of(seed, 1))
         if mixer.looks and maps is None:  # flat: boxes lie at random places
-            its_maps = torch.zeros_like(views[:, 0])
-        return mixer(views, guide, generator, projections=z, attribution=its_maps, new_views=again)
+            maps = torch.zeros_like(views[:, 0])
+        generator = torch.Generator(views.device).manual_seed(seed)
+        return mixer(views, guide, generator, projections=z, attribution=maps if mixer.looks else None)
 
     def optimizer_steps(self, batch: Batch) -> int:
         """How many the optimizer has done when a batch comes."""

@@ -8,7 +8,7 @@ Nothing here should make the host wait for a GPU. Two habits keep it so: no ``to
 becomes a tensor on the host, whose copy to the device waits), and sizes multiplied as numbers, not as tensors.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
@@ -57,7 +57,6 @@ class Mixer:
         generator: torch.Generator | None = None,
         projections: Tensor | None = None,
         attribution: Tensor | None = None,
-        new_views: Callable[[], Tensor] | None = None,
     ) -> Mixed:
         """Mix a batch of two views.
 
@@ -69,7 +68,6 @@ class Mixer:
                 the global RNG is never touched.
             projections: ``[2B, D]``, L2-normalised; only for ``partner="similar" | "dissimilar"``.
             attribution: ``[2B, H, W]``, non-negative: maps to follow instead of the loss's; only GradMix uses them.
-            new_views: draws two more views of the same images, ``[2B, C, H, W]``; only ExtraView calls it.
 
         A batch of one image has no partner: images come back as they are, with ``kept`` = 1.
 

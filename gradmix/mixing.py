@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -100,28 +99,14 @@ class FMix(Mixer):
 
 
 class ExtraView(Mixer):
-    """The control of equal compute: one more view of each row's image, nothing mixed in."""
+    """The control of equal compute: nothing is mixed in. The images to give it are two more views of the same."""
 
     def __init__(self) -> None:
         super().__init__()
 
-    def __call__(self, images: Tensor, *_: Any, new_views: Callable[[], Tensor] | None = None, **others: Any) -> Mixed:
-        """
-        Args:
-            images: ``[2B, C, H, W]``.
-            new_views: draws two more views of the same images, view-major.
-            others: what other mixers take; not used.
-
-        Raises:
-            ValueError: no ``new_views``, or views of another shape.
-        """
-        if new_views is None:
-            raise ValueError("new_views: an extra view needs a function in the call that draws the views once more")
-        views = new_views()
-        if views.shape != images.shape:
-            raise ValueError(f"new_views: expected {tuple(images.shape)}, got {tuple(views.shape)}")
+    def _mix(self, images: Tensor, partner: Tensor, attribution: Tensor | None, generator: torch.Generator) -> Mixed:
         rows = len(images)
-        return Mixed(views, torch.ones(rows, device=images.device), torch.arange(rows, device=images.device))
+        return Mixed(images, torch.ones(rows, device=images.device), torch.arange(rows, device=images.device))
 
 
 MIXERS: Registry[Callable[..., Mixer]] = Registry(

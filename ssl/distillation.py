@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gradmix.ssl.losses import in_blocks, positive_temperature
+from gradmix.ssl.losses import full_precision, in_blocks, positive_temperature
 from gradmix.ssl.processes import gather, mean_over_processes
 
 
@@ -34,7 +34,7 @@ def correlation_loss(student: Tensor, teacher: Tensor, weight: Tensor | None = N
     if weight is not None and weight.shape != student.shape[:1]:
         raise ValueError(f"weight: expected one per row, [{len(student)}], got {tuple(weight.shape)}")
     with torch.autocast(student.device.type, enabled=False):
-        s, t = (logits.to(_exact(logits)).softmax(1) for logits in (student, teacher))
+        s, t = (full_precision(logits).softmax(1) for logits in (student, teacher))
         weight = s.new_ones(len(s)) if weight is None else weight.to(s.dtype)
         mean_weight = mean_over_processes(weight.mean(), s.dtype)
         rows = (weight * (1 - _correlation(s, t, torch.ones_like(s), 1))).mean() / mean_weight.clamp(min=1e-12)
@@ -66,7 +66,7 @@ def two_hot_loss(
         Scalar; 0 where none counts.
     """
     with torch.autocast(student.device.type, enabled=False):
-        student = student.to(_exact(student))
+        student = full_precision(student)
         kept, rows = kept.to(student.dtype), rows.to(student.dtype)
         share = torch.zeros_like(student).scatter_(1, labels[:, None], kept[:, None])
         share.scatter_add_(1, other[:, None], 1 - kept[:, None])
@@ -108,7 +108,7 @@ def relation_loss(
         if tensor.ndim != 2 or tensor.shape != like.shape or len(tensor) != len(student):
             raise ValueError(f"{name}: expected the shape of the queries, {tuple(like.shape)}, got {[*tensor.shape]}")
     with torch.autocast(student.device.type, enabled=False):
-        student, keys, teacher, teacher_keys = (x.to(_exact(x)) for x in (student, keys, teacher, teacher_keys))
+        student, keys, teacher, teacher_keys = map(full_precision, (student, keys, teacher, teacher_keys))
         (everyone, first), (their_everyone, _) = gather(keys), gather(teacher_keys)
 
         def divergence(student: Tensor, teacher: Tensor, own: Tensor) -> tuple[Tensor]:
@@ -119,7 +119,3 @@ def relation_loss(
 
         (loss,) = in_blocks(divergence, student, teacher, first + own)
         return (loss if weight is None else loss * weight.to(loss.dtype)).mean()
-
-
-def _exact(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)

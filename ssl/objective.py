@@ -44,6 +44,10 @@ class Rows(NamedTuple):
 
 
 Loss = Callable[[Rows], Tensor]  # to a scalar
+ClassLoss = OrthogonalTargetLoss | PrototypeLoss  # gives class logits
+
+# The losses that a method can have, in the order in which they are added; ``method.NAME`` is the weight of each.
+OWN = ("supervised", "selfsup", "targets", "prototypes")
 
 
 def supervised(rows: Rows) -> Tensor:
@@ -56,13 +60,8 @@ def selfsup(rows: Rows) -> Tensor:
     return NTXentLoss(rows.temperature)(rows.z, rows.p, rows.kept)
 
 
-def targets(loss: OrthogonalTargetLoss, rows: Rows) -> Tensor:
-    """Class targets: mixed images are drawn to the targets of both their classes."""
-    return loss(rows.z if rows.p is None else rows.p, rows.labels, rows.other, rows.kept, rows.temperature)
-
-
-def prototypes(loss: PrototypeLoss, rows: Rows) -> Tensor:
-    """Prototypes: mixed images are drawn to those of both their classes, and move none."""
+def of_classes(loss: ClassLoss, rows: Rows) -> Tensor:
+    """Class targets or prototypes: mixed images are drawn to those of both their classes, and move no prototype."""
     return loss(rows.z if rows.p is None else rows.p, rows.labels, rows.other, rows.kept, rows.temperature)
 
 
@@ -106,7 +105,7 @@ def correlations(distill: DistillConfig, target_loss: OrthogonalTargetLoss, rows
     return told + labelled + of_its_own + of_its_partner
 
 
-def outliers_uniform(loss: OrthogonalTargetLoss | PrototypeLoss, rows: Rows) -> Tensor:
+def outliers_uniform(loss: ClassLoss, rows: Rows) -> Tensor:
     """Outliers: every class target, or every prototype, is as likely."""
     assert rows.outliers is not None
     return uniform_loss(loss.logits(rows.outliers, rows.temperature))
@@ -118,7 +117,44 @@ def outliers_as_negatives(rows: Rows) -> Tensor:
     return negatives_loss(rows.z, rows.outliers, rows.temperature)
 
 
-def outlier_loss_of(config: Config, classes: OrthogonalTargetLoss | PrototypeLoss | None) -> Loss:
+def losses_in(method: MethodConfig) -> list[str]:
+    """The names of the losses that a method has, which are those that weigh something."""
+    return [name for name in OWN if getattr(method, name)]
+
+
+def may_look(config: Config) -> bool:
+    """Whether a loss may be asked where its gradient points."""
+    return config.mix.name != "none" or config.outliers.name == "attribution"
+
+
+def losses_of(
+    config: Config, target_loss: OrthogonalTargetLoss | None, prototype_loss: PrototypeLoss | None
+) -> dict[str, Loss]:
+    """The losses that a step computes, in the order in which they are added: the method's own, then the teacher's.
+
+    Args:
+        target_loss: None for a method without class targets.
+        prototype_loss: None for a method without prototypes.
+    """
+    method, distill = config.method, config.distill
+    losses: dict[str, Loss] = {}
+    if method.supervised:
+        losses["supervised"] = supervised
+    if method.selfsup or (may_look(config) and method.attribution == "selfsup"):  # at weight 0 it only says where
+        losses["selfsup"] = selfsup
+    if target_loss is not None:
+        losses["targets"] = partial(of_classes, target_loss)
+    if prototype_loss is not None:
+        losses["prototypes"] = partial(of_classes, prototype_loss)
+    if distill.name != "none" and distill.form == "relations":
+        losses["distill"] = partial(relations, distill)
+    elif distill.name != "none":
+        assert target_loss is not None  # check_teacher has seen to it
+        losses["distill"] = partial(correlations, distill, target_loss)
+    return losses
+
+
+def outlier_loss_of(config: Config, classes: ClassLoss | None) -> Loss:
     """
     Args:
         classes: what gives class logits; None for a method without.
@@ -137,73 +173,32 @@ def outlier_loss_of(config: Config, classes: OrthogonalTargetLoss | PrototypeLos
     return partial(outliers_uniform, classes)
 
 
-def losses_of(
-    method: MethodConfig,
-    mixes: bool,
-    target_loss: OrthogonalTargetLoss | None,
-    prototype_loss: PrototypeLoss | None = None,
-) -> dict[str, Loss]:
-    """The losses that a step computes, in the order in which they are added.
-
-    Args:
-        mixes: whether NT-Xent may be asked where to look, which it can at weight 0 too.
-        target_loss: None for a method without class targets.
-        prototype_loss: None for a method without prototypes.
-    """
-    losses: dict[str, Loss] = {}
-    if method.supervised:
-        losses["supervised"] = supervised
-    if method.selfsup or (mixes and method.attribution == "selfsup"):
-        losses["selfsup"] = selfsup
-    if target_loss is not None:
-        losses["targets"] = partial(targets, target_loss)
-    if prototype_loss is not None:
-        losses["prototypes"] = partial(prototypes, prototype_loss)
-    return losses
+def weights_of(config: Config) -> dict[str, float]:
+    """What each loss of a step weighs, by name; ``mixed`` and ``distill_mixed`` are those of mixed images."""
+    method, distill = config.method, config.distill
+    return {
+        **{name: getattr(method, name) for name in OWN},
+        "distill": distill.weight,
+        "mixed": config.mix.weight * getattr(method, method.mixed_loss),
+        "distill_mixed": distill.mixed,
+        "outliers": config.outliers.weight,
+    }
 
 
-def losses_beside(config: Config, target_loss: OrthogonalTargetLoss | None) -> dict[str, Loss]:
-    """The losses that come on top of the method's own; no attribution follows them."""
-    if config.distill.name == "none":
-        return {}
-    if config.distill.form == "relations":
-        return {"distill": partial(relations, config.distill)}
-    assert target_loss is not None  # check_teacher has seen to it
-    return {"distill": partial(correlations, config.distill, target_loss)}
-
-
-def mixed_weights_of(config: Config) -> dict[str, float]:
-    """The losses that mixed images enter, by name, each with its weight there."""
-    method, mix, distill = config.method, config.mix, config.distill
-    weights = {method.mixed_loss: mix.weight * weights_of(method)[method.mixed_loss]}
-    return weights | ({"distill": distill.mixed} if distill.name != "none" and distill.mixed else {})
-
-
-def weights_of(method: MethodConfig) -> dict[str, float]:
-    """The losses by name, each with its weight."""
-    return {name: getattr(method, name) for name in ("selfsup", "supervised", "targets", "prototypes")}
-
-
-def check_mixing(method: MethodConfig) -> None:
+def check_losses(config: Config) -> None:
     """
     Raises:
-        ValueError: the mixed images enter a loss, or attribution follows one, that the method does not have.
+        ValueError: no loss weighs anything, or mixed images enter one, or attribution follows one, that the method does
+            not have.
     """
-    has = [name for name, weight in weights_of(method).items() if weight]
-    if method.mixed_loss not in has:
+    method, has = config.method, losses_in(config.method)
+    if not has:
+        raise ValueError(f"method: {', '.join(OWN)} are all 0, nothing would be learned")
+    if config.mix.name != "none" and method.mixed_loss not in has:
         raise ValueError(f"method.mixed_loss: {method.name} has only {' or '.join(has)}, got {method.mixed_loss!r}")
-    check_guide(method)
-
-
-def check_guide(method: MethodConfig) -> None:
-    """
-    Raises:
-        ValueError: attribution follows a loss that the method does not have.
-    """
-    has = [name for name, weight in weights_of(method).items() if weight]
     guides = ["selfsup", *(name for name in has if name != "selfsup")]  # NT-Xent needs no labels: any method can ask it
     guides += ["joint"] if len(guides) > 1 else []
-    if method.attribution not in guides:
+    if may_look(config) and method.attribution not in guides:
         raise ValueError(f"method.attribution: {method.name} has {', '.join(guides)}, got {method.attribution!r}")
 
 

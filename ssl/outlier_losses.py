@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gradmix.ssl.losses import in_blocks, positive_temperature
+from gradmix.ssl.losses import full_precision, in_blocks, positive_temperature
 from gradmix.ssl.processes import gather
 
 
@@ -28,8 +28,7 @@ def uniform_loss(logits: Tensor) -> Tensor:
     if logits.ndim != 2:
         raise ValueError(f"logits: expected [N, K], got {tuple(logits.shape)}")
     with torch.autocast(logits.device.type, enabled=False):
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return -logits.log_softmax(1).mean() - math.log(logits.shape[1])
+        return -full_precision(logits).log_softmax(1).mean() - math.log(logits.shape[1])
 
 
 def negatives_loss(z: Tensor, outliers: Tensor, temperature: float) -> Tensor:
@@ -53,7 +52,7 @@ def negatives_loss(z: Tensor, outliers: Tensor, temperature: float) -> Tensor:
     if z.ndim != 2 or outliers.ndim != 2 or z.shape[1] != outliers.shape[1]:
         raise ValueError(f"outliers: expected [M, D] for z [N, D], got {[*outliers.shape]} for {[*z.shape]}")
     with torch.autocast(z.device.type, enabled=False):
-        z, outliers = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (z, outliers))
+        z, outliers = full_precision(z), full_precision(outliers)
         (everyone, first), (everyones, _) = gather(z), gather(outliers)
 
         def added(z: Tensor, own: Tensor) -> tuple[Tensor]:

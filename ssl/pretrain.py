@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import cast
@@ -32,15 +32,14 @@ from gradmix.ssl.machine import decoders
 from gradmix.ssl.networks.backbones import build_backbone
 from gradmix.ssl.networks.layout import layout_of
 from gradmix.ssl.objective import (
+    OWN,
     Rows,
     Taught,
     build_prototype_loss,
     build_target_loss,
-    check_guide,
-    check_mixing,
-    losses_beside,
+    check_losses,
+    losses_in,
     losses_of,
-    mixed_weights_of,
     outlier_loss_of,
     temperature_at,
     weights_of,
@@ -67,19 +66,15 @@ class Pretraining(LightningModule):
     def __init__(self, config: Config, train: ImageSet) -> None:
         super().__init__()
         method = config.method
-        if not any(weights_of(method).values()):
-            raise ValueError(f"method: {', '.join(weights_of(method))} are all 0, nothing would be learned")
-        if (method.supervised or method.targets or method.prototypes) and (train.labels < 0).any():
+        check_losses(config)
+        if losses_in(method) != ["selfsup"] and (train.labels < 0).any():
             raise ValueError(f"method: {method.name} needs classes, but data.root has none; use method=simclr")
         self.config, self.train_set = config, train
         self.start = self.steps = 0
         self.mixer = build_mixer(config.mix)
-        if self.mixer is not None:
-            check_mixing(method)
         # Who looks where a loss comes from: the mixer, or one that only looks, for outliers.
         self.looker = self.mixer if self.mixer is not None and self.mixer.looks else None
         if config.outliers.name == "attribution":
-            check_guide(method)
             self.looker = self.looker or GradMix()
         backbone = build_backbone(config.encoder, train.size)
         self.layout = layout_of(backbone, config.speed.channels_last)
@@ -92,18 +87,15 @@ class Pretraining(LightningModule):
         classes = int(train.labels.max()) + 1
         self.target_loss = build_target_loss(config, classes) if method.targets else None
         self.prototype_loss = build_prototype_loss(config, classes) if method.prototypes else None
-        asks = self.mixer is not None or self.looker is not None
-        self.losses = losses_of(method, asks, self.target_loss, self.prototype_loss)
-        self.beside = losses_beside(config, self.target_loss)
-        self.weights = weights_of(method) | {"distill": config.distill.weight}
-        self.mixed_weights = mixed_weights_of(config)
+        self.losses = losses_of(config, self.target_loss, self.prototype_loss)
+        self.outlier_loss = outlier_loss_of(config, self.target_loss or self.prototype_loss)
+        self.weights = weights_of(config)
         self.teacher = build_teacher(config, self.backbone, self.head, self.target_loss, train.size)
         # All processes move the teacher's weights alike, so that these need not be sent. BatchNorm's statistics are, as
         # the student's are: they come from each process's own images.
         teachers = {name for name, _ in self.named_buffers() if name.startswith("teacher.")}
         sent = {f"teacher.{name}" for name, _ in self.named_buffers()}
         self._ddp_params_and_buffers_to_ignore = sorted(teachers - sent)
-        self.outlier_loss = outlier_loss_of(config, self.target_loss or self.prototype_loss)
         watched = self.looker.layers_in(self.backbone) if self.looker is not None else []
         if config.speed.compile:
             compile_stages(self.backbone, watched)
@@ -138,7 +130,10 @@ class Pretraining(LightningModule):
         return features, F.normalize(self.head(features).float(), dim=1)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """The loss of one batch: of its views and, at the steps that mix, of what the mixer makes of them."""
+        """The loss of one batch: of its views and, at the steps that mix, of what the mixer makes of them.
+
+        Teachers (``distill``) and outliers are not the paper's; without them the lines on them do nothing.
+        """
         method, mix = self.config.method, self.config.mix
         seed = seed_of(self.config.seed, batch.epoch, batch.step, self.global_rank)
         torch.manual_seed(seed)  # what a network drops at random, too, is a function of the step
@@ -147,91 +142,113 @@ class Pretraining(LightningModule):
         looks = asked and batch.step % mix.attribution_every == 0
         done = (batch.epoch + batch.step / self.loader.steps_per_epoch) / self.config.epochs
         temperature = temperature_at(method, done)
-
         if mixer is not None:
             self.pictures = None  # those of the step before, so that no two steps' lie in the device's memory
         if looks:
             self.disrupted = None
 
+        # Two views of every image, and the losses of them.
         views = self.draw_views(batch.images, seed)  # [2B, 3, H, W]
-        labels = batch.labels.repeat(2)  # [2B]
         with self.watched(looks):
             features, z = self.embed(views)  # [2B, F], [2B, D]
-        rows = Rows(z, labels, temperature, features=features)
+        taught = self.teach(batch, views, temperature)
+        rows = Rows(z, batch.labels.repeat(2), temperature, features=features, taught=taught)
         losses = {name: loss(rows) for name, loss in self.losses.items()}
-        total = own = sum((self.weights[name] * value for name, value in losses.items()), z.new_zeros(()))
-        guide = own if method.attribution == "joint" else losses.get(method.attribution, own)
-        for name, weight, value in self.terms_beside(batch, views, rows, guide, mixer, looks, seed):
-            total = total if weight is None else total + weight * value
-            losses[name] = value
 
-        self.scalars = {f"train/{name}": value.detach() for name, value in {"loss": total, **losses}.items()}
-        self.steps = self.batches_before(batch) + 1
-        return total
+        # Where the gradient of one of them points, on the same graph, and the images that are made by it.
+        guide = self.guide(losses)
+        maps = self.attribute(views, z, guide) if looks else None  # [2B, H, W]
+        disrupted = None if maps is None else self.disrupt(views, maps, seed_of(seed, 2))  # [M, 3, H, W]
+        mixed = None if mixer is None else self.mix(mixer, batch, views, z, guide, maps, seed)
 
-    def terms_beside(
-        self, batch: Batch, views: Tensor, rows: Rows, guide: Tensor, mixer: Mixer | None, looks: bool, seed: int
-    ) -> Iterator[tuple[str, float | None, Tensor]]:
-        """What comes on top of the method's own losses: the teacher's, that of mixed images, that of outliers.
-
-        Args:
-            guide: the loss that attribution follows, where it ``looks``.
-
-        Yields:
-            name, weight (None: it is told, not added) and value of each.
-        """
-        if self.teacher is not None:
-            if self.begins_step(batch):
-                self.teacher.follow(self.backbone, self.head, self.optimizer_steps(batch))
-            rows = rows._replace(taught=self.teacher(views, rows.temperature))
-        for name, loss in self.beside.items():
-            yield name, self.weights[name], loss(rows)
-        maps = self.attribute(views, rows.z, guide) if looks else None  # [2B, H, W]
-        disrupted = None if maps is None else self.disrupt(views, maps, seed_of(seed, 2))  # [M, 3, S, S]
+        # These go through the network in one more pass.
         outliers = None
-        if mixer is not None:
-            mixed = self.mix(mixer, batch, views, rows.z, guide, maps, seed)
+        if mixed is not None:
             mixed_features, p, outliers = self.embed_more(mixed.images, disrupted)  # [2B, F], [2B, D], [M, D]
             rows = rows._replace(p=p, kept=mixed.kept, other=rows.labels[mixed.partner], partner=mixed.partner)
-            taught_mixed = self.teach_mixed(mixed.images, rows.temperature)
-            rows = rows._replace(mixed_features=mixed_features, taught_mixed=taught_mixed)
-            for name, weight in self.mixed_weights.items():
-                told = "mixed" if name == self.config.method.mixed_loss else f"{name}_mixed"
-                yield told, weight, (self.losses | self.beside)[name](rows)
-            yield "kept", None, mixed.kept.mean()
+            losses["mixed"] = self.losses[method.mixed_loss](rows)
+            if "distill" in losses and self.config.distill.mixed:
+                taught_mixed = self.teach_mixed(mixed.images, temperature)
+                rows = rows._replace(mixed_features=mixed_features, taught_mixed=taught_mixed)
+                losses["distill_mixed"] = self.losses["distill"](rows)
             self.pictures = views, mixed
         elif disrupted is not None:
             outliers = self.embed(disrupted)[1]
         if outliers is not None:
-            yield "outliers", self.config.outliers.weight, self.outlier_loss(rows._replace(outliers=outliers))
+            losses["outliers"] = self.outlier_loss(rows._replace(outliers=outliers))
+
+        total = self.add_up(losses)
+        told = {"loss": total, **losses} | ({} if mixed is None else {"kept": mixed.kept.mean()})
+        self.scalars = {f"train/{name}": value.detach() for name, value in told.items()}
+        self.steps = self.batches_before(batch) + 1
+        return total
+
+    def draw_views(self, images: Tensor, seed: int) -> Tensor:
+        """Two random views ``[2B, 3, S, S]`` of images ``[B, 3, S, S]``, or of their crops ``[B, V, 3, S, S]``,
+        laid out as the network wants them."""
+        return self.augment(images, seed).contiguous(memory_format=self.layout)
+
+    def watched(self, looks: bool) -> AbstractContextManager[None]:
+        """Around the forward pass. One in micro-batches keeps nothing to look at: :meth:`attribute` repeats it."""
+        if self.looker is None or not looks or self.config.speed.micro_batch is not None:
+            return nullcontext()
+        return self.looker.watch(self.backbone)
+
+    def guide(self, losses: dict[str, Tensor]) -> Tensor:
+        """The loss that attribution follows: one of the method's own, or all of them together."""
+        own = {name: value for name, value in losses.items() if name in OWN}
+        followed = self.config.method.attribution
+        return own[followed] if followed in own else self.add_up(own)
+
+    def add_up(self, losses: dict[str, Tensor]) -> Tensor:
+        """The weighted sum of losses."""
+        return cast(Tensor, sum(self.weights[name] * value for name, value in losses.items()))
+
+    def attribute(self, views: Tensor, z: Tensor, guide: Tensor) -> Tensor:
+        """The maps ``[2B, H, W]`` of the loss ``guide``: where in the views its gradient points.
+
+        Through micro-batches the gradient at ``z`` is handed on one at a time.
+        """
+        assert self.looker is not None  # somebody asks
+        size = self.config.speed.micro_batch
+        if size is None:
+            return cast(Tensor, self.looker.attribute(views, guide))
+        (gradient,) = torch.autograd.grad(guide, z, retain_graph=True)
+        maps = []
+        for part, its_gradient in zip(_parts(views, size), _parts(gradient, size), strict=True):
+            with still(self.backbone), self.looker.watch(self.backbone):
+                _, its_z = self._embed(part)
+            maps.append(cast(Tensor, self.looker.attribute(part, (its_z * its_gradient).sum())))
+        return torch.cat(maps)
 
     def mix(
         self, mixer: Mixer, batch: Batch, views: Tensor, z: Tensor, guide: Tensor, maps: Tensor | None, seed: int
     ) -> Mixed:
-        """What the mixer makes of the views."""
-        others = batch.images if batch.images.ndim == 4 else batch.images[:, 2:]  # of photographs, four are cut
-        again = partial(self.draw_views, others, seed_of(seed, 1))  # what extra_view calls
-        generator = torch.Generator(views.device).manual_seed(seed)
-        its_maps = maps if mixer.looks else None
+        """What the mixer makes of the views; extra_view has others, in which nothing is mixed."""
+        if self.config.mix.name == "extra_view":
+            others = batch.images if batch.images.ndim == 4 else batch.images[:, 2:]  # of photographs, four are cut
+            views = self.draw_views(others, seed_of(seed, 1))
         if mixer.looks and maps is None:  # flat: boxes lie at random places
-            its_maps = torch.zeros_like(views[:, 0])
-        return mixer(views, guide, generator, projections=z, attribution=its_maps, new_views=again)
-
-    def optimizer_steps(self, batch: Batch) -> int:
-        """How many the optimizer has done when a batch comes."""
-        return self.batches_before(batch) // self.config.trainer.get("accumulate_grad_batches", 1)
-
-    def begins_step(self, batch: Batch) -> bool:
-        """Whether a batch is the first of those whose gradients one optimizer step adds up."""
-        return self.batches_before(batch) % self.config.trainer.get("accumulate_grad_batches", 1) == 0
+            maps = torch.zeros_like(views[:, 0])
+        generator = torch.Generator(views.device).manual_seed(seed)
+        return mixer(views, guide, generator, projections=z, attribution=maps if mixer.looks else None)
 
     def batches_before(self, batch: Batch) -> int:
         """How many batches have been before this one, over all epochs."""
         return batch.epoch * self.loader.steps_per_epoch + batch.step
 
+    def teach(self, batch: Batch, views: Tensor, temperature: float) -> Taught | None:
+        """What the teacher makes of the views; None without one. It follows the student once per optimizer step."""
+        if self.teacher is None:
+            return None
+        steps, since = divmod(self.batches_before(batch), self.config.trainer.get("accumulate_grad_batches", 1))
+        if since == 0:
+            self.teacher.follow(self.backbone, self.head, steps)
+        return self.teacher(views, temperature)
+
     def teach_mixed(self, images: Tensor, temperature: float) -> Taught | None:
-        """What the teacher makes of the mixed images themselves, where a loss asks for it."""
-        if self.teacher is None or self.config.distill.form != "logits" or not self.config.distill.mixed:
+        """What the teacher makes of the mixed images themselves; None for relations, which do not ask."""
+        if self.teacher is None or self.config.distill.form != "logits":
             return None
         return self.teacher(images, temperature)
 
@@ -257,34 +274,6 @@ class Pretraining(LightningModule):
             return features[: len(mixed)], p[: len(mixed)], p[len(mixed) :]
         features, p = self.embed(mixed)
         return features, p, p[: self.outlier_count(len(p))] if self.config.outliers.name == "mixed" else None
-
-    def draw_views(self, images: Tensor, seed: int) -> Tensor:
-        """Two random views ``[2B, 3, S, S]`` of images ``[B, 3, S, S]``, or of their crops ``[B, V, 3, S, S]``,
-        laid out as the network wants them."""
-        return self.augment(images, seed).contiguous(memory_format=self.layout)
-
-    def watched(self, looks: bool) -> AbstractContextManager[None]:
-        """Around the forward pass. One in micro-batches keeps nothing to look at: :meth:`attribute` repeats it."""
-        if self.looker is None or not looks or self.config.speed.micro_batch is not None:
-            return nullcontext()
-        return self.looker.watch(self.backbone)
-
-    def attribute(self, views: Tensor, z: Tensor, guide: Tensor) -> Tensor:
-        """The maps ``[2B, H, W]`` of the loss ``guide``: where in the views its gradient points.
-
-        Through micro-batches the gradient at ``z`` is handed on one at a time.
-        """
-        assert self.looker is not None  # somebody asks
-        size = self.config.speed.micro_batch
-        if size is None:
-            return cast(Tensor, self.looker.attribute(views, guide))
-        (gradient,) = torch.autograd.grad(guide, z, retain_graph=True)
-        maps = []
-        for part, its_gradient in zip(_parts(views, size), _parts(gradient, size), strict=True):
-            with still(self.backbone), self.looker.watch(self.backbone):
-                _, its_z = self._embed(part)
-            maps.append(cast(Tensor, self.looker.attribute(part, (its_z * its_gradient).sum())))
-        return torch.cat(maps)
 
     @property
     def crops(self) -> Crops:

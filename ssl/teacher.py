@@ -13,7 +13,7 @@ from gradmix.ssl.data.images import Constants
 from gradmix.ssl.networks.backbones import Encoder, load_backbone, read_backbone
 from gradmix.ssl.networks.heads import read_head
 from gradmix.ssl.networks.layout import layout_of
-from gradmix.ssl.objective import Taught, weights_of
+from gradmix.ssl.objective import Taught, losses_in
 from gradmix.ssl.runs.files import hash_file, hash_json
 from gradmix.ssl.runs.folder import read_config
 from gradmix.ssl.runs.tensors import read_header
@@ -137,7 +137,7 @@ def check_teacher(config: Config, classes: list[str] | None = None) -> None:
         return
     method = read_config(run).method
     if not method.targets:
-        has = " and ".join(name for name, weight in weights_of(method).items() if weight)
+        has = " and ".join(losses_in(method))
         raise ValueError(f"distill.teacher: {run} was trained with {has}, not with class targets, which {what} needs")
     theirs = read_header(run / "backbone.safetensors").classes
     if classes is not None and theirs != classes:

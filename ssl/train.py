@@ -24,7 +24,7 @@ from gradmix.ssl.guard import Guard
 from gradmix.ssl.loggers import asked_for, loggers
 from gradmix.ssl.machine import check_limits, check_queue, decoders, least_time, precision
 from gradmix.ssl.networks.backbones import backbone_metadata, check_encoder
-from gradmix.ssl.objective import check_mixing
+from gradmix.ssl.objective import check_losses
 from gradmix.ssl.optimizer import learning_rate
 from gradmix.ssl.pretrain import Pretraining, build_mixer
 from gradmix.ssl.runs.files import write_json, write_tensors
@@ -176,8 +176,8 @@ def check(config: Config) -> None:
             f"mix.end_epoch: {config.mix.end_epoch} is not behind mix.start_epoch={config.mix.start_epoch}, nothing "
             "would be mixed; mix=none says so"
         )
-    if build_mixer(config.mix) is not None:
-        check_mixing(config.method)
+    build_mixer(config.mix)
+    check_losses(config)
     if config.outliers.name == "mixed" and config.mix.name in ("none", "extra_view"):
         raise ValueError(
             f"outliers.name: mix={config.mix.name} mixes nothing that could be an outlier; outliers=attribution needs "

@@ -430,16 +430,12 @@ def test_random_partners_are_uniform_over_the_others():
     assert (counts[allowed] - 200).abs().max() < 60  # 5 standard deviations
 
 
-def test_an_extra_view_is_what_the_call_draws():
-    images, views = numbered(3, (4, 4)), torch.rand(6, 3, 4, 4)
-    mixed = MIXERS["extra_view"]()(images, new_views=lambda: views)
+def test_an_extra_view_is_mixed_with_nothing():
+    images = torch.rand(6, 3, 4, 4)
+    mixed = MIXERS["extra_view"]()(images, generator=seeded(0))
     check(mixed, images)
-    assert mixed.images is views
+    assert mixed.images is images
     assert mixed.kept.tolist() == [1] * 6 and mixed.partner.tolist() == list(range(6))
-    with pytest.raises(ValueError, match="new_views: an extra view needs a function in the call"):
-        MIXERS["extra_view"]()(images)
-    with pytest.raises(ValueError, match=r"new_views: expected \(6, 3, 4, 4\), got \(3, 3, 4, 4\)"):
-        MIXERS["extra_view"]()(images, new_views=lambda: views[:3])
 
 
 def test_wrong_arguments_are_named():

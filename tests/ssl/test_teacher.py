@@ -67,7 +67,7 @@ def built(settings, data):
 def test_without_a_teacher_there_is_nothing_of_it(config, data):
     module, batch = built(config("unused"), data)
     module.training_step(batch, 0)
-    assert module.teacher is None and not module.beside
+    assert module.teacher is None and "distill" not in module.losses
     assert not any("distill" in name for name in module.scalars)
     assert not any("teacher" in name for name in module.state_dict())
 
@@ -192,12 +192,11 @@ def test_accumulated_steps_move_the_average_once(config, data):
     settings.trainer["accumulate_grad_batches"] = 2
     module, batch = built(settings, data)
     places = [batch._replace(epoch=epoch, step=step) for epoch in (0, 1) for step in range(5)]
-    assert [module.optimizer_steps(place) for place in places] == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
     followed, follow = [], module.teacher.follow
     module.teacher.follow = lambda *given: (followed.append(given[2]), follow(*given))
-    for place in places[:5]:
+    for place in places:
         module.training_step(place, 0)
-    assert followed == [0, 1, 2]
+    assert followed == [0, 1, 2, 3, 4]
 
 
 class Parallel(nn.Module):
@@ -292,7 +291,7 @@ def test_a_teacher_sees_images_normalised_as_its_own(runs, config, data):
         (
             "sphor",
             {"name": "run", "teacher": "JOINT", "form": "logits"},
-            "was trained with selfsup and supervised, not",
+            "was trained with supervised and selfsup, not",
         ),
         ("joint", {"name": "somebody"}, r"distill\.name: expected one of none, ema, run, got 'somebody'"),
         ("joint", {"name": "ema", "temperature": 0.0}, r"distill\.temperature: expected a number above 0"),

@@ -74,7 +74,7 @@ def measured(
         write_json(out / "bad_images.json", data.bad)
     numbers, skipped = measure_all(measures, subject)
     (out / "features" / "scores.safetensors").unlink(missing_ok=True)  # an earlier evaluation's, of other images
-    if not subject.lacks("classes") and not subject.lacks("unknown images"):
+    if not subject.lacks("classes"):
         about = {"labels": data.test.labels, "images": image_hashes(data.test, read=subject.encoder is not None)}
         write_tensors(out / "features" / "scores.safetensors", about | subject.scores)
     held_out, fewest = len(data.held_out), needed(config.accept)

@@ -1,8 +1,8 @@
-"""What a detector is worth: known against unknown test images."""
+"""What a detector is worth: known against unknown test images, and what can be said of the known ones alone."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,13 +13,14 @@ from gradmix.eval.config import EvalConfig
 from gradmix.eval.detectors import PRIMARY, Detector
 from gradmix.eval.detectors.options import build_detector, parse_detector
 from gradmix.eval.features.arrays import Array
-from gradmix.eval.protocols.measure import Measure, check_neighbours
+from gradmix.eval.protocols.measure import Measure, Skipped, check_neighbours
 from gradmix.eval.protocols.subject import Subject
 from gradmix.eval.runs.foreign import ELSEWHERE
 from gradmix.ssl.config import Config
 from gradmix.ssl.data.open_set import OpenSetData
 
 GROUPS = ("near", "far")  # of named sets of unknown images
+FINDING = "how well unknown images are found"  # what is skipped where there are none
 
 
 class Judged(NamedTuple):
@@ -52,6 +53,7 @@ def open_set_numbers(known: Judged, unknown: Judged, sets: Mapping[str, Tensor])
     over those of a group.
 
     Args:
+        unknown: there may be none; what takes some is then left out.
         sets: which unknown images are in each, by name, ``[M]``.
     """
 
@@ -79,7 +81,7 @@ class OpenSet(Measure):
 
     def __init__(self, key: str, detector: Detector, space: str, interval: bool = False):
         self.key, self.detector, self.space, self.interval = key, detector, space, interval
-        self.needs = (space, "classes", "unknown images")
+        self.needs = (space, "classes")
 
     @property
     def name(self) -> str:
@@ -107,10 +109,12 @@ class OpenSet(Measure):
         if kind.NEEDS_LABELS and not data.classes:
             raise ValueError(f"primary: {kind.NAME} needs classes, and the images have none")
 
-    def measure(self, subject: Subject) -> Iterator[tuple[str, float]]:
+    def measure(self, subject: Subject) -> Iterator[tuple[str, Any]]:
         known, unknown, sets = self.judge_test(subject)
         values = open_set_numbers(known, unknown, sets)
-        if self.interval:
+        if why := subject.lacks("unknown images"):
+            yield FINDING, Skipped(why)
+        elif self.interval:
             interval = metrics.bootstrap(metrics.auroc, known.score, unknown.score)
             values |= {"auroc_low": interval.low, "auroc_high": interval.high}
         yield from ((f"{self.name}/{name}", value) for name, value in values.items())

@@ -106,11 +106,12 @@ def _open_set(result: dict[str, Any]) -> list[str]:
     grid = _grid(result, columns)
     if not grid:
         return []
-    lines = ["", "unknown against known classes, %", *grid, ""]
-    lines += [f"  {metric.title}: {metric.sentence} Lower is better." for metric in columns if metric.better == "lower"]
+    shown = [m for m in columns if any(m.at(name) in result for name in catalogue.subjects(result, columns))]
+    title = catalogue.detectors_title(shown)
+    notes = [f"  {metric.title}: {metric.sentence} Lower is better." for metric in shown if metric.better == "lower"]
     if f"osr/{PRIMARY}/auroc_low" in result:
-        lines.append("  [low, high]: 95 % interval, bootstrap over the test images.")
-    return lines
+        notes.append("  [low, high]: 95 % interval, bootstrap over the test images.")
+    return ["", f"{title[0].lower()}{title[1:]}, %", *grid, *([""] if notes else []), *notes]
 
 
 def _others(result: dict[str, Any]) -> list[str]:
@@ -126,7 +127,7 @@ def _others(result: dict[str, Any]) -> list[str]:
 def _grid(result: dict[str, Any], columns: list[catalogue.Metric]) -> list[str]:
     """Rows of text under their titles, one for each classifier or detector; the columns that nobody has left out."""
     titles = [metric.title for metric in columns]
-    who = catalogue.subjects(result, columns[0])
+    who = catalogue.subjects(result, columns)
     if not who:
         return []
     cells = {name: [_cell(result, metric.at(name)) for metric in columns] for name in who}

@@ -76,6 +76,8 @@ def test_predictions_and_scores_get_every_number_of_their_table():
     assert found["false_alarms"] == (known > 0.5).mean()
     found = of_scores(ScoredSets(known, unknown, correct))
     assert "balanced_accuracy" not in found and found["auroc"] == metrics.auroc(known, unknown)
+    found = of_scores(ScoredSets(known, [], correct, (known > 0.5, [])))
+    assert found == {"closed_set_accuracy": correct.mean(), "false_alarms": (known > 0.5).mean()}
 
 
 def hooks():

@@ -6,7 +6,6 @@ import torch
 from pytorch_lightning import Callback, Trainer
 
 from gradmix.eval.detectors import PRIMARY
-from gradmix.eval.detectors.options import build_detector
 from gradmix.eval.features.cache import frozen
 from gradmix.eval.features.extraction import extract
 from gradmix.eval.protocols.closed_set import KNN, Quality
@@ -56,7 +55,7 @@ class OnlineTest(EpochCallback):
         self.data, self.config, self.every_epochs = replace(data, held_out=no_images), config, config.test_every
         self.measures: list[Measure] = [KNN()]
         if (data.test.labels < 0).any():
-            self.measures.append(OpenSet(PRIMARY, build_detector(PRIMARY, config.detector_options), "features"))
+            self.measures.append(OpenSet(PRIMARY, PRIMARY, "features"))
 
     def on_epoch(self, trainer: Trainer, module: Pretraining) -> None:
         with frozen(module.backbone):

@@ -17,6 +17,19 @@ from gradmix.eval import metrics
 FULL_SPECTRUM = "full_spectrum"  # after a detector's name: corrupted copies of the known images count as known too
 
 
+@dataclass
+class Answers:
+    """What a classifier says of the known test images: class indices ``[N]``, beside the right ones."""
+
+    predicted: Any
+    labels: Any
+
+    @cached_property
+    def recalls(self) -> dict[int, float]:
+        """By class, the share of its images whose class is right."""
+        return metrics.class_recalls(self.predicted, self.labels)
+
+
 class ScoredSets(NamedTuple):
     """What a detector says of the test images; higher scores are more unknown.
 
@@ -52,8 +65,8 @@ class Metric:
             table, and in the hyper-parameters tab of TensorBoard.
         known_only: of a detector's scores, whether it is of the known images alone: measured without unknown ones too.
         threshold: whether it is of decisions at the threshold: another ``accept`` or ``per_class`` changes it.
-        compute: ``(predicted, labels)`` of known test images to the number, or `ScoredSets` to the number, or to None
-            where it can't be told; None for numbers that are measured elsewhere.
+        compute: `Answers`, or `ScoredSets`, to the number, or to None where it can't be told; None for numbers that are
+            measured elsewhere.
     """
 
     key: str
@@ -179,7 +192,7 @@ KNOWN = (
         "Share of the known test images whose class is right.",
         terminal=True,
         compared=True,
-        compute=metrics.closed_set_accuracy,
+        compute=lambda a: metrics.closed_set_accuracy(a.predicted, a.labels),
     ),
     Metric(
         "{classifier}/balanced_accuracy",
@@ -187,14 +200,14 @@ KNOWN = (
         "Mean of the classes' recalls: every class counts the same, however many test images it has.",
         terminal=True,
         compared=True,
-        compute=lambda predicted, labels: metrics.mean_recall(metrics.class_recalls(predicted, labels)),
+        compute=lambda a: metrics.mean_recall(a.recalls),
     ),
     Metric(
         "{classifier}/lowest_recall",
         "Lowest recall",
         "Recall of the class that is recognised least.",
         terminal=True,
-        compute=lambda predicted, labels: min(metrics.class_recalls(predicted, labels).values()),
+        compute=lambda a: min(a.recalls.values()),
     ),
     Metric(
         "{classifier}/recall",
@@ -399,10 +412,10 @@ def of_predictions(subject: str, predicted: Any, labels: Any, classes: Sequence[
         predicted, labels: class indices of known test images, ``[N]``.
         classes: names of the classes; with them the recall of each is there too.
     """
-    numbers: dict[str, Any] = {m.at(subject): m.compute(predicted, labels) for m in KNOWN if m.compute}
+    answers = Answers(predicted, labels)
+    numbers: dict[str, Any] = {m.at(subject): m.compute(answers) for m in KNOWN if m.compute}
     if classes:
-        recalls = metrics.class_recalls(predicted, labels)
-        numbers[f"{subject}/recall"] = {classes[label]: recall for label, recall in recalls.items()}
+        numbers[f"{subject}/recall"] = {classes[label]: recall for label, recall in answers.recalls.items()}
     return numbers
 
 

@@ -9,6 +9,7 @@ from typing import ClassVar, NamedTuple, cast
 
 import numpy as np
 
+from gradmix.eval.counted import counted
 from gradmix.eval.detectors import store
 from gradmix.eval.detectors.calibration import Calibration, needed
 from gradmix.eval.detectors.saved import check_saved
@@ -187,7 +188,7 @@ class Detector:
             count, least = len(calibration.scores), needed(calibration.accept)
             enough = "no number is enough" if least == math.inf else f"it takes {least}"
             raise ValueError(
-                f"accept: {calibration.accept:g} can't be promised with {count} held-out images, {enough}; "
+                f"accept: {calibration.accept:g} can't be promised with {counted(count, 'held-out image')}, {enough}; "
                 f"at most {math.floor(1e4 * count / (count + 1)) / 1e4:g} can"
             )
         self.calibration_, self.threshold = calibration, calibration.threshold

@@ -81,7 +81,7 @@ def measured(
     if not held_out:
         skipped["threshold"] = f"no known images are held out to calibrate on (data.holdout={config.data.holdout:g})"
     elif held_out < fewest:
-        takes = f"takes {fewest} held-out images, there are {held_out}" if config.accept < 1 else "can't be promised"
+        takes = f"takes {fewest} held-out images, not {held_out}" if config.accept < 1 else "can't be promised"
         why = f"accept={config.accept:g} {takes}; the threshold is their largest score"
         skipped["the promise of the threshold"] = why
     save_detectors(out, run_dir, subject)

@@ -32,9 +32,9 @@ HEADLINE = (
 )
 # What may be wrong with the images, as metrics.json counts it.
 TROUBLES = {
-    "data/bad_images": "unreadable files left out",
-    "data/test_copies": "test images are exact copies of training images",
-    "data/class_copies": "images are exact copies of one in another class",
+    "data/bad_images": "unreadable files, left out",
+    "data/test_copies": "exact copies of training images in the test set",
+    "data/class_copies": "exact copies of an image in another class",
 }
 
 
@@ -81,7 +81,7 @@ def what_was_run(run: Run) -> Section:
         "Run": str(run.path),
         "Data": f"{config.data.name}{f', {config.data.root}' if config.data.root else ''}: {', '.join(sizes)} images"
         + (f" ({unknown} of unknown classes)" if unknown else "")
-        + "".join(f"; {found[key]} {what}" for key, what in TROUBLES.items() if found.get(key)),
+        + "".join(f"; {what}: {found[key]}" for key, what in TROUBLES.items() if found.get(key)),
         "Unknown images": config.data.unknown_root
         or ", ".join(f"{name}: {root}" for name, root in config.data.unknown_roots.items()),
         "Known classes": _first(run.classes) or "none: the images have no classes",

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from gradmix.eval import catalogue
+from gradmix.eval.counted import counted
 from gradmix.eval.detectors import PRIMARY
 from gradmix.ssl.config import Config
 from gradmix.ssl.data.open_set import OpenSetData
@@ -21,7 +22,7 @@ def describe(config: Config, data: OpenSetData) -> str:
     if config.data.unknown_root is not None:
         others = f"unknown: {config.data.unknown_root}"
     if config.data.unknown_roots:
-        sets = (f"{name} ({int(rows.sum())} images)" for name, rows in data.unknown_sets.items())
+        sets = (f"{name} ({counted(int(rows.sum()), 'image')})" for name, rows in data.unknown_sets.items())
         others = f"unknown: {', '.join(sets)}"
     lines = [
         f"{config.data.name}: {len(data.train)} training, {len(data.held_out)} held-out, {len(data.test)} test images"
@@ -29,12 +30,12 @@ def describe(config: Config, data: OpenSetData) -> str:
     ]
     if known:
         shown = ", ".join(data.classes[:10]) + (", ..." if known > 10 else "")
-        lines.append(f"{known} known classes: {shown}; {others}")
+        lines.append(f"{counted(known, 'known class')}: {shown}; {others}")
     if data.empty:
         lines.append(f"without images, left out: {', '.join(data.empty)}")
     lines += data.notes
     if data.bad:
-        lines.append(f"{len(data.bad)} image files can't be read and are left out: bad_images.json")
+        lines.append(f"image files that can't be read, left out: {len(data.bad)}, see bad_images.json")
     lines.append(
         f"{config.method.name} with mix={config.mix.name}, {config.encoder}, "
         f"{config.epochs} epochs, batch {config.batch_size}"

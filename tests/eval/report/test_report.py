@@ -190,7 +190,7 @@ def test_a_run_where_everything_is_missing_says_so(digits_run, tmp_path, browser
     text = report.read_text()
     for sentence in (
         "Not measured: how well unknown images are found, for the test set has no unknown classes.",
-        "2 unreadable files left out; 3 test images are exact copies of training images",
+        "unreadable files, left out: 2; exact copies of training images in the test set: 3",
         "There are no TensorBoard events in this folder.",
         "There are no saved features in this folder.",
         "There are no classes to confuse.",

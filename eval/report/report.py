@@ -21,6 +21,7 @@ from gradmix.ssl.data.open_set import OpenSetData
 from gradmix.ssl.pictures import PADDING, tile_side
 from gradmix.ssl.runs.files import write_text
 
+CLASSES = 25  # that are named
 PICTURES = 5  # of mixing, spread over the training
 HEADLINE = (
     "knn/top1",
@@ -138,9 +139,9 @@ def _mixing(run: Run, step: int, encoded: bytes) -> dict[str, Any]:
     return {"rows": names, "uri": data_uri(picture), "when": when, "width": picture.width, "height": picture.height}
 
 
-def _first(names: list[str], count: int = 25) -> str:
-    rest = len(names) - count
-    return ", ".join(names[:count]) + (f" and {rest} more" if rest > 0 else "")
+def _first(names: list[str]) -> str:
+    rest = len(names) - CLASSES
+    return ", ".join(names[:CLASSES]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def _show(value: Any) -> str:

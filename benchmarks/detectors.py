@@ -21,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import faiss
 import numpy as np
 import torch
 from lightly.utils.benchmarking import knn_predict
@@ -30,7 +31,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from gradmix.eval.classifiers.knn import KNNClassifier
 from gradmix.eval.detectors import ClassKNN
 from gradmix.eval.features.arrays import unit_rows
-from gradmix.eval.features.search import Neighbours, inverted_file, limit_threads
+from gradmix.eval.features.search import Neighbours, inverted_file
 from gradmix.eval.metrics import auroc
 
 LATENT = 64
@@ -227,7 +228,7 @@ def main() -> None:
     parser.add_argument("--save", action="store_true", help="write results/detectors.json and docs/detectors.png")
     options = parser.parse_args()
 
-    limit_threads(options.threads)
+    faiss.omp_set_num_threads(options.threads)
     torch.set_num_threads(options.threads)
     report = {
         "hardware": hardware(torch.device("cpu"), "faiss-cpu", "lightly", "scikit-learn", "numpy"),

@@ -23,6 +23,7 @@ import gradmix
 from gradmix.eval.commands import later
 from gradmix.eval.commands.command_line import checked, explain, folder_as_data, is_path, literal, not_one_option
 from gradmix.eval.config import EmbedConfig, EvalConfig, ScoreConfig
+from gradmix.eval.counted import counted
 from gradmix.ssl.config import Config, flat, register_configs
 from gradmix.ssl.keys import keys_of
 
@@ -125,7 +126,7 @@ class Scores(Sequence["Score"]):
         bound = "no threshold" if self.threshold is None else f"unknown above {self.threshold:.4f}"
         if limits and limits[-1] - limits[0] > 1e-4:  # less is how the numbers were rounded
             bound = f"unknown above {limits[0]:.4f} to {limits[-1]:.4f}, by class"
-        lines = [f"{len(self)} images, {self.predictions.count('unknown')} unknown ({bound})"]
+        lines = [f"{counted(len(self), 'image')}, {self.predictions.count('unknown')} unknown ({bound})"]
         for row in self.rows[:SHOWN]:
             score = "" if row.score is None else f"{row.score:.4f}"
             lines.append(f"  {score:>8}  {row.prediction or row.error or '-':<12}  {row.path}")

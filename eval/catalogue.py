@@ -17,12 +17,25 @@ from gradmix.eval import metrics
 FULL_SPECTRUM = "full_spectrum"  # after a detector's name: corrupted copies of the known images count as known too
 
 
+@dataclass
+class Answers:
+    """What a classifier says of the known test images: class indices ``[N]``, beside the right ones."""
+
+    predicted: Any
+    labels: Any
+
+    @cached_property
+    def recalls(self) -> dict[int, float]:
+        """By class, the share of its images whose class is right."""
+        return metrics.class_recalls(self.predicted, self.labels)
+
+
 class ScoredSets(NamedTuple):
     """What a detector says of the test images; higher scores are more unknown.
 
     Attributes:
         known: scores of the known images, ``[N]``.
-        unknown: scores of the unknown images, ``[M]``.
+        unknown: scores of the unknown images, ``[M]``; there may be none.
         correct: whether the closest class of each known image is the right one, ``[N]``.
         flagged: which known and which unknown images are called unknown, ``[N]`` and ``[M]``; None without a threshold.
     """
@@ -50,9 +63,10 @@ class Metric:
             `OPEN_SET`.
         compared: whether it is among the few of a classifier or detector that stand for a run: in gradmix-compare's
             table, and in the hyper-parameters tab of TensorBoard.
+        known_only: of a detector's scores, whether it is of the known images alone: measured without unknown ones too.
         threshold: whether it is of decisions at the threshold: another ``accept`` or ``per_class`` changes it.
-        compute: ``(predicted, labels)`` of known test images to the number, or `ScoredSets` to the number, or to None
-            where it can't be told; None for numbers that are measured elsewhere.
+        compute: `Answers`, or `ScoredSets`, to the number, or to None where it can't be told; None for numbers that are
+            measured elsewhere.
     """
 
     key: str
@@ -63,6 +77,7 @@ class Metric:
     of: Literal["method", "session"] = "method"
     terminal: bool = False
     compared: bool = False
+    known_only: bool = False
     threshold: bool = False
     compute: Callable[..., float | None] | None = None
 
@@ -147,6 +162,7 @@ OPEN_SET = (
         "Closed set",
         "Share of known images whose closest class, to this detector, is their own.",
         terminal=True,
+        known_only=True,
         compute=lambda s: float(np.asarray(s.correct).mean()),
     ),
     Metric(
@@ -163,6 +179,7 @@ OPEN_SET = (
         "set).",
         better="lower",
         terminal=True,
+        known_only=True,
         threshold=True,
         compute=lambda s: None if s.flagged is None else float(np.asarray(s.flagged[0]).mean()),
     ),
@@ -175,7 +192,7 @@ KNOWN = (
         "Share of the known test images whose class is right.",
         terminal=True,
         compared=True,
-        compute=metrics.closed_set_accuracy,
+        compute=lambda a: metrics.closed_set_accuracy(a.predicted, a.labels),
     ),
     Metric(
         "{classifier}/balanced_accuracy",
@@ -183,14 +200,14 @@ KNOWN = (
         "Mean of the classes' recalls: every class counts the same, however many test images it has.",
         terminal=True,
         compared=True,
-        compute=lambda predicted, labels: metrics.mean_recall(metrics.class_recalls(predicted, labels)),
+        compute=lambda a: metrics.mean_recall(a.recalls),
     ),
     Metric(
         "{classifier}/lowest_recall",
         "Lowest recall",
         "Recall of the class that is recognised least.",
         terminal=True,
-        compute=lambda predicted, labels: min(metrics.class_recalls(predicted, labels).values()),
+        compute=lambda a: min(a.recalls.values()),
     ),
     Metric(
         "{classifier}/recall",
@@ -367,11 +384,18 @@ def is_of_the_method(key: str) -> bool:
     return found[1].split("/")[0] not in BASELINES
 
 
-def subjects(numbers: Iterable[str], metric: Metric) -> list[str]:
-    """The classifiers or detectors with this metric among some keys: classifiers in the order of `CLASSIFIERS`."""
-    found = [found[1] for key in numbers if not ENDS.search(key) and (found := match(key)) and found[0] is metric]
+def subjects(numbers: Iterable[str], table: Sequence[Metric]) -> list[str]:
+    """The classifiers or detectors with a metric of this table among some keys: classifiers in the order of
+    `CLASSIFIERS`.
+    """
+    found = [found[1] for key in numbers if not ENDS.search(key) and (found := match(key)) and found[0] in table]
     order = {name: place for place, name in enumerate(CLASSIFIERS)}
-    return sorted(found, key=lambda name: order.get(name.split("/")[0], len(order)))
+    return sorted(dict.fromkeys(found), key=lambda name: order.get(name.split("/")[0], len(order)))
+
+
+def detectors_title(shown: Iterable[Metric]) -> str:
+    """What a table of these numbers of detectors is called."""
+    return "Detectors on known images" if all(m.known_only for m in shown) else "Unknown against known classes"
 
 
 def compared(subjects: Sequence[str]) -> Iterator[str]:
@@ -388,14 +412,17 @@ def of_predictions(subject: str, predicted: Any, labels: Any, classes: Sequence[
         predicted, labels: class indices of known test images, ``[N]``.
         classes: names of the classes; with them the recall of each is there too.
     """
-    numbers: dict[str, Any] = {m.at(subject): m.compute(predicted, labels) for m in KNOWN if m.compute}
+    answers = Answers(predicted, labels)
+    numbers: dict[str, Any] = {m.at(subject): m.compute(answers) for m in KNOWN if m.compute}
     if classes:
-        recalls = metrics.class_recalls(predicted, labels)
-        numbers[f"{subject}/recall"] = {classes[label]: recall for label, recall in recalls.items()}
+        numbers[f"{subject}/recall"] = {classes[label]: recall for label, recall in answers.recalls.items()}
     return numbers
 
 
 def of_scores(scores: ScoredSets) -> dict[str, float]:
-    """Every number of a detector's scores, by the last part of its key."""
-    numbers = {metric.name: metric.compute(scores) for metric in OPEN_SET if metric.compute}
+    """Every number of a detector's scores, by the last part of its key; of known images alone, those that need no
+    unknown ones.
+    """
+    told = [metric for metric in OPEN_SET if metric.known_only or len(scores.unknown)]
+    numbers = {metric.name: metric.compute(scores) for metric in told if metric.compute}
     return {name: value for name, value in numbers.items() if value is not None}

@@ -131,7 +131,7 @@ def test_explaining_scores_with_pictures(run, command, tmp_path):
     detector = f"detector={run / 'detector'}"
     result = command("score", detector, f"images={images}", "explain=some sheets", "explain_limit=2")
     assert result.code == 0, result.err
-    assert "1 sheets with 2 images" in result.out
+    assert "1 sheet with 2 images" in result.out
     assert Image.open(tmp_path / "some sheets" / "sheet-001.png").width > 600
     result = command("score", detector, f"images={images}", "explain=more", "explain_limit=0")
     assert result.code == 2 and "explain_limit: expected at least 1, got 0" in result.err

@@ -9,6 +9,7 @@ from typing import ClassVar, NamedTuple, cast
 
 import numpy as np
 
+from gradmix.eval.counted import counted
 from gradmix.eval.detectors import store
 from gradmix.eval.detectors.calibration import Calibration, needed
 from gradmix.eval.detectors.saved import check_saved
@@ -19,6 +20,7 @@ from gradmix.ssl.runs.documents import as_schema
 UNKNOWN = -1
 HELD_OUT = ("held_out_scores", "held_out_positions")  # of a saved detector's arrays, beside its own
 BANK = "bank_"  # of its own, the one that is searched
+Head = tuple[Array, Array]  # weight [K, F] and bias [K] of a linear classifier
 
 
 class Verdict(NamedTuple):
@@ -74,15 +76,23 @@ class Detector:
     NAME: ClassVar[str]  # in metrics.json: osr/<NAME>/auroc
     ARRAYS: ClassVar[Mapping[str, str]]  # name: kind and shape, see `gradmix.eval.detectors.saved`
     NEEDS_LABELS: ClassVar[bool] = True
+    TAKES_HEAD: ClassVar[bool] = False
 
-    def fit(self, features: Array, labels: Array | None = None) -> "Detector":
+    def fit(self, features: Array, labels: Array | None = None, head: Head | None = None) -> "Detector":
         """Fit to known training features `[N, F]` and labels `[N]`, integers >= 0, gaps allowed.
 
         Only some detectors do without labels (`NEEDS_LABELS`); then they cannot `classify`.
 
+        Args:
+            head: `(weight [K, F], bias [K])` of a linear classifier on these features, classes in the order of the
+                sorted labels; for detectors that look at its logits (`TAKES_HEAD`). Without one, most of these fit a
+                `LinearProbe`.
+
         Raises:
-            ValueError: bad arrays, or no labels where they are needed.
+            ValueError: bad arrays, no labels where they are needed, or a head where none is taken.
         """
+        if head is not None and not self.TAKES_HEAD:
+            raise ValueError(f"head: {type(self).__name__} takes none")
         features = check_features("features", features)
         if not isinstance(features, np.memmap):
             features = np.asarray(features, np.float32)
@@ -95,6 +105,9 @@ class Detector:
             self.classes_, positions = np.unique(labels, return_inverse=True)
         elif self.NEEDS_LABELS:
             raise ValueError(f"labels: {type(self).__name__} needs them, got None")
+        elif head is not None:
+            raise ValueError("labels: with a head they are needed, got None")
+        self._given_head = head
         self.threshold: float | None = None
         self.calibration_: Calibration | None = None
         self.width_: int = features.shape[1]
@@ -175,7 +188,7 @@ class Detector:
             count, least = len(calibration.scores), needed(calibration.accept)
             enough = "no number is enough" if least == math.inf else f"it takes {least}"
             raise ValueError(
-                f"accept: {calibration.accept:g} can't be promised with {count} held-out images, {enough}; "
+                f"accept: {calibration.accept:g} can't be promised with {counted(count, 'held-out image')}, {enough}; "
                 f"at most {math.floor(1e4 * count / (count + 1)) / 1e4:g} can"
             )
         self.calibration_, self.threshold = calibration, calibration.threshold

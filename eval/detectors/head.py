@@ -1,13 +1,13 @@
 """A linear classifier's logits, for the detectors that combine them with distances."""
 
+from typing import ClassVar
+
 import numpy as np
 import torch
 
 from gradmix.eval.classifiers.linear import LinearProbe
-from gradmix.eval.detectors.base import Detector
-from gradmix.eval.features.arrays import Array, to_numpy
-
-Head = tuple[Array, Array]  # weight [K, F] and bias [K] of a linear classifier
+from gradmix.eval.detectors.base import Detector, Head
+from gradmix.eval.features.arrays import to_numpy
 
 
 def check_head(head: Head, classes: int, width: int) -> np.ndarray:
@@ -45,17 +45,11 @@ def fit_head(features: np.ndarray, positions: np.ndarray, classes: int) -> Head:
 class HeadDetector(Detector):
     """A detector that needs a linear head: the one that it is given, or a probe of its own."""
 
-    def fit(self, features: Array, labels: Array | None = None, head: Head | None = None) -> Detector:
-        """As `Detector.fit`.
-
-        Args:
-            head: `(weight [K, F], bias [K])` on these features, classes in the order of the sorted labels;
-                None fits a `LinearProbe` to the training features.
-        """
-        self._given = head
-        return super().fit(features, labels)
+    TAKES_HEAD: ClassVar[bool] = True
 
     def _head(self, features: np.ndarray, positions: np.ndarray) -> np.ndarray:
         """`[K, F + 1]`, see `check_head`."""
-        head = fit_head(features, positions, self.class_count) if self._given is None else self._given
+        head = self._given_head
+        if head is None:
+            head = fit_head(features, positions, self.class_count)
         return check_head(head, self.class_count, features.shape[1])

@@ -8,9 +8,9 @@ import numpy as np
 
 from gradmix.eval.detectors.base import Detector
 from gradmix.eval.detectors.class_mean import class_means
-from gradmix.eval.detectors.head import Head, check_head, logits, logsumexp
+from gradmix.eval.detectors.head import check_head, logits, logsumexp
 from gradmix.eval.detectors.mahalanobis import covariance
-from gradmix.eval.features.arrays import Array, blocks, unit_rows
+from gradmix.eval.features.arrays import blocks, unit_rows
 from gradmix.eval.features.search import inner_product
 
 HEAD_ROUNDING = float(np.finfo(np.float32).eps)  # of weights that sum to zero over the classes; it is no direction
@@ -43,21 +43,7 @@ class ViM(Detector):
         "means_": "unit classes width",
     }
     NEEDS_LABELS: ClassVar[bool] = False
-
-    def fit(self, features: Array, labels: Array | None = None, head: Head | None = None) -> Detector:
-        """As `Detector.fit`.
-
-        Args:
-            head: `(weight [K, F], bias [K])` on these features, classes in the order of the sorted labels,
-                which it needs.
-
-        Raises:
-            ValueError: bad arrays, a head without labels, or a ``dimension`` that the features don't span.
-        """
-        if head is not None and labels is None:
-            raise ValueError("labels: with a head they are needed, got None")
-        self._given = head
-        return super().fit(features, labels)
+    TAKES_HEAD: ClassVar[bool] = True
 
     def absent(self) -> set[str]:
         if self.classes_ is None:
@@ -70,8 +56,8 @@ class ViM(Detector):
         self.alpha_: np.ndarray | None = None
         self.means_: np.ndarray | None = None
         self.origin_ = features.mean(axis=0, dtype=np.float64)
-        if self._given is not None:
-            self.head_ = check_head(self._given, self.class_count, width)
+        if self._given_head is not None:
+            self.head_ = check_head(self._given_head, self.class_count, width)
             weight, bias = self.head_[:, :-1], self.head_[:, -1]
             self.origin_ = -np.linalg.pinv(weight, rcond=max(weight.shape) * HEAD_ROUNDING) @ bias
         elif positions is not None:

@@ -7,6 +7,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from gradmix.eval.counted import counted
+
 Array = np.ndarray | torch.Tensor
 BLOCK = 2**23  # values per block: 32 MiB in float32, 16,384 rows of 512
 
@@ -47,8 +49,7 @@ def _check_finite(name: str, features: np.ndarray) -> None:
             count += int(bad.sum())
             first = rows.start + int(bad.any(axis=1).argmax()) if first is None else first
     if count:
-        values = "value" if count == 1 else "values"
-        raise ValueError(f"{name}: {count} non-finite {values}, first in row {first}")
+        raise ValueError(f"{name}: {counted(count, 'non-finite value')}, first in row {first}")
 
 
 def check_labels(name: str, labels: Array, count: int) -> np.ndarray:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from gradmix.eval.config import EvalConfig
+from gradmix.eval.counted import counted
 from gradmix.eval.features.arrays import blocks
 from gradmix.eval.features.embeddings import Embeddings, embeddings
 from gradmix.eval.features.formats import read_embeddings
@@ -120,8 +121,8 @@ def divide(sets: FeatureSets, config: DataConfig, seed: int) -> tuple[OpenSetDat
     else:
         chosen, parts = np.arange(len(train)), [(test, np.arange(len(test)))]
     if classes and (labels[chosen] < 0).any():
-        count = int((labels[chosen] < 0).sum())
-        raise ValueError(f"train_labels: {count} rows have no class; leave them out, or give them as unknown_features")
+        what = counted(int((labels[chosen] < 0).sum()), "row")
+        raise ValueError(f"train_labels: {what} without a class; leave them out, or give them as unknown_features")
     for key in ("known", "pseudo_unknown"):
         if getattr(config, key) and not classes:
             raise ValueError(f"data.{key}: the features have no classes, so that none is known; give train_labels")

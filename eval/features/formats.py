@@ -132,8 +132,8 @@ def write_table(path: Path, head: Sequence[str], rows: Iterable[Sequence[str]]) 
     write_atomically(path, write)
 
 
-def _parts(matrix: np.ndarray, widths: tuple[int, int]) -> dict[str, slice]:
-    """The columns of ``matrix`` by name."""
+def _parts(widths: tuple[int, int]) -> dict[str, slice]:
+    """Which columns are the features, and which the projections where there are some."""
     first, second = widths
     return {"features": slice(0, first)} | ({"projections": slice(first, first + second)} if second else {})
 
@@ -158,7 +158,7 @@ def _read_npy(path: Path) -> Embeddings:
 
 
 def _write_npy(out: Path, matrix: np.ndarray, widths: tuple[int, int], rows: Rows) -> None:
-    files, columns = beside(out), _parts(matrix, widths)
+    files, columns = beside(out), _parts(widths)
 
     def write_columns(temporary: Path, which: slice) -> None:
         with open(temporary, "wb") as file:
@@ -196,7 +196,7 @@ def _read_safetensors(path: Path) -> Embeddings:
 
 
 def _write_safetensors(out: Path, matrix: np.ndarray, widths: tuple[int, int], rows: Rows) -> None:
-    columns, count = _parts(matrix, widths), len(matrix)
+    columns, count = _parts(widths), len(matrix)
     classes = sorted({row.label for row in rows()} - {""})
     names = b"\0".join(map(os.fsencode, classes))
     letters = sum(len(os.fsencode(row.path)) + 1 for row in rows()) - 1
@@ -252,7 +252,7 @@ def _read_parquet(path: Path) -> Embeddings:
 
 def _write_parquet(out: Path, matrix: np.ndarray, widths: tuple[int, int], rows: Rows) -> None:
     kind, arrow = parquet("out"), import_module("pyarrow")
-    columns, every = _parts(matrix, widths), rows()
+    columns, every = _parts(widths), rows()
     kinds = {name: arrow.list_(arrow.float32(), which.stop - which.start) for name, which in columns.items()}
     schema = arrow.schema([("path", arrow.string()), ("label", arrow.string()), *kinds.items()], metadata={MARK: "1"})
 

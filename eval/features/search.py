@@ -22,17 +22,6 @@ DISTANCE_ERROR = 1e-4  # mean relative excess of the 10th distance that an index
 TRAINED_ON = 2**16  # rows that an index is trained on, or 40 per inverted list if that is more
 
 
-def limit_threads(count: int) -> None:
-    """Let FAISS use at most `count` threads in this process (its default: every core it sees).
-
-    Raises:
-        ValueError: fewer than one.
-    """
-    if count < 1:
-        raise ValueError(f"threads: expected at least 1, got {count}")
-    faiss.omp_set_num_threads(count)
-
-
 def inner_product(queries: np.ndarray, bank: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     """The k largest inner products `[N, k]`, descending, and their rows of the bank, of float32 arrays."""
     return faiss.knn(queries, bank, k, faiss.METRIC_INNER_PRODUCT)

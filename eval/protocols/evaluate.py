@@ -74,14 +74,14 @@ def measured(
         write_json(out / "bad_images.json", data.bad)
     numbers, skipped = measure_all(measures, subject)
     (out / "features" / "scores.safetensors").unlink(missing_ok=True)  # an earlier evaluation's, of other images
-    if not subject.lacks("classes") and not subject.lacks("unknown images"):
+    if not subject.lacks("classes"):
         about = {"labels": data.test.labels, "images": image_hashes(data.test, read=subject.encoder is not None)}
         write_tensors(out / "features" / "scores.safetensors", about | subject.scores)
     held_out, fewest = len(data.held_out), needed(config.accept)
     if not held_out:
         skipped["threshold"] = f"no known images are held out to calibrate on (data.holdout={config.data.holdout:g})"
     elif held_out < fewest:
-        takes = f"takes {fewest} held-out images, there are {held_out}" if config.accept < 1 else "can't be promised"
+        takes = f"takes {fewest} held-out images, not {held_out}" if config.accept < 1 else "can't be promised"
         why = f"accept={config.accept:g} {takes}; the threshold is their largest score"
         skipped["the promise of the threshold"] = why
     save_detectors(out, run_dir, subject)

@@ -6,10 +6,10 @@ import torch
 from pytorch_lightning import Callback, Trainer
 
 from gradmix.eval.detectors import PRIMARY
-from gradmix.eval.detectors.options import build_detector
 from gradmix.eval.features.cache import frozen
 from gradmix.eval.features.extraction import extract
 from gradmix.eval.protocols.closed_set import KNN, Quality
+from gradmix.eval.protocols.measure import Measure
 from gradmix.eval.protocols.measures import measure_all
 from gradmix.eval.protocols.open_set import OpenSet
 from gradmix.eval.protocols.subject import Subject
@@ -53,7 +53,9 @@ class OnlineTest(EpochCallback):
     def __init__(self, data: OpenSetData, config: Config):
         no_images = data.test.select(torch.zeros(0, dtype=torch.int64))
         self.data, self.config, self.every_epochs = replace(data, held_out=no_images), config, config.test_every
-        self.measures = [KNN(), OpenSet(PRIMARY, build_detector(PRIMARY, config.detector_options), "features")]
+        self.measures: list[Measure] = [KNN()]
+        if (data.test.labels < 0).any():
+            self.measures.append(OpenSet(PRIMARY, PRIMARY, "features"))
 
     def on_epoch(self, trainer: Trainer, module: Pretraining) -> None:
         with frozen(module.backbone):

@@ -1,8 +1,7 @@
-"""What a detector is worth: known against unknown test images."""
+"""What a detector is worth: known against unknown test images, and what can be said of the known ones alone."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,16 +9,17 @@ from torch import Tensor
 from gradmix.eval import metrics
 from gradmix.eval.catalogue import ScoredSets, of_scores
 from gradmix.eval.config import EvalConfig
-from gradmix.eval.detectors import PRIMARY, Detector
+from gradmix.eval.detectors import PRIMARY
 from gradmix.eval.detectors.options import build_detector, parse_detector
 from gradmix.eval.features.arrays import Array
-from gradmix.eval.protocols.measure import Measure, check_neighbours
+from gradmix.eval.protocols.measure import Measure, Skipped, check_neighbours
 from gradmix.eval.protocols.subject import Subject
 from gradmix.eval.runs.foreign import ELSEWHERE
 from gradmix.ssl.config import Config
 from gradmix.ssl.data.open_set import OpenSetData
 
 GROUPS = ("near", "far")  # of named sets of unknown images
+FINDING = "how well unknown images are found"  # what is skipped where there are none
 
 
 class Judged(NamedTuple):
@@ -52,6 +52,7 @@ def open_set_numbers(known: Judged, unknown: Judged, sets: Mapping[str, Tensor])
     over those of a group.
 
     Args:
+        unknown: there may be none; what takes some is then left out.
         sets: which unknown images are in each, by name, ``[M]``.
     """
 
@@ -71,15 +72,16 @@ class OpenSet(Measure):
 
     Args:
         key: its name in ``metrics.json``.
+        detector: its kind, by name.
         space: what it looks at: ``features``, ``projections`` or ``pixels``.
         interval: whether the AUROC gets a confidence interval, which takes a thousand more of them.
     """
 
     KIND = "osr"
 
-    def __init__(self, key: str, detector: Detector, space: str, interval: bool = False):
+    def __init__(self, key: str, detector: str, space: str, interval: bool = False):
         self.key, self.detector, self.space, self.interval = key, detector, space, interval
-        self.needs = (space, "classes", "unknown images")
+        self.needs = (space, "classes")
 
     @property
     def name(self) -> str:
@@ -95,22 +97,24 @@ class OpenSet(Measure):
         sets = config.data.unknown_roots
         for group in (group for group in GROUPS if group in sets and any(s.startswith(f"{group}_") for s in sets)):
             raise ValueError(f"data.unknown_roots.{group}: is the mean over {group}_...; call this one {group}_NAME")
-        baseline = cls("pixels", build_detector(PRIMARY, options), "pixels")
-        chosen = [cls(key, build_detector(kind.NAME, options), space, key == PRIMARY) for key, kind, space in entries]
-        return [*chosen, baseline]
+        chosen = [cls(key, kind.NAME, space, interval=key == PRIMARY) for key, kind, space in entries]
+        return [*chosen, cls("pixels", PRIMARY, "pixels")]
 
     def check(self, config: Config, asked: EvalConfig, data: OpenSetData) -> None:
-        name = self.detector.NAME
+        name = self.detector
         if data.classes or name == PRIMARY:  # which is saved, whatever is measured
-            check_neighbours(f"detector_options.{name}.k", getattr(self.detector, "k", 1), data)
+            k = getattr(build_detector(name, config.detector_options), "k", 1)
+            check_neighbours(f"detector_options.{name}.k", k, data)
         kind = parse_detector(config.primary, "primary")[1]
         if kind.NEEDS_LABELS and not data.classes:
             raise ValueError(f"primary: {kind.NAME} needs classes, and the images have none")
 
-    def measure(self, subject: Subject) -> Iterator[tuple[str, float]]:
+    def measure(self, subject: Subject) -> Iterator[tuple[str, Any]]:
         known, unknown, sets = self.judge_test(subject)
         values = open_set_numbers(known, unknown, sets)
-        if self.interval:
+        if why := subject.lacks("unknown images"):
+            yield FINDING, Skipped(why)
+        elif self.interval:
             interval = metrics.bootstrap(metrics.auroc, known.score, unknown.score)
             values |= {"auroc_low": interval.low, "auroc_high": interval.high}
         yield from ((f"{self.name}/{name}", value) for name, value in values.items())
@@ -121,7 +125,7 @@ class OpenSet(Measure):
             images: in the detector's space, ``[N, D]``.
             labels: of their classes, negative for unknown ones, ``[N]``.
         """
-        verdict = subject.detector(self.detector.NAME, self.space).judge(images)
+        verdict = subject.detector(self.detector, self.space).judge(images)
         correct = torch.from_numpy(verdict.closest) == labels
         flagged = None if verdict.threshold is None else torch.from_numpy(verdict.score > verdict.threshold)
         return Judged(torch.from_numpy(verdict.score), correct, flagged)
@@ -153,5 +157,4 @@ class AtTheStart(OpenSet):
         if config.encoder.init is None or config.method.name == ELSEWHERE:
             return []
         entries = [parse_detector(entry) for entry in config.detectors]
-        build = partial(build_detector, options=dict(config.detector_options))
-        return [cls(f"{key}_start", build(kind.NAME), "start") for key, kind, space in entries if space == "features"]
+        return [cls(f"{key}_start", kind.NAME, "start") for key, kind, space in entries if space == "features"]

@@ -21,7 +21,7 @@ from gradmix.eval.features.extraction import raw_pixels
 from gradmix.eval.protocols.closed_set import KNN, KNNOnPixels, Linear
 from gradmix.eval.protocols.corruptions import CORRUPTIONS, SEVERITIES, corrupt
 from gradmix.eval.protocols.measures import can_be_measured
-from gradmix.eval.protocols.open_set import Judged, OpenSet, open_set_numbers, together
+from gradmix.eval.protocols.open_set import FINDING, Judged, OpenSet, open_set_numbers, together
 from gradmix.eval.protocols.subject import Subject, subject_of
 from gradmix.eval.runs.numbers import made_with
 from gradmix.ssl.config import Config
@@ -55,8 +55,8 @@ def evaluate_corruptions(
       more robust than raw pixels;
     - ``osr/DETECTOR/full_spectrum/...``: the unknown test images against the known ones and all of their corrupted
       copies, each of which counts as one more known image: OpenOOD's full-spectrum detection (arXiv 2306.09301), with
-      the sets and means that ``data.unknown_roots`` names. Left out, and listed under ``skipped``, where there are no
-      unknown images.
+      the sets and means that ``data.unknown_roots`` names. Where there are no unknown images, only what is of the known
+      ones alone, and ``skipped`` says so.
 
     Features are read from ``features/`` where they are of the same weights and images; others are made for the time
     being, and nothing there is replaced.
@@ -95,6 +95,8 @@ def on_corrupted(subject: Subject, batches: Batches, where: str) -> dict[str, An
     classifiers = {measure: measure.fit(subject) for measure in METHODS.values()}
     asked = [measure for measure in OpenSet.asked_for(config, EvalConfig()) if isinstance(measure, OpenSet)]
     detectors, skipped = can_be_measured(asked, subject)
+    if detectors and (why := subject.lacks("unknown images")):
+        skipped[FINDING] = why
     tested = {detector: detector.judge_test(subject) for detector in detectors}
     corrupted: dict[OpenSet, list[Judged]] = {detector: [] for detector in detectors}
 

@@ -1,6 +1,5 @@
 """What is measured: a frozen network, the images, and what the network makes of them."""
 
-import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -125,8 +124,8 @@ class Subject:
             return self.detectors[name, space]
         detector, images = build_detector(name, self.config.detector_options), self.space(space)
         labels = self.data.train.labels if self.data.classes else None
-        head = {}
-        if labels is not None and space == "features" and "head" in inspect.signature(detector.fit).parameters:
+        head = {}  # other packages' detectors may have a fit of their own, of features and labels
+        if detector.TAKES_HEAD and labels is not None and space == "features":
             head = {"head": (self.linear_probe.weight_, self.linear_probe.bias_)}
         detector.fit(images["train"], labels, **head)
         if "held_out" in images:

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 from sklearn.manifold import TSNE
 
+from gradmix.eval.counted import counted
 from gradmix.eval.report.charts import COLOURS
 from gradmix.eval.report.page import Section, section
 from gradmix.eval.report.pictures import SHARP, data_uri, sheet
@@ -37,7 +38,7 @@ def feature_map(run: Run) -> Section:
         name,
         title,
         why="",
-        shown=f"{POINTS} of the {count} test images" if count > POINTS else f"The {count} test images",
+        shown=f"{POINTS} of the {count} test images" if count > POINTS else f"The {counted(count, 'test image')}",
         no_images="" if run.images else run.why_no_images,
         side=SIDE,
         marks=[(_class(label), _shape(label), x, y) for (x, y), label in zip(places, labels, strict=True)],

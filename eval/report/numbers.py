@@ -16,13 +16,13 @@ CLASSES = 25  # whose recall is shown
 def numbers(run: Run) -> Section:
     """The numbers of metrics.json, each with what it means."""
     found = run.numbers
-    accuracy, auroc = KNOWN[0], OPEN_SET[0]
     classifiers = [
         (name, catalogue.name_of(name), CLASSIFIERS.get(name.split("/")[0], ("", ""))[1])
-        for name in catalogue.subjects(found, accuracy)
+        for name in catalogue.subjects(found, KNOWN)
     ]
-    detectors = catalogue.subjects(found, auroc)
+    detectors = catalogue.subjects(found, OPEN_SET)
     detectors.sort(key=lambda name: (name != PRIMARY, name != "pixels"))  # first what to look at, on narrow screens too
+    told = [metric for metric in OPEN_SET if any(metric.at(name) in found for name in detectors)]
     return section(
         "numbers",
         "Numbers",
@@ -31,7 +31,8 @@ def numbers(run: Run) -> Section:
         known=[metric for metric in KNOWN if any(isinstance(found.get(metric.at(c[0])), float) for c in classifiers)],
         classifiers=classifiers,
         recalls=_recalls(run),
-        open_set=[metric for metric in OPEN_SET if any(metric.at(name) in found for name in detectors)],
+        heading=catalogue.detectors_title(told),
+        open_set=told,
         detectors=[(name, catalogue.name_of(name)) for name in detectors],
     )
 

@@ -21,6 +21,7 @@ from gradmix.ssl.data.open_set import OpenSetData
 from gradmix.ssl.pictures import PADDING, tile_side
 from gradmix.ssl.runs.files import write_text
 
+CLASSES = 25  # that are named
 PICTURES = 5  # of mixing, spread over the training
 HEADLINE = (
     "knn/top1",
@@ -32,9 +33,9 @@ HEADLINE = (
 )
 # What may be wrong with the images, as metrics.json counts it.
 TROUBLES = {
-    "data/bad_images": "unreadable files left out",
-    "data/test_copies": "test images are exact copies of training images",
-    "data/class_copies": "images are exact copies of one in another class",
+    "data/bad_images": "unreadable files, left out",
+    "data/test_copies": "exact copies of training images in the test set",
+    "data/class_copies": "exact copies of an image in another class",
 }
 
 
@@ -81,7 +82,7 @@ def what_was_run(run: Run) -> Section:
         "Run": str(run.path),
         "Data": f"{config.data.name}{f', {config.data.root}' if config.data.root else ''}: {', '.join(sizes)} images"
         + (f" ({unknown} of unknown classes)" if unknown else "")
-        + "".join(f"; {found[key]} {what}" for key, what in TROUBLES.items() if found.get(key)),
+        + "".join(f"; {what}: {found[key]}" for key, what in TROUBLES.items() if found.get(key)),
         "Unknown images": config.data.unknown_root
         or ", ".join(f"{name}: {root}" for name, root in config.data.unknown_roots.items()),
         "Known classes": _first(run.classes) or "none: the images have no classes",
@@ -138,9 +139,9 @@ def _mixing(run: Run, step: int, encoded: bytes) -> dict[str, Any]:
     return {"rows": names, "uri": data_uri(picture), "when": when, "width": picture.width, "height": picture.height}
 
 
-def _first(names: list[str], count: int = 25) -> str:
-    rest = len(names) - count
-    return ", ".join(names[:count]) + (f" and {rest} more" if rest > 0 else "")
+def _first(names: list[str]) -> str:
+    rest = len(names) - CLASSES
+    return ", ".join(names[:CLASSES]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def _show(value: Any) -> str:

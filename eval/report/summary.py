@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from gradmix.eval import catalogue
+from gradmix.eval.counted import counted
 from gradmix.eval.detectors import PRIMARY
 from gradmix.ssl.config import Config
 from gradmix.ssl.data.open_set import OpenSetData
@@ -21,7 +22,7 @@ def describe(config: Config, data: OpenSetData) -> str:
     if config.data.unknown_root is not None:
         others = f"unknown: {config.data.unknown_root}"
     if config.data.unknown_roots:
-        sets = (f"{name} ({int(rows.sum())} images)" for name, rows in data.unknown_sets.items())
+        sets = (f"{name} ({counted(int(rows.sum()), 'image')})" for name, rows in data.unknown_sets.items())
         others = f"unknown: {', '.join(sets)}"
     lines = [
         f"{config.data.name}: {len(data.train)} training, {len(data.held_out)} held-out, {len(data.test)} test images"
@@ -29,12 +30,12 @@ def describe(config: Config, data: OpenSetData) -> str:
     ]
     if known:
         shown = ", ".join(data.classes[:10]) + (", ..." if known > 10 else "")
-        lines.append(f"{known} known classes: {shown}; {others}")
+        lines.append(f"{counted(known, 'known class')}: {shown}; {others}")
     if data.empty:
         lines.append(f"without images, left out: {', '.join(data.empty)}")
     lines += data.notes
     if data.bad:
-        lines.append(f"{len(data.bad)} image files can't be read and are left out: bad_images.json")
+        lines.append(f"image files that can't be read, left out: {len(data.bad)}, see bad_images.json")
     lines.append(
         f"{config.method.name} with mix={config.mix.name}, {config.encoder}, "
         f"{config.epochs} epochs, batch {config.batch_size}"
@@ -106,11 +107,12 @@ def _open_set(result: dict[str, Any]) -> list[str]:
     grid = _grid(result, columns)
     if not grid:
         return []
-    lines = ["", "unknown against known classes, %", *grid, ""]
-    lines += [f"  {metric.title}: {metric.sentence} Lower is better." for metric in columns if metric.better == "lower"]
+    shown = [m for m in columns if any(m.at(name) in result for name in catalogue.subjects(result, columns))]
+    title = catalogue.detectors_title(shown)
+    notes = [f"  {metric.title}: {metric.sentence} Lower is better." for metric in shown if metric.better == "lower"]
     if f"osr/{PRIMARY}/auroc_low" in result:
-        lines.append("  [low, high]: 95 % interval, bootstrap over the test images.")
-    return lines
+        notes.append("  [low, high]: 95 % interval, bootstrap over the test images.")
+    return ["", f"{title[0].lower()}{title[1:]}, %", *grid, *([""] if notes else []), *notes]
 
 
 def _others(result: dict[str, Any]) -> list[str]:
@@ -126,7 +128,7 @@ def _others(result: dict[str, Any]) -> list[str]:
 def _grid(result: dict[str, Any], columns: list[catalogue.Metric]) -> list[str]:
     """Rows of text under their titles, one for each classifier or detector; the columns that nobody has left out."""
     titles = [metric.title for metric in columns]
-    who = catalogue.subjects(result, columns[0])
+    who = catalogue.subjects(result, columns)
     if not who:
         return []
     cells = {name: [_cell(result, metric.at(name)) for metric in columns] for name in who}

@@ -17,7 +17,8 @@ def compare(first: Path, second: Path) -> dict[str, metrics.Interval]:
         first, second: folders of two evaluated runs. Every detector that both have is compared.
 
     Raises:
-        ValueError: a run without scores, other test images or other known classes, or no detector in common.
+        ValueError: a run without scores, other test images or other known classes, no known or no unknown test images,
+            or no detector in common.
     """
     ours, theirs = load_scores(first), load_scores(second)
     for name, what in (("images", "the test images"), ("labels", "the known classes of the test images")):
@@ -26,6 +27,11 @@ def compare(first: Path, second: Path) -> dict[str, metrics.Interval]:
                 f"against: {what} of {first} and {second} differ; compare runs with the same data, split and image size"
             )
     known = ours["labels"] >= 0
+    for side, absent in (("known", not known.any()), ("unknown", known.all())):
+        if absent:
+            raise ValueError(
+                f"against: the test set of {first} and {second} has no {side} images, so there is nothing to tell apart"
+            )
     differences = {}
     for key in ours:
         name, _, part = key.partition("/")
@@ -48,7 +54,7 @@ def load_scores(run: Path) -> dict[str, Tensor]:
     """
     path = run / "features" / "scores.safetensors"
     if not path.is_file():
-        raise ValueError(f"{run}: no scores of an open-set evaluation there; gradmix-eval run={run} writes them")
+        raise ValueError(f"{run}: no scores of detectors there; gradmix-eval run={run} writes them")
     scores = load_weights(path)
     for name in ("labels", "images"):
         if name not in scores:

@@ -4,7 +4,6 @@ So it is equal to one that was fitted to all these images from the start, whatev
 """
 
 import dataclasses
-import inspect
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -131,10 +130,9 @@ def write_grown(
     features = np.array(mapped) if mapped.nbytes <= IN_MEMORY else mapped
     classes = None if old.classes_ is None else labels
     head = {}
-    if "head" in inspect.signature(old.fit).parameters and getattr(old, "head_", None) is not None:
-        if len(kept.classes) > 1:
-            probe = LinearProbe(seed=seed).fit(features, labels)
-            head = {"head": (probe.weight_, probe.bias_)}
+    if old.TAKES_HEAD and getattr(old, "head_", None) is not None and len(kept.classes) > 1:
+        probe = LinearProbe(seed=seed).fit(features, labels)
+        head = {"head": (probe.weight_, probe.bias_)}
     detector = dataclasses.replace(old).fit(features, classes, **head)
     if kept.held_out:
         said = old.calibration_

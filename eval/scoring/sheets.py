@@ -13,12 +13,11 @@ from gradmix.ssl.runs.files import write_atomically
 
 SIDE, GAP, CAPTION, MARGIN = 112, 10, 34, 14  # pixels: a picture, the space around it, its two lines of text
 PER_PAGE = 8
+NEAREST = 5  # training images beside each
 
 
-def write_sheets(
-    scorer: Scorer, images: Sequence[Picture], folder: Path, limit: int = 200, k: int = 5
-) -> tuple[int, int]:
-    """Write ``sheet-001.png``, ... with one row per image: the image, then its ``k`` nearest training images.
+def write_sheets(scorer: Scorer, images: Sequence[Picture], folder: Path, limit: int) -> tuple[int, int]:
+    """Write ``sheet-001.png``, ... with one row per image: the image, then the ``NEAREST`` training images to it.
     Sheets of an earlier, longer scoring are removed.
 
     Args:
@@ -28,7 +27,7 @@ def write_sheets(
     Returns:
         Numbers of images and of sheets.
     """
-    k = min(k, len(scorer.check_neighbours().bank_))
+    k = min(NEAREST, len(scorer.check_neighbours().bank_))
     rows: list[list[Image.Image]] = []
     shown = sheets = 0
     for image, score in zip(images, scorer.score(images, batch_size=PER_PAGE), strict=True):

@@ -59,11 +59,13 @@ def test_no_key_stands_twice_and_each_is_said_in_a_sentence():
         assert catalogue.match(metric.at("x"))[0] is metric or metric.key == "corruptions/{kind}"
 
 
-def test_predictions_and_scores_get_every_number_of_their_table():
+def test_predictions_and_scores_get_every_number_of_their_table(monkeypatch):
+    counted, class_recalls = [], metrics.class_recalls
+    monkeypatch.setattr(metrics, "class_recalls", lambda *arrays: counted.append(1) or class_recalls(*arrays))
     rng = np.random.default_rng(0)
     labels, predicted = np.repeat([0, 1, 3], [50, 7, 3]), rng.integers(0, 4, 60)
     numbers = of_predictions("knn", torch.from_numpy(predicted), labels, ["a", "b", "without images", "d"])
-    assert numbers["knn/top1"] == pytest.approx((predicted == labels).mean())
+    assert numbers["knn/top1"] == pytest.approx((predicted == labels).mean()) and len(counted) == 1
     recalls = recall_score(labels, predicted, average=None, labels=[0, 1, 3])
     assert numbers["knn/recall"] == pytest.approx(dict(zip("abd", recalls, strict=True)))
     assert numbers["knn/balanced_accuracy"] == pytest.approx(recalls.mean())
@@ -76,6 +78,8 @@ def test_predictions_and_scores_get_every_number_of_their_table():
     assert found["false_alarms"] == (known > 0.5).mean()
     found = of_scores(ScoredSets(known, unknown, correct))
     assert "balanced_accuracy" not in found and found["auroc"] == metrics.auroc(known, unknown)
+    found = of_scores(ScoredSets(known, [], correct, (known > 0.5, [])))
+    assert found == {"closed_set_accuracy": correct.mean(), "false_alarms": (known > 0.5).mean()}
 
 
 def hooks():

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from gradmix.eval.config import DetectorConfig
+from gradmix.eval.counted import counted
 from gradmix.eval.detectors.store import read_manifest
 from gradmix.eval.runs.portable import export_scorer
 from gradmix.eval.scoring.growth import add_images, read_space, without_class, write_grown
@@ -59,7 +60,7 @@ def run_detector(config: DetectorConfig) -> None:
     calibration = grown.detector.calibration_
     if calibration is not None and not calibration.enough:
         held_out = len(calibration.scores)
-        print(f"{held_out} held-out images are too few to promise that {calibration.accept:g} are accepted")
+        print(f"too few held-out images, {held_out}, to promise that {calibration.accept:g} are accepted")
 
 
 def about(scorer: Scorer) -> list[str]:
@@ -78,7 +79,7 @@ def about(scorer: Scorer) -> list[str]:
     ]
     counts = class_counts(scorer)
     for number, one in enumerate(scorer.classes):
-        images = "" if counts is None else f"  {counts[number]} images"
+        images = "" if counts is None else f"  {counted(int(counts[number]), 'image')}"
         lines.append(f"{'classes' if number == 0 else '':<12}{one}{images}")
     if not scorer.classes:
         lines.append(f"images      {'' if counts is None else counts.sum()}, without classes")
@@ -88,10 +89,10 @@ def about(scorer: Scorer) -> list[str]:
     else:
         lines.append(f"threshold   {detector.threshold:.6g}")
     if calibration is not None:
-        rate, held_out = 1 - calibration.accept, len(calibration.scores)
-        own = f", {calibration.own_thresholds} classes have thresholds of their own" if calibration.per_class else ""
+        rate, held_out = 1 - calibration.accept, counted(len(calibration.scores), "held-out image")
+        own = f"; classes with a threshold of their own: {calibration.own_thresholds}" if calibration.per_class else ""
         promise = "at most" if calibration.enough else "too few images to promise"
-        lines.append(f"            false alarms: {promise} {100 * rate:g} %, by {held_out} held-out images{own}")
+        lines.append(f"            false alarms: {promise} {100 * rate:g} %, by {held_out}{own}")
     lines.append(f"can change  {'yes' if counts is not None else 'no, it keeps no features of its images'}")
     lines.append(f"written by  {', '.join(f'{name} {version}' for name, version in manifest.versions.items())}")
     return lines

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from gradmix.eval.config import EmbedConfig
+from gradmix.eval.counted import counted
 from gradmix.eval.features.embed import Done, check_replaceable, embed_files, embed_images, find_embedder
 from gradmix.eval.features.embeddings import Embeddings
 from gradmix.eval.features.formats import beside, check_format, read_embeddings
@@ -18,7 +19,7 @@ def run_embed(config: EmbedConfig) -> None:
     done = embed(config, progress=True)
     if bad := done.images - done.readable:
         told = beside(Path(config.out).expanduser())["unreadable"]
-        raise ValueError(f"images: {bad} of {done.images} files can't be read and are left out; {told} says why")
+        raise ValueError(f"images: {bad} of {done.images} files can't be read, left out; {told} says why")
 
 
 def embed(config: EmbedConfig, progress: bool = False) -> Done:
@@ -35,7 +36,7 @@ def embed(config: EmbedConfig, progress: bool = False) -> Done:
     done = embed_files(embedder, paths, out, images, config.batch_size, progress)
     width, projected = embedder.widths
     heads = f", and {projected} projections" if projected else ""
-    print(f"{out}: {done.readable} images, {width} features{heads}")
+    print(f"{out}: {counted(done.readable, 'image')}, {counted(width, 'feature')}{heads}")
     return done
 
 

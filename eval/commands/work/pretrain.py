@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from gradmix.eval.counted import counted
 from gradmix.eval.features.extraction import extract_together
 from gradmix.eval.protocols.evaluate import device_of, evaluate
 from gradmix.eval.protocols.measures import choose_measures
@@ -42,7 +43,7 @@ def run_pretrain(config: Config) -> None:
     if config.data.split != "all":
         print(f"\n{config.run_dir}: report.html, metrics.json, weights, detector and TensorBoard events")
     else:
-        over = f"mean ± standard deviation over {result['splits']} splits"
+        over = f"mean ± standard deviation over {counted(result['splits'], 'split')}"
         print(f"\n{over}; {config.run_dir}: report.html, and the runs in split-*")
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from gradmix.eval.config import ScoreConfig
+from gradmix.eval.counted import counted
 from gradmix.eval.detectors.calibration import DRIFT, FEWEST, Calibration, discoveries, drift
 from gradmix.eval.features.embeddings import Embeddings
 from gradmix.eval.features.formats import read_embeddings
@@ -41,14 +42,15 @@ def run_score(config: ScoreConfig) -> None:
         raise ValueError(f"features: {config.features} has no projections, which the detector looks at")
     counts = write_scores(scorer, paths, out, config.batch_size, progress=True, features=features, files=files)
     rows, unknown, unreadable = counts
-    print(f"{out}: {rows} images, {unknown} unknown, {unreadable} unreadable")
+    print(f"{out}: {counted(rows, 'image')}, {unknown} unknown, {unreadable} unreadable")
     if detector.threshold is None:
         print("no threshold was calibrated (data.holdout=0), so nothing is called unknown")
     elif detector.calibration_ is not None and rows > unreadable:
         summarise(detector.calibration_, out, config.false_discovery)
     if config.explain is not None:
         shown, sheets = write_sheets(scorer, paths, Path(config.explain).expanduser(), config.explain_limit)
-        print(f"{config.explain}: {sheets} sheets with {shown} images and their nearest training images")
+        pictures = f"{counted(sheets, 'sheet')} with {counted(shown, 'image')}"
+        print(f"{config.explain}: {pictures} beside the nearest training images")
     if unreadable:
         raise ValueError(f"images: {unreadable} of {rows} files can't be read; the error column of {out} says why")
 
@@ -134,10 +136,10 @@ def summarise(calibration: Calibration, out: Path, false_discovery: float | None
     """Print what the scores say of these images as a whole."""
     scores, p_values = read_scores(out)
     if calibration.per_class:
-        print(f"thresholds: {calibration.own_thresholds} of {calibration.classes} classes have one of their own")
+        print(f"classes with a threshold of their own: {calibration.own_thresholds} of {calibration.classes}")
     if not calibration.enough:
         held_out = len(calibration.scores)
-        print(f"{held_out} held-out images are too few to promise that {calibration.accept:g} are accepted")
+        print(f"too few held-out images, {held_out}, to promise that {calibration.accept:g} are accepted")
     if len(scores) >= FEWEST:
         distance, chance = drift(calibration.scores, scores)
         alike = "not like" if chance < DRIFT else "like"
@@ -147,4 +149,5 @@ def summarise(calibration: Calibration, out: Path, false_discovery: float | None
         limit = discoveries(p_values, false_discovery)
         add_discoveries(out, limit)
         share = f"on average at most {100 * false_discovery:g} % of them are known"
-        print(f"discoveries: {(p_values <= limit).sum()} images with a p_value of at most {limit:.2g}; {share}")
+        found = counted(int((p_values <= limit).sum()), "image")
+        print(f"discoveries: {found} with a p_value of at most {limit:.2g}; {share}")

@@ -424,6 +424,8 @@ def test_bad_heads():
             detector.fit(TRAIN, TRAIN_LABELS, head=(HEAD[0] * np.nan, HEAD[1]))
         with pytest.raises(ValueError, match=r"labels: .*need.*, got None"):
             detector.fit(TRAIN, head=HEAD)
+    with pytest.raises(ValueError, match="head: DeepKNN takes none"):
+        DeepKNN().fit(TRAIN, TRAIN_LABELS, head=HEAD)
 
 
 @pytest.mark.parametrize("dimension", [0, 3, 11])

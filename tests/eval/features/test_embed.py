@@ -55,7 +55,7 @@ def test_features_paths_and_labels_of_a_run(name, digits_run, photos, command, t
     if name.endswith(".parquet"):
         pytest.importorskip("pyarrow")
     result = command("embed", f"run={digits_run}", "images=photos", f"out={name}", "batch_size=7")
-    assert result.code == 2 and "1 of 40 files can't be read and are left out; " in result.err, result.err
+    assert result.code == 2 and "1 of 40 files can't be read, left out; " in result.err, result.err
     assert f"{name}: 39 images, 32 features, and 128 projections" in result.out
     rows = list(csv.DictReader(open((tmp_path / name).with_suffix(".unreadable.csv"))))
     assert [row["path"] for row in rows] == ["photos/two/inside/20.png"] and "not a readable image" in rows[0]["error"]

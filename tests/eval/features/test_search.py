@@ -1,4 +1,3 @@
-import faiss
 import numpy as np
 import pytest
 import torch
@@ -215,14 +214,3 @@ def test_a_wrong_factory_string():
         Neighbours(features(50), "IFV32")
     with pytest.raises(ValueError, match="index: 'IVF64,Flat' needs more than 50 reference features"):
         Neighbours(features(50), "IVF64,Flat")
-
-
-def test_thread_limit():
-    before = faiss.omp_get_max_threads()
-    try:
-        search.limit_threads(1)
-        assert faiss.omp_get_max_threads() == 1
-    finally:
-        search.limit_threads(before)
-    with pytest.raises(ValueError, match="threads: expected at least 1, got 0"):
-        search.limit_threads(0)

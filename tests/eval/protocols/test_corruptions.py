@@ -5,6 +5,7 @@ import io
 import json
 import math
 import shutil
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -347,6 +348,23 @@ def test_other_unknown_images_leave_the_run_s_features_alone(digits_run, command
     left = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     assert left.pop(run / "metrics_corruptions.json") and left == before  # no file more, and the same bytes
     assert read_run(run).why_no_images == ""
+
+
+def test_full_spectrum_of_known_images_alone(digits_run, tmp_path, everything):
+    """A corruption that changes nothing: the numbers of the images as they are, and no others."""
+    images, labels = everything
+    np.save(tmp_path / "labels.npy", np.tile(labels.numpy(), 5))
+    np.save(tmp_path / "fog.npy", np.tile(images.permute(0, 2, 3, 1).numpy(), (5, 1, 1, 1)))
+    config = read_config(digits_run)
+    data = load_data(config.data, config.seed)
+    data = replace(data, test=data.test.select((data.test.labels >= 0).nonzero()[:, 0]))
+    (tmp_path / "out").mkdir()
+    got = robustness.evaluate_corruptions(digits_run, config, data, str(tmp_path), out=tmp_path / "out")
+    assert got["skipped"] == {"how well unknown images are found": "the test set has no unknown classes"}
+    plain, found = scores(digits_run, "metrics.json"), {k: v for k, v in got.items() if k.startswith("osr/")}
+    assert len(found) == 8 and "osr/deep_knn/full_spectrum/false_alarms" in found
+    for key, value in found.items():
+        assert value == pytest.approx(plain[key.replace("/full_spectrum", "")], abs=1e-3), key
 
 
 def test_full_spectrum_against_sklearn(digits_run, command, tmp_path, everything):

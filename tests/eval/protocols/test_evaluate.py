@@ -23,6 +23,7 @@ from gradmix.eval.detectors import ViM, load
 from gradmix.eval.features.extraction import raw_pixels
 from gradmix.eval.protocols.evaluate import evaluate
 from gradmix.eval.protocols.measures import choose_measures
+from gradmix.eval.report import write_report
 from gradmix.eval.report.summary import over_splits, table
 from gradmix.eval.runs.compare import compare
 from gradmix.ssl.config import Config
@@ -115,6 +116,40 @@ def test_without_known_test_images_the_rest_is_measured(digits_run, tmp_path, te
     assert (tmp_path / "out/detector/scorer.json").is_file() and not (
         tmp_path / "out/features/scores.safetensors"
     ).exists()
+
+
+def test_without_unknown_images_what_needs_none_is_measured(digits_run, command, tmp_path):
+    """False alarms and the closest class, counted by hand in the saved scores; shown wherever numbers are."""
+    config = read_config(digits_run)
+    data = load_data(config.data, config.seed)
+    data = replace(data, test=data.test.select((data.test.labels >= 0).nonzero()[:, 0]))
+    out = tmp_path / "out"
+    result = evaluate(digits_run, config, data, out=out)
+    assert result["skipped"] == {"how well unknown images are found": "the test set has no unknown classes"}
+    scores, whole = load_file(out / "features/scores.safetensors"), read(digits_run)
+    for name, where in (("deep_knn", "detector"), ("mahalanobis", "detectors/mahalanobis")):
+        score, limit = scores[f"{name}/score"].numpy(), load(out / where).threshold
+        alarms = sum(float(one) > limit for one in score) / len(data.test)
+        right = np.count_nonzero(scores[f"{name}/correct"].numpy()) / len(data.test)
+        assert result[f"osr/{name}/false_alarms"] == pytest.approx(alarms) and 0 < alarms < 0.3
+        assert result[f"osr/{name}/closed_set_accuracy"] == pytest.approx(right) and 0.3 < right < 1
+    found = {key: value for key, value in result.items() if key.startswith("osr/")}
+    assert len(found) == 8 and all(value == whole[key] for key, value in found.items())  # four detectors
+
+    text = table(result)
+    assert "\ndetectors on known images, %\n" in text and "unknown against known" not in text
+    assert re.search(r"^ +Closed set +False alarms$", text, re.M) and "FPR95" not in text and "AUROC" not in text
+    assert "not measured: how well unknown images are found (the test set has no unknown classes)" in text
+    shutil.copy(digits_run / "config.yaml", out)
+    page = write_report(out, data).read_text()
+    assert "<h3>Detectors on known images</h3>" in page and "Unknown against known classes" not in page
+    shutil.copytree(out, tmp_path / "again")
+    result = command("compare", "again", "out", "out=both.html")
+    assert result.code == 0, result.err
+    for key in found:
+        assert f'data-key="{key}"' in page and f'data-key="{key}"' in (tmp_path / "both.html").read_text()
+    result = command("eval", "run=out", "against=again")
+    assert result.code == 2 and "the test set of out and again has no unknown images" in result.err
 
 
 def test_classes_without_a_test_image_are_named(digits_run, tmp_path):
@@ -275,7 +310,7 @@ def test_other_images_cannot_be_compared(digits_run, command, tmp_path):
     assert read(tmp_path / "out")["osr/pixels/auroc"] > 0.9  # noise is no digit
     for arguments, message in (
         (("run=out", f"against={digits_run}"), "the test images of out and"),
-        (("run=out", "against=far"), "far: no scores of an open-set evaluation there"),
+        (("run=out", "against=far"), "far: no scores of detectors there"),
         ((f"run={digits_run}", "unknown_root=nothing"), "data.unknown_root: nothing is not a folder"),
     ):
         result = command("eval", *arguments)

@@ -161,8 +161,9 @@ def test_what_is_missing_beside_features_is_no_checkpoints_fault():
 
 
 def test_each_detector_is_fitted_once(digits_run, tmp_path, monkeypatch):
+    """By features and labels alone, where it takes no head: detectors from outside may know no more."""
     fits, fit = [], Detector.fit
-    monkeypatch.setattr(Detector, "fit", lambda self, *args, **more: fits.append(self.NAME) or fit(self, *args, **more))
+    monkeypatch.setattr(Detector, "fit", lambda self, *arrays: fits.append(self.NAME) or fit(self, *arrays))
     config = read_config(digits_run)
     evaluate(digits_run, config, load_data(config.data, config.seed), out=tmp_path / "out")
     assert sorted(fits) == ["class_knn", "deep_knn", "deep_knn", "mahalanobis"]  # deep_knn on the raw pixels too

@@ -10,7 +10,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from gradmix.eval.protocols import online
-from gradmix.ssl.config import DataConfig
+from gradmix.ssl.config import Config, DataConfig
 from gradmix.ssl.data.open_set import load_data
 
 
@@ -31,6 +31,13 @@ def test_the_last_look_is_the_result(command, tmp_path):
     knn = KNeighborsClassifier(20, metric="cosine", weights=lambda distance: np.exp((1 - distance) / 0.07))
     expected = knn.fit(bank["features"], bank["labels"]).score(asked["features"], asked["labels"])
     assert held_out[-1].value == pytest.approx(expected, abs=1.5 / len(asked["labels"]))  # a tie may fall either way
+
+
+def test_without_unknown_test_images_the_accuracy_alone_is_watched():
+    for known, watched in ((None, ["knn", "osr/deep_knn"]), (list(range(10)), ["knn"])):
+        config = Config(data=DataConfig(name="digits", image_size=8, split=None if known else 0, known=known))
+        measures = online.OnlineTest(load_data(config.data, 0), config).measures
+        assert [measure.name for measure in measures] == watched
 
 
 def test_of_many_training_images_evenly_spaced_ones_are_compared_with(monkeypatch):

@@ -184,13 +184,13 @@ def test_a_run_where_everything_is_missing_says_so(digits_run, tmp_path, browser
     bare = tmp_path / "bare"
     bare.mkdir()
     shutil.copy(digits_run / "config.yaml", bare)
-    skipped = {"osr": "the test set has no unknown classes"}
+    skipped = {"how well unknown images are found": "the test set has no unknown classes"}
     (bare / "metrics.json").write_text(json.dumps({"skipped": skipped, "data/bad_images": 2, "data/test_copies": 3}))
     report = write_report(bare)
     text = report.read_text()
     for sentence in (
-        "Not measured: osr, for the test set has no unknown classes.",
-        "2 unreadable files left out; 3 test images are exact copies of training images",
+        "Not measured: how well unknown images are found, for the test set has no unknown classes.",
+        "unreadable files, left out: 2; exact copies of training images in the test set: 3",
         "There are no TensorBoard events in this folder.",
         "There are no saved features in this folder.",
         "There are no classes to confuse.",

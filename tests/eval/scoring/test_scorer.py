@@ -185,14 +185,14 @@ def test_names_that_are_no_utf_8_come_out_as_they_are(detector, train, tmp_path)
     assert (tmp_path / "scores.csv").read_bytes().splitlines()[1].startswith(name + b",")
     assert write_scores(scorer, paths, tmp_path / "scores.jsonl") == (1, 0, 0)
     assert json.loads((tmp_path / "scores.jsonl").read_text())["path"] == paths[0]
-    assert write_sheets(scorer, paths, tmp_path / "sheets") == (1, 1)
+    assert write_sheets(scorer, paths, tmp_path / "sheets", 200) == (1, 1)
 
 
 def test_sheets_show_each_image_and_its_neighbours(detector, train, tmp_path):
     paths = files_of(train.images[:11], tmp_path / "photos")
     (tmp_path / "photos" / "000.png").write_text("no image")
     scorer = Scorer(detector)
-    assert write_sheets(scorer, paths, tmp_path / "sheets") == (10, 2)
+    assert write_sheets(scorer, paths, tmp_path / "sheets", 200) == (10, 2)
     pages = sorted((tmp_path / "sheets").iterdir())
     assert [page.name for page in pages] == ["sheet-001.png", "sheet-002.png"]
     page = np.asarray(Image.open(pages[0]))
@@ -230,4 +230,4 @@ def test_thumbnails_of_large_images_and_paths_of_files(digits_run, train, tmp_pa
     with pytest.raises(ValueError, match="not a readable image"):
         scorer.training_image(4)
     kept = files_of(train.images[:2], tmp_path / "kept")
-    assert write_sheets(scorer, kept, tmp_path / "sheets") == (2, 1)  # drawn without the pictures that are gone
+    assert write_sheets(scorer, kept, tmp_path / "sheets", 200) == (2, 1)  # drawn without the pictures that are gone

@@ -189,6 +189,33 @@ def typed(name, *arguments):
     return 0
 
 
+@pytest.fixture
+def started(tmp_path):
+    """started(output, "pretrain", "epochs=1", ...): the process of a command in an empty folder, which writes to a file
+    or terminal. Unlike a new Python it has nothing to import.
+    """
+    context, processes = multiprocessing.get_context("forkserver"), []
+
+    def start(output, name, *arguments):
+        processes.append(context.Process(target=_typed_there, args=(tmp_path, output, name, *arguments)))
+        processes[-1].start()
+        return processes[-1]
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.join()
+
+
+def _typed_there(folder, output, name, *arguments):
+    os.setsid()
+    os.chdir(folder)
+    shown = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_NOCTTY)
+    for stream in (1, 2):
+        os.dup2(shown, stream)
+    sys.exit(typed(name, *arguments))
+
+
 @contextmanager
 def _quick_evaluation():
     """Linear probes train for fewer steps, and maps show fewer images. Tests of these two have them whole."""

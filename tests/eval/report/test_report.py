@@ -28,11 +28,6 @@ from gradmix.ssl.pictures import PADDING, tile_side
 
 
 @pytest.fixture(scope="module")
-def quick_evaluation():
-    """Here maps show every image."""
-
-
-@pytest.fixture(scope="module")
 def report(digits_run):
     return write_report(digits_run)
 

@@ -2,6 +2,7 @@
 
     python benchmarks/choose.py demo --parallel 2                                   # the default job, on digits
     python benchmarks/choose.py study --archive cifar10-jpeg.tar.xz --parallel 2    # the study's, on 1,200 photographs
+    python benchmarks/choose.py study --archive cifar10-jpeg.tar.xz --minutes 0 --save    # freeze what the rows choose
     python benchmarks/choose.py demo --minutes 0                                    # the table of the rows so far
 
 The last two known classes of each split play the unknown ones, and are left out of training (``data.pseudo_unknown``);
@@ -103,7 +104,10 @@ def main() -> None:
     parser.add_argument("--parallel", type=int, default=1, help="processes, one thread each")
     parser.add_argument("--minutes", type=float, default=1e9, help="start nothing new after so long")
     parser.add_argument("--rows", type=Path, help="JSON lines; default runs/choose-WHAT.jsonl")
+    parser.add_argument("--save", action="store_true", help="for study: write results/study-choice.json")
     options = parser.parse_args()
+    if options.save and (options.what != "study" or options.epochs):
+        parser.error("--save is for the study at its full length")
     settings = DEMO if options.what == "demo" else STUDY
     settings = {name: settings[name] for name in options.settings or settings}
     path = options.rows or Path(f"runs/choose-{options.what}.jsonl")
@@ -133,8 +137,10 @@ def main() -> None:
                 file.flush()
     print(table(rows))
     if options.what == "study" and rows:
-        CHOICE.write_text(json.dumps(choice(rows), indent=1) + "\n")
-        print(f"chosen: {choice(rows)}")
+        chosen = choice(rows)
+        print(f"chosen: {chosen}")
+        if options.save:
+            CHOICE.write_text(json.dumps(chosen, indent=1) + "\n")
 
 
 def choice(rows: list[dict[str, Any]]) -> dict[str, list[str]]:

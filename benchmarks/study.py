@@ -88,6 +88,8 @@ def main() -> None:
     parser.add_argument("--results", type=Path, help="write the rows of --runs there, and nothing else")
     parser.add_argument("--save", action="store_true", help="write results/study.json, plots and docs/study.md")
     options = parser.parse_args()
+    if options.save and options.override:
+        parser.error("--save is for the study's own settings; rehearse with --override in another folder (--runs)")
     if options.archive:
         run_all(options)
     rows = [row for path in sorted(options.runs.glob("*/*/metrics.json")) if (row := study_row(path.parent))]
@@ -230,7 +232,8 @@ def table(rows: list[dict]) -> str:
         for measure in MEASURES.values():
             values = [v for row in by_split.values() if (v := measure(row)) is not None]
             apart = differences(measure, ((row, base[split]) for split, row in by_split.items() if split in base))
-            cells += [with_error(values), "" if arm == "none" else with_error(apart, "+.2f")]
+            few = f" ({len(values)} runs)" if 0 < len(values) < len(by_split) else ""  # where a run lacks a number
+            cells += [with_error(values) + few, "" if arm == "none" else with_error(apart, "+.2f")]
         lines.append(cells)
     return markdown(lines)
 

@@ -16,6 +16,8 @@ from gradmix.ssl.data.loader import Batch, refusal
 from gradmix.ssl.pretrain import Pretraining
 from gradmix.ssl.runs.signals import SIGNALS
 
+SMALLEST_SCALE = 2.0**-14  # a gradient scaler halves its 2**16 at every overflow; so far down, all overflow
+
 
 @dataclass
 class Verdict:
@@ -116,8 +118,10 @@ class Guard(Callback):
 
     def on_before_optimizer_step(self, trainer: Trainer, module: Pretraining, optimizer: torch.optim.Optimizer) -> None:
         bad_loss = torch.stack(self.bad_losses).any()
-        bad_gradient = torch.zeros_like(bad_loss)
-        if getattr(trainer.precision_plugin, "scaler", None) is None:  # else it expects overflows, and skips them
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        if scaler is not None:  # it expects overflows, and skips them
+            bad_gradient = scaler.scale(torch.ones_like(bad_loss, dtype=torch.float)) < SMALLEST_SCALE  # on the device
+        else:
             gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
             bad_gradient = ~get_total_norm(gradients, float("inf")).isfinite()
         received = torch.full_like(bad_loss, self.received, dtype=torch.float)

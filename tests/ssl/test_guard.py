@@ -90,16 +90,34 @@ def test_skipped_steps_change_nothing_are_counted_and_bounded(tmp_path, config, 
         train(settings, data, [Break("gradient", 6)])
 
 
-def test_skipped_steps_beside_a_gradient_scaler(tmp_path, monkeypatch, config, data):
+def scale_on_the_cpu(monkeypatch, settings, **scale):
+    """float16 with a gradient scaler: by itself, Lightning has none on CPUs."""
+
     @wraps(Trainer)
-    def scaled(*, precision, **settings):  # by itself, Lightning has no float16 on CPUs
-        return Trainer(plugins=[MixedPrecision(precision, "cpu", torch.amp.GradScaler("cpu"))], **settings)
+    def scaled(*, precision, **settings):
+        return Trainer(plugins=[MixedPrecision(precision, "cpu", torch.amp.GradScaler("cpu", **scale))], **settings)
 
     monkeypatch.setattr(gradmix.ssl.train, "Trainer", scaled)
-    settings = config(tmp_path, on_nonfinite="skip")
     settings.trainer["precision"] = "16-mixed"
+
+
+def test_skipped_steps_beside_a_gradient_scaler(tmp_path, monkeypatch, config, data):
+    settings = config(tmp_path, on_nonfinite="skip")
+    scale_on_the_cpu(monkeypatch, settings)
     train(settings, data, [Break("activation", 3)])
     assert json.loads((tmp_path / "training.json").read_text())["train/skipped_steps"] == 1
+
+
+class AlwaysOverflow(Callback):
+    def on_after_backward(self, trainer, module):
+        next(module.parameters()).grad[0] = float("inf")
+
+
+def test_a_gradient_that_overflows_at_every_scale_is_an_error(tmp_path, monkeypatch, config, data):
+    settings = config(tmp_path)
+    scale_on_the_cpu(monkeypatch, settings, init_scale=2.0**-12)  # halved four times
+    with pytest.raises(FloatingPointError, match="the gradient is not finite at step 4"):
+        train(settings, data, [AlwaysOverflow()])
 
 
 def test_weights_that_are_not_finite_are_never_saved(tmp_path, config, data):

@@ -16,7 +16,7 @@ import pytest
 
 # torch takes seconds, and not every process of the tests needs it: functions import it.
 ROOT = Path(__file__).parent.parent
-os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="gradmix-tests-")  # not the answers kept for the user's own runs
+CACHE = pytest.StashKey[str]()
 # Who runs the tests in the background or under nohup ignores these, and so would every process that a test starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 if hasattr(signal, "SIGHUP"):
@@ -25,8 +25,15 @@ if hasattr(signal, "SIGHUP"):
 multiprocessing.set_forkserver_preload(["gradmix.eval.commands.work.pretrain", "pytest"])
 
 
-def pytest_unconfigure():
-    shutil.rmtree(os.environ["XDG_CACHE_HOME"], ignore_errors=True)
+def pytest_configure(config):
+    """A cache of the tests' own, not the user's: one for all processes, which the first one takes away at the end."""
+    if not hasattr(config, "workerinput"):
+        config.stash[CACHE] = os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="gradmix-tests-")
+
+
+def pytest_unconfigure(config):
+    if CACHE in config.stash:
+        shutil.rmtree(config.stash[CACHE], ignore_errors=True)
 
 
 def pytest_addoption(parser):
@@ -172,7 +179,7 @@ def typed(name, *arguments):
         "detector": detector,
         "compare": compare,
     }
-    with pytest.MonkeyPatch.context() as patch:
+    with _quick_evaluation(), pytest.MonkeyPatch.context() as patch:
         patch.setenv("HYDRA_FULL_ERROR", "0")
         patch.setattr(sys, "argv", [f"gradmix-{name}", *map(str, arguments)])
         try:
@@ -180,6 +187,52 @@ def typed(name, *arguments):
         except SystemExit as stop:
             return stop.code
     return 0
+
+
+@pytest.fixture
+def started(tmp_path):
+    """started(output, "pretrain", "epochs=1", ...): the process of a command in an empty folder, which writes to a file
+    or terminal. Unlike a new Python it has nothing to import.
+    """
+    context, processes = multiprocessing.get_context("forkserver"), []
+
+    def start(output, name, *arguments):
+        processes.append(context.Process(target=_typed_there, args=(tmp_path, output, name, *arguments)))
+        processes[-1].start()
+        return processes[-1]
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.join()
+
+
+def _typed_there(folder, output, name, *arguments):
+    os.setsid()
+    os.chdir(folder)
+    shown = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_NOCTTY)
+    for stream in (1, 2):
+        os.dup2(shown, stream)
+    sys.exit(typed(name, *arguments))
+
+
+@contextmanager
+def _quick_evaluation():
+    """Linear probes train for fewer steps, and maps show fewer images. Tests of these two have them whole."""
+    from gradmix.eval.classifiers import linear
+    from gradmix.eval.report import feature_map
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(linear, "LEAST_STEPS", 200)
+        patch.setattr(feature_map, "POINTS", 100)
+        yield
+
+
+@pytest.fixture(scope="module")
+def quick_evaluation():
+    """The same for what a test calls without a command."""
+    with _quick_evaluation():
+        yield
 
 
 @pytest.fixture(scope="session")

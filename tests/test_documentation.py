@@ -1,14 +1,17 @@
 """Every command of README.md and docs/ runs, in the order of its page, with nothing changed but sizes and data sets."""
 
 import csv
+import io
 import json
 import os
 import re
+import runpy
 import shlex
 import shutil
 import socket
 import subprocess
 import sys
+from contextlib import redirect_stdout
 from functools import cache
 from pathlib import Path
 
@@ -23,6 +26,7 @@ import gradmix
 from gradmix.eval.commands import compare
 from gradmix.ssl.networks.backbones import ResNet
 
+pytestmark = pytest.mark.usefixtures("benchmarks", "quick_evaluation")
 ROOT = Path(__file__).parent.parent
 PAGES = ["README.md", *(str(path.relative_to(ROOT)) for path in sorted((ROOT / "docs").rglob("*.md")))]
 SMALL = ("epochs=1", "batch_size=16", "encoder.width=4", "knn_k=3", "pictures_every=1", "trainer.accelerator=cpu")
@@ -94,7 +98,12 @@ def workplace(tmp_path):
 
 @cache
 def help_of(script: str) -> str:
-    return subprocess.run([sys.executable, ROOT / script, "--help"], check=True, capture_output=True, text=True).stdout
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as told:
+        patch.setattr(sys, "argv", [script, "--help"])
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+    assert end.value.code == 0
+    return told.getvalue()
 
 
 def run_step(kind: str, text: str, command, monkeypatch) -> str:

@@ -4,6 +4,7 @@ import fcntl
 import os
 import pty
 import re
+import select
 import shlex
 import struct
 import subprocess
@@ -26,18 +27,15 @@ QUICK += ("trainer.accelerator=cpu", "run_dir=run")
 SCRIPT = "from gradmix.eval.commands.pretrain import main; main()"
 
 
-def test_a_terminal_shows_loss_knn_speed_and_time_left(tmp_path):
+def test_a_terminal_shows_loss_knn_speed_and_time_left(started):
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, 120, 0, 0))
-    process = subprocess.Popen([sys.executable, "-c", SCRIPT, *QUICK], cwd=tmp_path, stdout=theirs, stderr=theirs)
-    os.close(theirs)
-    shown = b""
-    try:
-        while part := os.read(ours, 65536):
-            shown += part
-    except OSError:  # the terminal is gone when the process has ended
-        pass
-    assert process.wait() == 0, shown.decode()
+    process, shown = started(os.ttyname(theirs), "pretrain", *QUICK), b""
+    while (ready := select.select([ours], [], [], 0.1)[0]) or process.is_alive():
+        shown += os.read(ours, 65536) if ready else b""
+    for end in (ours, theirs):
+        os.close(end)
+    assert process.exitcode == 0, shown.decode()
     bar = re.findall(r"training: +\d+%.*?\[\d\d:\d\d<\d\d:\d\d.*?\]", shown.decode())
     assert bar and re.search(r"loss=\d+\.\d+, (knn=[\d.]+%, )?img/s=\d+, took=\d\d:\d\d", bar[-1])  # also of two epochs
     assert "warn" not in shown.decode().lower()

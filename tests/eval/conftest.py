@@ -41,6 +41,11 @@ def browser():
     chromium.quit()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quick(quick_evaluation):
+    """Here everything is evaluated so, but in files whose own ``quick_evaluation`` does nothing."""
+
+
 def complaints(chromium) -> list[str]:
     """Console messages, and every request that is not the page's own file or inside it."""
     events = [json.loads(entry["message"])["message"] for entry in chromium.get_log("performance")]

@@ -2,8 +2,6 @@
 
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 
@@ -36,26 +34,19 @@ def test_a_closed_terminal_saves(config, data, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
-def test_a_signal_to_all_processes_of_a_job_saves(name, tmp_path):
+def test_a_signal_to_all_processes_of_a_job_saves(name, started, tmp_path):
     """As Slurm and systemd send it, while workers decode."""
     for number in range(64):
         (tmp_path / f"photos/{number % 2}").mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (40, 30), (number, 2 * number, 0)).save(tmp_path / f"photos/{number % 2}/{number}.png")
     words = ["data=imagefolder", "data.root=photos", "data.image_size=16", "data.workers=2", "encoder.width=4"]
     words += ["epochs=100000", "batch_size=16", "trainer.accelerator=cpu", "run_dir=run", "checkpoint_seconds=0"]
-    code = "from gradmix.eval.commands.pretrain import main; main()"
-    with open(tmp_path / "said", "w") as said:
-        process = subprocess.Popen(
-            [sys.executable, "-c", code, *words], cwd=tmp_path, stdout=said, stderr=said, start_new_session=True
-        )
-        try:
-            while process.poll() is None and not list(tmp_path.glob("run/checkpoints/*.ckpt")):
-                time.sleep(0.1)
-            os.killpg(process.pid, getattr(signal, name))
-            code = process.wait()
-        finally:
-            process.kill()
-    assert code == 128 + getattr(signal, name), (tmp_path / "said").read_text()
+    process = started(tmp_path / "said", "pretrain", *words)
+    while process.is_alive() and not list(tmp_path.glob("run/checkpoints/*.ckpt")):
+        time.sleep(0.1)
+    os.killpg(process.pid, getattr(signal, name))
+    process.join()
+    assert process.exitcode == 128 + getattr(signal, name), (tmp_path / "said").read_text()
     assert f"stopped by {name}, saved after step" in (tmp_path / "said").read_text()
 
 

@@ -8,6 +8,11 @@ from sklearn.preprocessing import StandardScaler
 from gradmix.eval.classifiers.linear import LinearProbe, _merits, _Standardised
 
 
+@pytest.fixture(scope="module")
+def quick_evaluation():
+    """Here probes train as long as anywhere."""
+
+
 def digits():
     features, labels = load_digits(return_X_y=True)
     train = np.random.default_rng(0).random(len(labels)) < 2 / 3

@@ -4,7 +4,6 @@ import csv
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from importlib import import_module
@@ -102,18 +101,16 @@ def test_a_checkpoint_and_a_detectors_folder(digits_run, photos, command, tmp_pa
     assert run.features.shape == (19, 32) and run.projections is None and run.classes == []
 
 
-SCRIPT = "from gradmix.eval.commands.embed import main; main()"
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_stopped_it_goes_on_to_the_same_bytes(number, digits_run, photos, command, tmp_path):
+def test_stopped_it_goes_on_to_the_same_bytes(number, digits_run, photos, command, started, tmp_path):
     arguments = (f"run={digits_run}", "images=photos", "batch_size=1")
     assert command("embed", *arguments, "out=whole.npy").code == 2  # for the unreadable one
-    with subprocess.Popen([sys.executable, "-c", SCRIPT, *arguments], cwd=tmp_path, stderr=subprocess.PIPE) as stopped:
-        while not any(rows.stat().st_size > 1000 for rows in tmp_path.glob("features.npy.*.part.rows")):
-            time.sleep(0.001)
-        os.kill(stopped.pid, number)
-        assert stopped.wait(20) == (-9 if number == signal.SIGKILL else 143)
+    stopped = started(os.devnull, "embed", *arguments)
+    while not any(rows.stat().st_size > 1000 for rows in tmp_path.glob("features.npy.*.part.rows")):
+        time.sleep(0.001)
+    os.kill(stopped.pid, number)
+    stopped.join(20)
+    assert stopped.exitcode == (-9 if number == signal.SIGKILL else 143)
     (rows,), (part,) = tmp_path.glob("*.part.rows"), tmp_path.glob("*.part")
     with open(rows, "ab") as file:
         file.write(b'["photos/torn')

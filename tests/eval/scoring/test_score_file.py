@@ -6,8 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 
@@ -68,11 +66,8 @@ def test_wherever_the_part_ends_the_scores_are_the_same(name, detector, photos, 
         assert capsys.readouterr().out == (f"{part}: {kept} of 40 images are scored already\n" if kept else "")
 
 
-SCORE = "from gradmix.eval.commands.score import main; main()"
-
-
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
-def test_a_signal_loses_no_batch(number, code, detector, photos, command, tmp_path):
+def test_a_signal_loses_no_batch(number, code, detector, photos, command, started, tmp_path):
     arguments = (f"detector={detector}", f"images={photos}", "batch_size=1")
     assert command("score", *arguments, "out=whole.csv").code == 2  # for the unreadable one
     finished = tmp_path / "scores.csv"
@@ -84,11 +79,10 @@ def test_a_signal_loses_no_batch(number, code, detector, photos, command, tmp_pa
         os.kill(process, number)
 
     if number == signal.SIGKILL:
-        with subprocess.Popen(
-            [sys.executable, "-c", SCORE, *arguments], cwd=tmp_path, stderr=subprocess.PIPE
-        ) as killed:
-            strike(killed.pid)
-            assert killed.wait(10) == code
+        killed = started(os.devnull, "score", *arguments)
+        strike(killed.pid)
+        killed.join(10)
+        assert killed.exitcode == code
     else:
         threading.Thread(target=strike, args=(os.getpid(),)).start()
         stopped = command("score", *arguments)

@@ -246,6 +246,17 @@ def test_the_threshold_is_of_the_held_out_images(digits_run):
     assert read(digits_run)["osr/deep_knn/balanced_accuracy"] == pytest.approx(expected, abs=1e-3)
 
 
+def test_results_do_not_replace_those_of_another_run(digits_run, command, tmp_path):
+    shutil.copytree(digits_run, tmp_path / "other")
+    before = read(tmp_path / "other")
+    refused = command("eval", f"run={digits_run}", "detectors=[]", "out=other")
+    assert (refused.code, refused.out) == (2, "")
+    assert "out: other is another run's folder, whose results would be lost; give another" in refused.err
+    (tmp_path / "link").symlink_to(tmp_path / "other")
+    assert command("eval", "run=other", "detectors=[]", "out=link").code == 0  # its own, by another name
+    assert read(tmp_path / "other") != before
+
+
 def test_two_runs_on_the_same_images(digits_run, command, tmp_path):
     result = command("eval", f"run={digits_run}", "detectors=[deep_knn,vim]", "detector_options.deep_knn.k=1", "out=k1")
     assert result.code == 0, result.err

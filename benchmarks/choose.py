@@ -113,6 +113,8 @@ def main() -> None:
     path = options.rows or Path(f"runs/choose-{options.what}.jsonl")
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    if options.what == "study":  # not a rehearsal's
+        rows = [row for row in rows if f"epochs={options.epochs or EPOCHS}" in row["overrides"]]
     have = {(row["setting"], row["split"]) for row in rows}
 
     jobs = []
@@ -136,6 +138,8 @@ def main() -> None:
                 file.write(json.dumps(row) + "\n")
                 file.flush()
     print(table(rows))
+    if options.save and not rows:
+        parser.error("--save: there are no rows to choose by")
     if options.what == "study" and rows:
         chosen = choice(rows)
         print(f"chosen: {chosen}")

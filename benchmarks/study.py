@@ -232,7 +232,7 @@ def table(rows: list[dict]) -> str:
         for measure in MEASURES.values():
             values = [v for row in by_split.values() if (v := measure(row)) is not None]
             apart = differences(measure, ((row, base[split]) for split, row in by_split.items() if split in base))
-            few = f" ({len(values)} runs)" if 0 < len(values) < len(by_split) else ""  # where a run lacks a number
+            few = f" (of {len(values)})" if 0 < len(values) < len(by_split) else ""  # where a run lacks a number
             cells += [with_error(values) + few, "" if arm == "none" else with_error(apart, "+.2f")]
         lines.append(cells)
     return markdown(lines)

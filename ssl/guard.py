@@ -118,12 +118,12 @@ class Guard(Callback):
 
     def on_before_optimizer_step(self, trainer: Trainer, module: Pretraining, optimizer: torch.optim.Optimizer) -> None:
         bad_loss = torch.stack(self.bad_losses).any()
+        gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
+        bad_gradient = ~get_total_norm(gradients, float("inf")).isfinite()
         scaler = getattr(trainer.precision_plugin, "scaler", None)
+        self.scaled = scaler is not None
         if scaler is not None:  # it expects overflows, and skips them
-            bad_gradient = scaler.scale(torch.ones_like(bad_loss, dtype=torch.float)) < SMALLEST_SCALE  # on the device
-        else:
-            gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
-            bad_gradient = ~get_total_norm(gradients, float("inf")).isfinite()
+            bad_gradient &= scaler.scale(torch.ones_like(bad_loss, dtype=torch.float)) < SMALLEST_SCALE
         received = torch.full_like(bad_loss, self.received, dtype=torch.float)
         unread = torch.full_like(received, bool(self.bad_images))
         flags = torch.stack([bad_loss.float(), bad_gradient.float(), unread, received])
@@ -172,6 +172,8 @@ class Guard(Callback):
             if self.skips
             else "try a lower optimizer.base_lr, or leave such steps out with on_nonfinite=skip"
         )
+        if self.scaled and not bad_loss:
+            hint = "float16 overflows at every scale, try trainer.precision=bf16-mixed or 32-true"
         raise FloatingPointError(
             f"the {what} is not finite at step {verdict.step}, learning rate {verdict.lr:.3g}, images "
             f"{verdict.rows.tolist()} of the training set; {hint}; the checkpoints are from before"

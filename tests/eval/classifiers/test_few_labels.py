@@ -16,6 +16,11 @@ def test_every_class_has_its_share(amount, least, most):
     assert counts.min() == least and counts.max() == most and len(set(rows.tolist())) == len(rows)
 
 
+@pytest.fixture(scope="module")
+def quick_evaluation():
+    """Here probes train as long as anywhere."""
+
+
 def test_a_small_share_is_one_image_at_least():
     assert np.bincount(np.arange(30)[subset(np.arange(30) % 3, "1%", 0)] % 3).tolist() == [1, 1, 1]
 

@@ -248,10 +248,18 @@ def test_the_threshold_is_of_the_held_out_images(digits_run):
 
 def test_results_do_not_replace_those_of_another_run(digits_run, command, tmp_path):
     shutil.copytree(digits_run, tmp_path / "other")
+    shutil.copytree(digits_run, tmp_path / "splits/split-0")
     before = read(tmp_path / "other")
-    refused = command("eval", f"run={digits_run}", "detectors=[]", "out=other")
-    assert (refused.code, refused.out) == (2, "")
-    assert "out: other is another run's folder, whose results would be lost; give another" in refused.err
+    for run, out, whose in (
+        (digits_run, "other", "other"),
+        (digits_run, "splits", "splits/split-0"),
+        ("splits", "other", "other"),
+        ("splits", "splits/split-0", "splits/split-0"),
+    ):
+        refused = command("eval", f"run={run}", "detectors=[]", f"out={out}")
+        assert (refused.code, refused.out) == (2, "")
+        assert f"out: {whose} is another run's folder, whose results would be lost; give another" in refused.err
+    assert read(tmp_path / "other") == before
     (tmp_path / "link").symlink_to(tmp_path / "other")
     assert command("eval", "run=other", "detectors=[]", "out=link").code == 0  # its own, by another name
     assert read(tmp_path / "other") != before

@@ -9,16 +9,16 @@ from gradmix.eval.classifiers.few_labels import few_labels, subset
 FEATURES, LABELS = load_digits(return_X_y=True)
 
 
+@pytest.fixture(scope="module")
+def quick_evaluation():
+    """Here probes train as long as anywhere."""
+
+
 @pytest.mark.parametrize(("amount", "least", "most"), [("1%", 2, 2), ("10%", 17, 18), (4, 4, 4), ("100%", 174, 183)])
 def test_every_class_has_its_share(amount, least, most):
     rows = subset(LABELS, amount, seed=0)
     counts = np.bincount(LABELS[rows])
     assert counts.min() == least and counts.max() == most and len(set(rows.tolist())) == len(rows)
-
-
-@pytest.fixture(scope="module")
-def quick_evaluation():
-    """Here probes train as long as anywhere."""
 
 
 def test_a_small_share_is_one_image_at_least():

@@ -63,10 +63,13 @@ BEYOND = {
 ALL = ARMS | BEYOND
 STAGES = {
     "joint": (ARMS, ["method=joint"]),
-    "chosen": ({name: ARMS[name] for name in ("none", "gradmix (loss)", "random_box", "cutmix")}, ["method=joint"]),
+    "chosen": (
+        {name: ARMS[name] for name in ("none", "gradmix (loss)", "random_box", "cutmix", TWICE)},
+        ["method=joint"],
+    ),
     "supcon": (ARMS, ["method=supcon"]),
     "simclr": (ARMS, ["method=simclr", "data.split=null"]),
-    "sphor": ({name: ARMS[name] for name in ("none", "gradmix (loss)", "cutmix")}, ["method=sphor"]),
+    "sphor": ({name: ARMS[name] for name in ("none", "gradmix (loss)", "cutmix", TWICE)}, ["method=sphor"]),
     "beyond": (
         {name: ARMS[name] for name in ("none", TWICE, "gradmix (loss)")} | BEYOND,
         ["method=joint"],
@@ -79,7 +82,13 @@ def main() -> None:
     parser.add_argument("--archive", type=Path, help="CIFAR-10 as train/<class>/ and test/<class>/ in a tar file")
     parser.add_argument("--stage", choices=STAGES, default="joint")
     parser.add_argument("--arms", nargs="+", help="some of the stage's, by name")
-    parser.add_argument("--splits", nargs="+", type=int, default=[0, 1, 2, 3, 4], help="each with a seed of its own")
+    parser.add_argument(
+        "--splits",
+        nargs="+",
+        type=int,
+        default=[0, 1, 2, 3, 4],
+        help="each with a seed of its own; from 5 on the same five splits of classes again",
+    )
     parser.add_argument("--epochs", type=int, default=EPOCHS, help="shorter, to rehearse")
     parser.add_argument("--parallel", type=int, default=1, help="runs at the same time, one thread each")
     parser.add_argument("--minutes", type=float, default=1e9, help="stop after so long; runs save and go on next time")
@@ -119,7 +128,7 @@ def run_all(options: argparse.Namespace) -> None:
         of_arm = [with_teacher(text, options.runs / options.stage, split) for text in of_arm]
         root = subset(options.archive, options.runs / "images", split)
         epochs = options.epochs * (2 if arm == TWICE else 1)
-        overrides = [*SETTING, f"data.root={root}", f"data.split={split}", f"seed={split}", f"epochs={epochs}"]
+        overrides = [*SETTING, f"data.root={root}", f"data.split={split % 5}", f"seed={split}", f"epochs={epochs}"]
         overrides += [
             *of_stage,
             *of_all(chosen["all"], of_arm),

@@ -25,6 +25,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 PAGE = Path(__file__).parent.parent / "docs" / "study.md"
 IMAGES = 200  # training images of each class
+FEW = 50  # in the stage of that name
 EPOCHS = 300
 SETTING = (
     *("data=cifar10", "encoder=resnet18", "encoder.width=16", "batch_size=256", "method.temperature=0.1"),
@@ -67,6 +68,7 @@ STAGES = {
         {name: ARMS[name] for name in ("none", "gradmix (loss)", "random_box", "cutmix", TWICE)},
         ["method=joint"],
     ),
+    "few": ({name: ARMS[name] for name in ("none", "gradmix (loss)", "cutmix")}, ["method=joint", "test_every=100"]),
     "supcon": (ARMS, ["method=supcon"]),
     "simclr": (ARMS, ["method=simclr", "data.split=null"]),
     "sphor": ({name: ARMS[name] for name in ("none", "gradmix (loss)", "cutmix", TWICE)}, ["method=sphor"]),
@@ -121,12 +123,12 @@ def run_all(options: argparse.Namespace) -> None:
     arms = {name: arms[name] for name in options.arms} if options.arms else arms
     deadline = time.monotonic() + 60 * options.minutes
     chosen = {"all": [], "gradmix": []}  # the defaults
-    if options.stage == "chosen":
+    if options.stage in ("chosen", "few"):
         chosen = json.loads((RESULTS / "study-choice.json").read_text())  # by choose.py, before
     jobs = []
     for split, (arm, of_arm) in itertools.product(options.splits, arms.items()):
         of_arm = [with_teacher(text, options.runs / options.stage, split) for text in of_arm]
-        root = subset(options.archive, options.runs / "images", split)
+        root = subset(options.archive, options.runs / "images", split, FEW if options.stage == "few" else IMAGES)
         epochs = options.epochs * (2 if arm == TWICE else 1)
         overrides = [*SETTING, f"data.root={root}", f"data.split={split % 5}", f"seed={split}", f"epochs={epochs}"]
         overrides += [
@@ -177,11 +179,11 @@ def last_wins(overrides: list[str]) -> list[str]:
     return [f"{key}={value}" for key, value in dict(text.split("=", 1) for text in overrides).items()]
 
 
-def subset(archive: Path, folder: Path, seed: int) -> Path:
-    """``IMAGES`` training images of each class, drawn by the seed, and all test images, as links into one copy."""
+def subset(archive: Path, folder: Path, seed: int, images: int = IMAGES) -> Path:
+    """So many training images of each class, drawn by the seed, and all test images, as links into one copy."""
     import numpy as np
 
-    whole, target = folder / "whole", folder / f"seed{seed}"
+    whole, target = folder / "whole", folder / f"{images}-seed{seed}"
     if not whole.exists():
         partial = folder / "partial"
         with tarfile.open(archive) as tar:
@@ -189,11 +191,11 @@ def subset(archive: Path, folder: Path, seed: int) -> Path:
         root = next(path.parent for path in sorted(partial.rglob("train")) if path.is_dir())
         root.rename(whole)
     if not target.exists():
-        making = folder / f"seed{seed}-making"
+        making = folder / f"{images}-seed{seed}-making"
         for of_class in sorted((whole / "train").iterdir()):
             (making / "train" / of_class.name).mkdir(parents=True, exist_ok=True)
             names = sorted(path.name for path in of_class.iterdir())
-            for index in sorted(np.random.default_rng(seed).permutation(len(names))[:IMAGES]):
+            for index in sorted(np.random.default_rng(seed).permutation(len(names))[:images]):
                 os.link(of_class / names[index], making / "train" / of_class.name / names[index])
         (making / "test").symlink_to(Path("..") / whole.name / "test")
         making.rename(target)

@@ -276,9 +276,9 @@ def auroc_by_epochs(rows: list[dict]) -> dict[str, dict[float, float]]:
     }
 
 
-def write_page(page: Path, text: str) -> None:
-    """Put a table into a page, in the place that says it is of the script that runs."""
-    start, end = f"<!-- {Path(sys.argv[0]).name} writes this table -->", "<!-- end of the table -->"
+def write_page(page: Path, text: str, what: str = "table") -> None:
+    """Put a table into a page, in the place that says it is of the script that runs; ``what``: which of its tables."""
+    start, end = f"<!-- {Path(sys.argv[0]).name} writes this {what} -->", f"<!-- end of the {what} -->"
     before, _, rest = page.read_text().partition(start)
     _, _, after = rest.partition(end)
     if not rest or not after:

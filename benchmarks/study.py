@@ -11,6 +11,7 @@ checkpoint when the same line is given again; what is finished is left alone. Se
 import argparse
 import itertools
 import json
+import math
 import os
 import statistics
 import tarfile
@@ -27,6 +28,7 @@ PAGE = Path(__file__).parent.parent / "docs" / "study.md"
 IMAGES = 200  # training images of each class
 FEW = 50  # in the stage of that name
 EPOCHS = 300
+PAIRS = 5  # fewer are too few for a result
 SETTING = (
     *("data=cifar10", "encoder=resnet18", "encoder.width=16", "batch_size=256", "method.temperature=0.1"),
     *("optimizer=adam", "knn_every=0", "pictures_every=0", "test_every=25", "trainer.precision=32-true"),
@@ -112,6 +114,7 @@ def main() -> None:
         rows = list((known | {identity(row): row for row in rows}).values())
         save("study", rows)
         write_page(PAGE, table(rows))
+        write_page(PAGE, comparison(rows), "comparison")
         plots(rows)
     print(table(rows))
 
@@ -232,11 +235,8 @@ MEASURES = {name: COLUMNS[name] for name in ("AUROC", "OSCR", "kNN", "linear")}
 def table(rows: list[dict]) -> str:
     """Mean and standard error over the splits, and the paired difference to ``none``, in points."""
     lines = [["stage", "arm", "epochs", "runs", *(title for name in MEASURES for title in (name, "over none"))]]
-    groups: dict[tuple, dict[int, dict]] = {}
-    for row in rows:
-        groups.setdefault((row["stage"], row["arm"], row["epochs"]), {})[row["split"]] = row
-    order = list(ALL)
-    for (stage, arm, epochs), by_split in sorted(groups.items(), key=lambda g: (g[0][0], order.index(g[0][1]))):
+    groups = by_arm(rows)
+    for (stage, arm, epochs), by_split in groups.items():
         half = epochs // 2 if arm == TWICE else epochs
         base = groups.get((stage, "none", half), {})
         cells = [stage, arm, str(epochs), str(len(by_split))]
@@ -247,6 +247,38 @@ def table(rows: list[dict]) -> str:
             cells += [with_error(values) + few, "" if arm == "none" else with_error(apart, "+.2f")]
         lines.append(cells)
     return markdown(lines)
+
+
+def by_arm(rows: list[dict]) -> dict[tuple[str, str, int], dict[int, dict]]:
+    """The rows by (stage, arm, epochs), in the order of the pages, and in each by split."""
+    groups: dict[tuple, dict[int, dict]] = {}
+    for row in rows:
+        groups.setdefault((row["stage"], row["arm"], row["epochs"]), {})[row["split"]] = row
+    order = list(ALL)
+    return dict(sorted(groups.items(), key=lambda group: (group[0][0], order.index(group[0][1]))))
+
+
+def comparison(rows: list[dict]) -> str:
+    """GradMix minus each other arm, in points, paired by split; bold: a result by the protocol's rule."""
+    measures = {name: COLUMNS[name] for name in ("AUROC", "OSCR", "closed set", "kNN", "linear")}
+    lines = [["stage", f"{MAIN} minus", "pairs", *measures]]
+    groups = by_arm(rows)
+    for (stage, arm, epochs), theirs in groups.items():
+        ours = groups.get((stage, MAIN, epochs // 2 if arm == TWICE else epochs), {})
+        pairs = [(ours[split], theirs[split]) for split in sorted(ours.keys() & theirs.keys())]
+        if arm != MAIN and len(pairs) >= PAIRS:
+            cells = [result_in_bold(differences(measure, pairs)) for measure in measures.values()]
+            lines.append([stage, arm, str(len(pairs)), *cells])
+    return markdown(lines)
+
+
+def result_in_bold(values: list[float]) -> str:
+    """Mean and standard error in points. A result: over two errors, and four of five in the mean's direction."""
+    if len(values) < PAIRS:
+        return ""
+    text, mean = with_error(values, "+.2f"), statistics.mean(values)
+    beyond = abs(mean) > 2 * statistics.stdev(values) / math.sqrt(len(values))
+    return f"**{text}**" if beyond and sum(value * mean > 0 for value in values) >= 0.8 * len(values) else text
 
 
 TITLES = {"osr/deep_knn/auroc": "AUROC of unknown classes, %", "knn/top1": "kNN accuracy on known classes, %"}

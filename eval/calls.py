@@ -22,6 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 import gradmix
 from gradmix.eval.commands import later
 from gradmix.eval.commands.command_line import checked, explain, folder_as_data, is_path, literal, not_one_option
+from gradmix.eval.commands.waiting import wait_politely
 from gradmix.eval.config import EmbedConfig, EvalConfig, ScoreConfig
 from gradmix.eval.counted import counted
 from gradmix.ssl.config import Config, flat, register_configs
@@ -257,6 +258,7 @@ def configured(name: str, schema: type, given: Mapping[str, Any]) -> Any:
     Raises:
         ValueError: bad input, in one line.
     """
+    wait_politely()
     values = flat({key: _plain(value) for key, value in given.items()})
     register_configs()
     ConfigStore.instance().store(f"{name}_schema", schema)

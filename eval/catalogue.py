@@ -162,6 +162,7 @@ OPEN_SET = (
         "Closed set",
         "Share of known images whose closest class, to this detector, is their own.",
         terminal=True,
+        compared=True,
         known_only=True,
         compute=lambda s: float(np.asarray(s.correct).mean()),
     ),

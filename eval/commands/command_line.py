@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from gradmix.eval.commands.errors import in_one_line
 from gradmix.eval.commands.help import help_text
 from gradmix.eval.commands.trust import configs_are_checked
+from gradmix.eval.commands.waiting import wait_politely
 from gradmix.eval.commands.words import key_for
 from gradmix.eval.config import EvalConfig
 from gradmix.registry import nearest
@@ -38,6 +39,7 @@ def run_command(name: str, summary: str, schema: type, run: Callable[..., object
     Args:
         schema: the config's dataclass; each field is declared with :func:`gradmix.ssl.keys.key`.
     """
+    wait_politely()
     debug = "--debug" in sys.argv or os.environ.get("HYDRA_FULL_ERROR") == "1"
     if {"--help", "-h"} & set(sys.argv[1:]):
         print(help_text(name, summary, schema))

@@ -82,7 +82,10 @@ class DataConfig:
         0.25, "imagefolder without test/: share of images for the test set", at_least=0, at_most=1, role="data"
     )
     memory_gib: float = key(
-        4.0, "GiB for decoded images; what does not fit is read from disk in every epoch", at_least=0, free=True
+        4.0,
+        "GiB for decoded images, at most half of the free memory; what does not fit is read from disk in every epoch",
+        at_least=0,
+        free=True,
     )
     workers: int | None = key(
         None, "decoder processes, when streaming; null: all CPUs, shared, at most 16", at_least=0, free=True

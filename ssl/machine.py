@@ -21,7 +21,12 @@ LONG = 3600  # seconds of a training on a CPU from which on it says what is quic
 
 def usable_cpus() -> int:
     """CPUs that this process may use: schedulers and containers often allow fewer than there are."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = map(int, (GROUP / "cpu.max").read_text().split())
+    except (OSError, ValueError):  # no such file, or "max"
+        return cpus
+    return max(1, min(cpus, -(-quota // period)))
 
 
 def decoders(asked: int | None, processes: int = 1) -> int:
@@ -89,13 +94,14 @@ def check_queue(batch_bytes: int, workers: int) -> None:
     """
     Args:
         batch_bytes: what a worker hands over at a time; two of them lie in shared memory for each worker.
+        workers: of all processes on this machine, which share it.
 
     Raises:
         ValueError: shared memory is too small for them; a process that runs out of it dies without a word.
     """
     shared = Path("/dev/shm")
     if workers and shared.is_dir():
-        hint = "try data.workers=0, a smaller batch_size, or more of it (docker run --shm-size=8g)"
+        hint = "try fewer data.workers (0: none), a smaller batch_size, or more of it (docker run --shm-size=8g)"
         what, free = f"data.workers: what {workers} workers hold ready", shutil.disk_usage(shared).free
         _check(what, 2 * workers * batch_bytes, free, "in /dev/shm", hint)
 
@@ -139,17 +145,23 @@ def precision(config: Config) -> str:
     return "bf16-mixed" if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
 
 
-def check_precision(config: Config) -> None:
+def check_device(config: Config) -> None:
     """
     Raises:
-        ValueError: float16 on a CPU, where Lightning would take bfloat16 without saying so in the results.
+        ValueError: float16 on a CPU, where Lightning would take bfloat16 without saying so in the results; mixing on
+            Apple's GPU with a torch that lacks two operations there.
     """
     where, asked = config.trainer.get("accelerator", "auto"), str(precision(config))
-    on_cpu = where == "cpu" or (
-        where == "auto" and not torch.cuda.is_available() and not torch.backends.mps.is_available()
-    )
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    on_cpu = where == "cpu" or (where == "auto" and not cuda and not mps)
     if on_cpu and asked in ("16-mixed", "16"):
         raise ValueError(f"trainer.precision: {asked} needs a GPU; bf16-mixed is the half precision of CPUs")
+    on_mps = mps and (where == "mps" or (where in ("auto", "gpu") and not cuda))
+    if on_mps and config.mix.name != "none" and torch.__version__ < "2.13":
+        raise ValueError(
+            f"trainer.accelerator: mixing on Apple's GPU needs torch 2.13 or newer, this is {torch.__version__}; "
+            "update torch, or give trainer.accelerator=cpu or mix=none"
+        )
 
 
 def activation_bytes(network: nn.Module, image_size: int) -> int:
@@ -210,7 +222,8 @@ def least_time(config: Config, network: nn.Module, image_size: int, steps: int, 
 
 def quicker(config: Config, image_size: int) -> list[str]:
     """Settings that make a long training on a CPU shorter."""
-    wide = config.encoder.name.startswith("resnet") and (config.encoder.width or 64) > 16
+    width = None if config.encoder.init else config.encoder.width or 64  # weights from elsewhere fix it
+    wide = config.encoder.name.startswith("resnet") and width is not None and width > 16
     return [
         *(["data.image_size=64"] if image_size > 64 else []),
         *(["encoder.width=16"] if wide else []),

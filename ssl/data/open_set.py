@@ -1,5 +1,6 @@
 """Who is known: training, held-out and test images of one open-set split of a data set."""
 
+import math
 import re
 import sys
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from gradmix.ssl.data.scan import Scan
 from gradmix.ssl.data.sizes import sample_sizes, usual_image_size
 from gradmix.ssl.data.sources import SOURCES, Source, existing_root, images_below, join, stratified
 from gradmix.ssl.data.splits import SPLITS
+from gradmix.ssl.machine import free_memory
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,6 @@ def load_data(config: DataConfig, seed: int, look: bool = False, pixels: bool = 
         folders = {}  # known classes play the unknown ones, and no other image is looked at
     source = SOURCES.pick("data.name", config.name)(config, seed)
     source, photographs, notes = of_its_size(source, config)
-    limit = int(config.memory_gib * 2**30) if not photographs else -1
     known: list[int] = []
     unknown: Sequence[int] = []
     empty: list[str] = []
@@ -121,7 +122,9 @@ def load_data(config: DataConfig, seed: int, look: bool = False, pixels: bool = 
         far = replace(images_below(key, root, test.size, -number), fit=config.fit)
         test = join(test, far if test.images is None else scan.read(far, sys.maxsize))
         names += [str(root) if key == "data.unknown_root" else key.rpartition(".")[2]]
-    train, test = (part if part.bytes > limit else scan.read(part, limit if pixels else -1) for part in (train, test))
+    room = -1 if photographs else room_for_images(config)
+    train, room = read_if_it_fits(train, room, scan, pixels)
+    test, room = read_if_it_fits(test, room, scan, pixels)
     if config.on_bad_image == "error":
         scan.refuse_bad()
     check_present(train, classes, config)  # now of what can be read
@@ -131,7 +134,7 @@ def load_data(config: DataConfig, seed: int, look: bool = False, pixels: bool = 
     drawn = sets[0].fingerprint()
     looked_at = look or config.scan or all(part.images is not None for part in sets)
     if look or config.scan:
-        sets = [part if part.bytes <= limit else scan.read(part, -1) for part in sets]
+        sets = [part if part.images is not None else scan.read(part, -1) for part in sets]
         if config.on_bad_image == "error":
             scan.refuse_bad()
         check_present(sets[0], classes, config)
@@ -144,6 +147,17 @@ def load_data(config: DataConfig, seed: int, look: bool = False, pixels: bool = 
     notes = [*source.notes, *notes, *lines]
     split = sets[0], sets[1], test, classes, names, known
     return OpenSetData(*split, empty, scan.bad, notes, looked_at, of_set, copies, drawn)
+
+
+def room_for_images(config: DataConfig) -> int:
+    """Bytes that decoded images may take in all. While they are split, training images are there twice."""
+    free = free_memory()
+    return int(min(config.memory_gib * 2**30, math.inf if free is None else free / 2))
+
+
+def read_if_it_fits(images: ImageSet, room: int, scan: Scan, pixels: bool) -> tuple[ImageSet, int]:
+    """The images that can be read, decoded if ``pixels``; unread if the room is too small. And what room is left."""
+    return (images, room) if images.bytes > room else (scan.read(images, room if pixels else -1), room - images.bytes)
 
 
 def unknown_folders(config: DataConfig) -> dict[str, str]:

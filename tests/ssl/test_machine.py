@@ -1,15 +1,18 @@
 """What can't fit is refused before it starts."""
 
 from collections import namedtuple
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import nn
+from torch.torch_version import TorchVersion
 
 from gradmix.ssl import machine
 from gradmix.ssl.data.open_set import load_data
 from gradmix.ssl.machine import (
     activation_bytes,
+    check_device,
     check_limits,
     check_queue,
     decoders,
@@ -178,6 +181,43 @@ def test_this_machine():
     assert usable_cpus() >= 1
     memory = free_memory()
     assert memory is None or 0 < memory < 1 << 50
+
+
+def test_a_containers_share_of_the_cpus_counts(tmp_path, monkeypatch):
+    monkeypatch.setattr(machine, "GROUP", tmp_path)
+    monkeypatch.setattr(machine.os, "sched_getaffinity", lambda process: set(range(64)), raising=False)
+    for said, cpus in {"max 100000": 64, "400000 100000": 4, "150000 100000": 2, "9900000 100000": 64}.items():
+        (tmp_path / "cpu.max").write_text(f"{said}\n")
+        assert usable_cpus() == cpus
+
+
+@pytest.mark.parametrize(
+    ("version", "where", "mix", "refused"),
+    [
+        ("2.12.1", "auto", "gradmix", True),
+        ("2.12.1", "gpu", "cutmix", True),
+        ("2.12.1", "mps", "gradmix", True),
+        ("2.13.0", "auto", "gradmix", False),
+        ("2.12.1", "cpu", "gradmix", False),
+        ("2.12.1", "auto", "none", False),
+    ],
+)
+def test_mixing_on_apples_gpu_needs_its_operations(tmp_path, config, monkeypatch, version, where, mix, refused):
+    settings = config(tmp_path)
+    settings.trainer["accelerator"], settings.mix.name = where, mix
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "__version__", TorchVersion(version))
+    with pytest.raises(ValueError, match=r"torch 2\.13 or newer, this is 2\.12\.1") if refused else nullcontext():
+        check_device(settings)
+
+
+def test_a_width_that_weights_fix_is_no_hint(tmp_path, config):
+    settings = config(tmp_path)
+    settings.encoder.width = None
+    assert "encoder.width=16" in machine.quicker(settings, 32)
+    settings.encoder.init = "weights.pt"
+    assert "encoder.width=16" not in machine.quicker(settings, 32)
 
 
 def test_workers_are_bounded(tmp_path, config, monkeypatch):

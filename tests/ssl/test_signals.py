@@ -11,7 +11,7 @@ from PIL import Image
 from pytorch_lightning import Callback
 
 from gradmix.ssl.callbacks import newest_checkpoint
-from gradmix.ssl.machine import check_precision
+from gradmix.ssl.machine import check_device
 from gradmix.ssl.train import train
 
 
@@ -81,7 +81,7 @@ def test_float16_needs_a_gpu(precision, config, tmp_path):
     settings = config(tmp_path)
     settings.trainer["precision"] = precision
     with pytest.raises(ValueError, match=f"trainer.precision: {precision} needs a GPU"):
-        check_precision(settings)
+        check_device(settings)
     settings.trainer["precision"] = "bf16-mixed"
-    check_precision(settings)
+    check_device(settings)
     assert not torch.cuda.is_available() or settings.trainer["accelerator"] == "cpu"

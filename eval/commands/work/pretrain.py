@@ -21,7 +21,7 @@ from gradmix.ssl.config import Config
 from gradmix.ssl.data.names import check_names
 from gradmix.ssl.data.open_set import OpenSetData, load_data, splits_of
 from gradmix.ssl.data.sources import folders_read
-from gradmix.ssl.machine import check_precision
+from gradmix.ssl.machine import check_device
 from gradmix.ssl.processes import is_first, world_size
 from gradmix.ssl.runs.files import remove_strays, replacing, write_json
 from gradmix.ssl.runs.folder import FILES, FOLDERS, check_free, has_begun, read_config
@@ -88,7 +88,7 @@ def pretrain_one(config: Config) -> dict[str, Any] | None:
     """The run's numbers; None on all but the first process, which go on to the next run while it evaluates."""
     run_dir, first = Path(config.run_dir), is_first()
     check(config)
-    check_precision(config)
+    check_device(config)
     with alone_in(run_dir):
         if config.data.image_size is None and has_begun(run_dir):  # chosen when the run began
             config = replace(config, data=replace(config.data, image_size=read_config(run_dir).data.image_size))

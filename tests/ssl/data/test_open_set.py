@@ -14,6 +14,7 @@ from sklearn.datasets import load_digits
 from torchvision import datasets
 
 from gradmix.ssl.config import DataConfig
+from gradmix.ssl.data import open_set
 from gradmix.ssl.data.images import decode
 from gradmix.ssl.data.open_set import known_classes, load_data
 from gradmix.ssl.data.sources import SOURCES, folders_read
@@ -226,6 +227,23 @@ def test_a_folder_of_unknown_images(tmp_path):
         picture(tmp_path / "flat" / f"{i}.png")
     with pytest.raises(ValueError, match=r"data\.unknown_root: .*have no classes"):
         load_data(replace(config, root=str(tmp_path / "flat"), known=None), 0)
+
+
+def test_decoded_images_share_their_memory(tmp_path, monkeypatch):
+    """9 training and 3 test images of 192 bytes each; while they are split, training images are there twice."""
+    folder(tmp_path / "photos", ["cat", "dog", "emu"], 4)
+    config = DataConfig(name="imagefolder", image_size=8, root=str(tmp_path / "photos"), holdout=0.0)
+
+    def decoded(memory: float, free: int | None = None) -> list[bool]:
+        monkeypatch.setattr(open_set, "free_memory", lambda: free)
+        data = load_data(replace(config, memory_gib=memory / 2**30), 0)
+        assert (len(data.train), len(data.test)) == (9, 3)
+        return [part.images is not None for part in (data.train, data.test)]
+
+    assert decoded(12 * 192) == decoded(12 * 192, 24 * 192) == [True, True]
+    assert decoded(12 * 192 - 1) == decoded(12 * 192, 24 * 192 - 2) == [True, False]
+    assert decoded(9 * 192 - 1) == decoded(4e9, 18 * 192 - 2) == [False, True]
+    assert decoded(3 * 192 - 1) == [False, False]
 
 
 def test_several_named_folders_of_unknown_images(tmp_path):

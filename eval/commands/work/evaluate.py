@@ -90,7 +90,9 @@ def find_run(config: EvalConfig) -> tuple[Path, Path, list[str], Foreign | None]
     out = run_dir / f"transfer-{config.data.name}" if config.run and config.data.name else run_dir
     out = out if config.out is None else Path(config.out).expanduser()
     parts = [path.name for path in sorted(run_dir.glob("split-*"))] if not (run_dir / "config.yaml").exists() else []
-    if out.resolve() != run_dir.resolve() and not config.export and config.against is None:
+    if out.resolve() == run_dir.resolve():
+        out = run_dir  # by another name
+    elif not config.export and config.against is None:
         for folder in (out, *sorted(out.glob("split-*")), *(out / part for part in parts)):
             if (folder / "config.yaml").exists():
                 raise ValueError(f"out: {folder} is another run's folder, whose results would be lost; give another")

@@ -263,6 +263,7 @@ def test_results_do_not_replace_those_of_another_run(digits_run, command, tmp_pa
     (tmp_path / "link").symlink_to(tmp_path / "other")
     assert command("eval", "run=other", "detectors=[]", "out=link").code == 0  # its own, by another name
     assert read(tmp_path / "other") != before
+    assert "out=link" in (tmp_path / "other/report.html").read_text()  # the command of the numbers that it shows
 
 
 def test_two_runs_on_the_same_images(digits_run, command, tmp_path):

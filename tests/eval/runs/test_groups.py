@@ -144,6 +144,15 @@ def test_what_an_evaluation_was_told_sets_runs_apart(runs):
     }
 
 
+def test_other_test_images_are_another_data_set(runs):
+    """With data.pseudo_unknown known classes test as unknown ones, and the unknown ones not at all."""
+    for split in (1, 2, 3):
+        path = runs / f"gradmix/split-{split}/config.yaml"
+        path.write_text(path.read_text().replace("pseudo_unknown: 0", "pseudo_unknown: 2"))
+    sets = group_runs([read_run(path, images=False) for path in find_runs([runs / "none", runs / "gradmix"])])
+    assert list(sets) == ["data.pseudo_unknown=0", "data.pseudo_unknown=2"]
+
+
 def test_other_thresholds_are_no_difference(runs, compare):
     """False alarms and balanced decisions follow accept and per_class; the threshold has no part in the others."""
     keys = [f"osr/deep_knn/{name}" for name in ("false_alarms", "balanced_accuracy", "fpr95")]

@@ -83,7 +83,7 @@ def group_runs(runs: Sequence[Run]) -> dict[str, list[Group]]:
         config = _config(run)
         data = _with_role("data", config)
         if config["data.name"] == "imagefolder":
-            data["data.root"] = config["data.root"]
+            data["data.root"] = run.numbers.get("data", {}).get("root", config["data.root"])  # whole, not as typed
         sets[tuple(data.items())][tuple(_with_role("setting", config).items())].append((run, config))
     names = _labels([dict(data) for data in sets], ("data.name",))
     result: dict[str, list[Group]] = {}

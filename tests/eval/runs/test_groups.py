@@ -153,9 +153,25 @@ def test_other_test_images_are_another_data_set(runs):
     assert list(sets) == ["data.pseudo_unknown=0", "data.pseudo_unknown=2"]
 
 
+def test_a_folder_of_images_is_the_same_however_it_was_typed(runs, tmp_path):
+    for typed, folder in (("ph", runs / "none/split-1"), ("./ph", runs / "gradmix/split-1")):
+        text = (folder / "config.yaml").read_text()
+        text = text.replace("name: digits", "name: imagefolder").replace("root: null", f"root: {typed}", 1)
+        (folder / "config.yaml").write_text(text)
+        change(folder, data={"name": "imagefolder", "root": str(tmp_path / "ph"), "split": 1, "known": None})
+
+    def labels():
+        sets = group_runs([read_run(runs / f"{mix}/split-1", images=False) for mix in ("none", "gradmix")])
+        return [[group.label for group in groups] for groups in sets.values()]
+
+    assert labels() == [["mix=none", "mix=gradmix"]]
+    change(folder, data={"name": "imagefolder", "root": str(tmp_path / "elsewhere"), "split": 1, "known": None})
+    assert len(labels()) == 2
+
+
 def test_runs_trained_on_other_images_are_no_pair(runs, compare):
     """Images that were added between two trainings: other ones are drawn to train on, and to test."""
-    note = "were trained on other images (train/images in metrics.json): they are no pairs."
+    note = "that were trained on other images (train/images in metrics.json) are no pairs."
     assert note not in compare(runs / "none", runs / "gradmix")[1]
     change(runs / "gradmix/split-1", train__images="of more images")
     code, out, _ = compare(runs / "none", runs / "gradmix")

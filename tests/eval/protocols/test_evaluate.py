@@ -87,6 +87,18 @@ def test_evaluating_all_splits_again(command, tmp_path, digits_run):
     result = command("eval", "run=all", "against=again")
     assert result.code == 0 and result.out.count("deep_knn AUROC") == 2
 
+    # A mean is gone as soon as it is not that of its splits any more
+    means = [tmp_path / "all" / name for name in ("metrics.json", "report.html", "metrics_corruptions.json")]
+    for path in means:
+        path.write_text("{}")
+    for failing, left in ((0, [True, True, True]), (1, [False, False, True])):
+        finished = tmp_path / f"all/split-{failing}/training.json"
+        finished.rename(tmp_path / "aside")
+        result = command("eval", "run=all", "detectors=[]")
+        assert result.code == 2 and f"split-{failing} has not finished training" in result.err
+        assert [path.exists() for path in means] == left
+        (tmp_path / "aside").rename(finished)
+
 
 def test_over_splits_says_what_all_of_them_say():
     splits = [

@@ -263,10 +263,15 @@ CORRUPTED = (
         better="lower",
     ),
     Metric(
+        "corruptions/{kind}/ce/{classifier}",
+        "CE",
+        "Error relative to kNN on raw pixels on one kind of corruption, over its severities.",
+        better="lower",
+    ),
+    Metric(
         "corruptions/{kind}",
         "On corrupted images",
-        "Accuracy on one kind of corruption, mean over severities or of one severity; `/ce/` is the error relative "
-        "to kNN on raw pixels.",
+        "Accuracy on one kind of corruption, mean over severities or of one severity.",
     ),
 )
 
@@ -341,7 +346,7 @@ def match(key: str) -> tuple[Metric, str] | None:
     for metric in METRICS:
         found = metric.pattern.fullmatch(ENDS.sub("", key))
         if found:
-            return metric, next(iter(found.groups()), "")
+            return metric, "/".join(found.groups())
     return None
 
 

@@ -63,7 +63,10 @@ class DataConfig:
     )
     known: list[Any] | None = key(None, "known classes by name or index, instead of a split", role="unit")
     pseudo_unknown: int = key(
-        0, "to choose settings: the last N known classes test as unknown ones, the real ones are left out", at_least=0
+        0,
+        "to choose settings: the last N known classes test as unknown ones, the real ones are left out",
+        at_least=0,
+        role="data",
     )
     unknown_root: str | None = key(
         None, "folder, any depth: the unknown images, instead of unknown classes", path=True, free=True, role="data"

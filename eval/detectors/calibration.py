@@ -25,7 +25,8 @@ class Calibration:
         classes: K.
         accept: share of known images to accept, in (0, 1].
         per_class: give a class a threshold of its own where at least `needed(accept)` held-out images look most like
-            it (Mondrian); the other classes share one. The promise then holds among the images that look like a class.
+            it (Mondrian). The other classes share one; where they have fewer together, the smallest of the former joins
+            them. The promise then holds among the images that look like a class, or like one of those that share.
     """
 
     scores: np.ndarray
@@ -44,10 +45,12 @@ class Calibration:
             if self.positions is None:
                 raise ValueError("per_class: there are no classes to have thresholds of their own")
             counts = np.bincount(self.positions, minlength=self.classes)
-            own = np.flatnonzero(counts >= needed(self.accept))
-            others = self.scores[~np.isin(self.positions, own)]
-            pools = [others if len(others) >= needed(self.accept) else self.scores]
-            pools += [self.scores[self.positions == position] for position in own]
+            own = counts >= needed(self.accept)
+            if own.any() and not own.all() and counts[~own].sum() < needed(self.accept):
+                own[np.where(own, counts, len(self.scores) + 1).argmin()] = False  # too few alone: the smallest joins
+            others = self.scores[~own[self.positions]]
+            pools = [others if len(others) else self.scores]  # nobody's, where all have their own
+            pools += [self.scores[self.positions == position] for position in np.flatnonzero(own)]
             pool_of[own] = np.arange(1, len(pools))
         object.__setattr__(self, "_pools", [np.sort(pool) for pool in pools])
         object.__setattr__(self, "_pool_of", pool_of)

@@ -15,13 +15,17 @@ from gradmix.eval.report.charts import COLOURS, DASHES, Line, Points, line_chart
 from gradmix.eval.report.curves import CURVES
 from gradmix.eval.report.page import Chart, page
 from gradmix.eval.runs.folder import Run, read_run
-from gradmix.eval.runs.groups import Difference, Group, Unit, difference, group_runs
+from gradmix.eval.runs.groups import Difference, Group, Unit, difference, group_runs, shared
 from gradmix.ssl.runs.files import write_text
 
 SHOWN = (*compared(("knn", "linear", PRIMARY)), "osr/pixels/auroc")  # the numbers of the table
 NO_EVIDENCE = "n = 1: one pair of runs is no evidence of a difference; run more splits or seeds."
 OTHER_THRESHOLDS = (
     "accept or per_class differ: false alarms and balanced decisions, which follow them, stand without a difference."
+)
+
+OTHER_IMAGES = (
+    "Runs of the same split and seed that were trained on other images (train/images in metrics.json) are no pairs."
 )
 
 
@@ -110,6 +114,8 @@ def _notes(groups: list[Group]) -> list[str]:
         apart = [difference(group, groups[0], key) for group in groups[1:] for key in _measured(groups)]
         if any(one is not None and one.pairs == 1 for one in apart):
             notes.append(NO_EVIDENCE)
+        if any(shared(group, groups[0])[1] for group in groups[1:]):
+            notes.append(OTHER_IMAGES)
         if len(set[tuple[float, bool]]().union(*(group.thresholds for group in groups))) > 1:
             notes.append(OTHER_THRESHOLDS)
     return notes

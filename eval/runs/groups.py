@@ -36,6 +36,10 @@ class Group:
         values = {unit: [run.numbers[key] for run in runs if key in run.numbers] for unit, runs in self.runs.items()}
         return {unit: float(np.mean(of_unit)) for unit, of_unit in values.items() if of_unit}
 
+    def images(self, unit: Unit) -> set[str]:
+        """Fingerprints of the images that a unit's runs were trained on, as far as they say so."""
+        return {run.numbers["train/images"] for run in self.runs[unit] if "train/images" in run.numbers}
+
     @property
     def thresholds(self) -> set[tuple[float, bool]]:
         """``accept`` and ``per_class`` of the runs."""
@@ -79,7 +83,7 @@ def group_runs(runs: Sequence[Run]) -> dict[str, list[Group]]:
         config = _config(run)
         data = _with_role("data", config)
         if config["data.name"] == "imagefolder":
-            data["data.root"] = config["data.root"]
+            data["data.root"] = run.numbers.get("data", {}).get("root", config["data.root"])  # whole, not as typed
         sets[tuple(data.items())][tuple(_with_role("setting", config).items())].append((run, config))
     names = _labels([dict(data) for data in sets], ("data.name",))
     result: dict[str, list[Group]] = {}
@@ -94,15 +98,23 @@ def group_runs(runs: Sequence[Run]) -> dict[str, list[Group]]:
     return result
 
 
+def shared(group: Group, reference: Group) -> tuple[list[Unit], list[Unit]]:
+    """The splits and seeds that both have: those of the same training images, which are pairs, and the others."""
+    both = [unit for unit in group.runs if unit in reference.runs]
+    pairs = [unit for unit in both if len(group.images(unit) | reference.images(unit)) < 2]
+    return pairs, [unit for unit in both if unit not in pairs]
+
+
 def difference(group: Group, reference: Group, key: str) -> Difference | None:
-    """``group`` minus ``reference``, paired by split and seed; None where they share none, or where it would be one of
+    """``group`` minus ``reference``, paired by split and seed; None where there is no pair, or where it would be one of
     the thresholds that were asked for.
     """
     found = match(key)
     if found is not None and found[0].threshold and len(group.thresholds | reference.thresholds) > 1:
         return None
     ours, theirs = group.values(key), reference.values(key)
-    values = np.array([ours[unit] - theirs[unit] for unit in ours if unit in theirs])
+    pairs = [unit for unit in shared(group, reference)[0] if unit in ours and unit in theirs]
+    values = np.array([ours[unit] - theirs[unit] for unit in pairs])
     if not len(values):
         return None
     deviation = float(values.std(ddof=1)) if len(values) > 1 else None

@@ -111,7 +111,7 @@ def read_metrics(path: Path) -> dict[str, Any]:
     """
     numbers = read_document(path, dict[str, Plain | dict[str, Any]])
     for key, value in numbers.items():
-        schema: Any = TREES.get(key, Plain | dict[str, float | None])
+        schema: Any = (TREES | WORDS).get(key, Plain | dict[str, float | None])
         if key not in WORDS and (match(key) is not None or key.startswith("train/")):
             schema = dict[str, float | None] | None if key.endswith("/recall") else float
         if key == "data/unknown_root":

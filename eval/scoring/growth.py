@@ -17,6 +17,7 @@ from gradmix.eval.detectors import Detector
 from gradmix.eval.features.arrays import blocks, check_features, check_labels
 from gradmix.eval.features.mapped import Arrays, map_arrays, write_arrays
 from gradmix.eval.scoring.scorer import FITTED_TO, THUMBNAILS, Scorer, shrunk, write_scorer
+from gradmix.ssl.data.copies import first_copies
 from gradmix.ssl.data.images import ImageSet
 from gradmix.ssl.data.names import check_names
 from gradmix.ssl.data.sources import stratified
@@ -57,7 +58,7 @@ def add_images(
     Args:
         name: their class, a new one or one that is there; None where the detector has no classes.
         holdout: share of the new images to calibrate on; none, where none were held out before.
-        seed: draws them.
+        seed: draws them; exact copies stay together.
 
     Raises:
         ValueError: images that can't be read, a name that no class can have, or a detector that can't grow.
@@ -68,9 +69,10 @@ def add_images(
     if name is not None and name not in classes:
         classes.append(name)
     new = torch.zeros(len(paths), dtype=torch.long)
-    check_names(classes, ImageSet(new, scorer.backbone.image_size, files=paths))
+    images = ImageSet(new, scorer.backbone.image_size, files=paths)
+    check_names(classes, images)
     train, held_out = read_kept(scorer, TRAIN), read_kept(scorer, HELD_OUT)
-    fresh, aside = stratified(new, holdout if held_out else 0.0, seed)
+    fresh, aside = stratified(new, holdout if held_out else 0.0, seed, first_copies(images))
     features, small = look_at(scorer, paths, batch_size)
     label = -1 if name is None else classes.index(name)
     train += [Part(features, fresh.numpy(), np.full(len(fresh), label))]

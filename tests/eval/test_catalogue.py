@@ -42,6 +42,8 @@ def test_every_number_of_a_run_is_in_the_table(digits_run):
         ("majority/top1", "Accuracy of always the largest class", False),
         ("quality/alignment", "Alignment", True),
         ("corruptions/mce/knn", "mCE of kNN", True),
+        ("corruptions/fog/ce/knn", "CE of fog, knn", True),
+        ("corruptions/fog/knn", "On corrupted images of fog, knn", True),
         ("train/images_per_s", "Training images per second", False),
         ("train/of_another_package", "train/of_another_package", False),
         ("their/measure", "their/measure", True),
@@ -52,11 +54,18 @@ def test_keys_find_their_metric(key, called, of_the_method):
     assert catalogue.is_of_the_method(key) is of_the_method
 
 
+def test_of_corrupted_images_errors_are_better_lower_and_accuracies_higher():
+    ways = {"mce/knn": "lower", "mean_error/linear": "lower", "fog/ce/linear": "lower"}
+    ways |= {"fog/linear": "higher", "fog/3/knn_pixels": "higher", "clean/knn": "higher"}
+    for key, better in ways.items():
+        assert catalogue.metric_of(f"corruptions/{key}").better == better, key
+
+
 def test_no_key_stands_twice_and_each_is_said_in_a_sentence():
     assert len({metric.key for metric in METRICS}) == len(METRICS)
     for metric in METRICS:
         assert re.fullmatch(r"[A-Z].*\.", metric.sentence), metric.key
-        assert catalogue.match(metric.at("x"))[0] is metric or metric.key == "corruptions/{kind}"
+        assert catalogue.match(metric.at("x"))[0] is metric
 
 
 def test_predictions_and_scores_get_every_number_of_their_table(monkeypatch):

@@ -1,5 +1,6 @@
 """What gradmix-eval does: evaluate a run again, or all runs of its splits."""
 
+from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -90,7 +91,9 @@ def find_run(config: EvalConfig) -> tuple[Path, Path, list[str], Foreign | None]
     out = run_dir / f"transfer-{config.data.name}" if config.run and config.data.name else run_dir
     out = out if config.out is None else Path(config.out).expanduser()
     parts = [path.name for path in sorted(run_dir.glob("split-*"))] if not (run_dir / "config.yaml").exists() else []
-    if out.resolve() != run_dir.resolve() and not config.export and config.against is None:
+    if out.resolve() == run_dir.resolve():
+        out = run_dir  # by another name
+    elif not config.export and config.against is None:
         for folder in (out, *sorted(out.glob("split-*")), *(out / part for part in parts)):
             if (folder / "config.yaml").exists():
                 raise ValueError(f"out: {folder} is another run's folder, whose results would be lost; give another")
@@ -114,11 +117,13 @@ def measure_parts(
 ) -> tuple[dict[str, Any], Path]:
     """Evaluate a run, or those of its splits: the numbers, or their mean, and the file that they are in."""
     path = out / ("metrics.json" if config.corruptions is None else "metrics_corruptions.json")
-    results = [eval_one(config, run_dir / part, out / part, foreign) for part in parts or [""]]
-    result = over_splits(results) if parts else results[0]
-    if parts:
-        write_json(path, result)
-    if parts and out == run_dir:
+    if not parts:
+        return eval_one(config, run_dir, out, foreign), path
+    with_page = out == run_dir and config.corruptions is None  # the page has nothing of corruptions
+    means = [path, run_dir / "report.html"] if with_page else [path]
+    result = over_splits([eval_one(config, run_dir / part, out / part, foreign, means) for part in parts])
+    write_json(path, result)
+    if with_page:
         write_comparison(find_runs([run_dir]), run_dir / "report.html")
     return result, path
 
@@ -128,10 +133,13 @@ def as_text(result: dict[str, Any], config: EvalConfig) -> str:
     return table(result) if config.corruptions is None else f"{corruption_table(result)}\n{table(result)}"
 
 
-def eval_one(config: EvalConfig, run_dir: Path, out: Path, foreign: Foreign | None = None) -> dict[str, Any]:
+def eval_one(
+    config: EvalConfig, run_dir: Path, out: Path, foreign: Foreign | None = None, means: Sequence[Path] = ()
+) -> dict[str, Any]:
     """
     Args:
         foreign: what is to become the run in ``run_dir``, once everything that can be checked was checked.
+        means: files about this run and others, which are taken away before the run's numbers are replaced.
 
     Raises:
         ValueError: bad input, in one line.
@@ -168,13 +176,21 @@ def eval_one(config: EvalConfig, run_dir: Path, out: Path, foreign: Foreign | No
         if foreign is not None:
             adopt(*foreign)
         if config.corruptions is not None:
-            return evaluate_corruptions(run_dir, run, data, config.corruptions, device, out)
+            result = evaluate_corruptions(run_dir, run, data, config.corruptions, device, out)
+            remove(means)
+            return result
         with replacing(out, "metrics.json") as new:
             result = evaluate(run_dir, run, data, device, new, config)
+            remove(means)
         if out == run_dir:  # elsewhere lies no config.yaml to report on
             write_tensorboard(run_dir, run, result, data)
             write_report(run_dir, data)
         return result
+
+
+def remove(files: Sequence[Path]) -> None:
+    for path in files:
+        path.unlink(missing_ok=True)
 
 
 def check_squares(run: Config, config: EvalConfig) -> None:

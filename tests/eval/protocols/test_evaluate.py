@@ -87,6 +87,18 @@ def test_evaluating_all_splits_again(command, tmp_path, digits_run):
     result = command("eval", "run=all", "against=again")
     assert result.code == 0 and result.out.count("deep_knn AUROC") == 2
 
+    # A mean is gone as soon as it is not that of its splits any more
+    means = [tmp_path / "all" / name for name in ("metrics.json", "report.html", "metrics_corruptions.json")]
+    for path in means:
+        path.write_text("{}")
+    for failing, left in ((0, [True, True, True]), (1, [False, False, True])):
+        finished = tmp_path / f"all/split-{failing}/training.json"
+        finished.rename(tmp_path / "aside")
+        result = command("eval", "run=all", "detectors=[]")
+        assert result.code == 2 and f"split-{failing} has not finished training" in result.err
+        assert [path.exists() for path in means] == left
+        (tmp_path / "aside").rename(finished)
+
 
 def test_over_splits_says_what_all_of_them_say():
     splits = [
@@ -263,6 +275,7 @@ def test_results_do_not_replace_those_of_another_run(digits_run, command, tmp_pa
     (tmp_path / "link").symlink_to(tmp_path / "other")
     assert command("eval", "run=other", "detectors=[]", "out=link").code == 0  # its own, by another name
     assert read(tmp_path / "other") != before
+    assert "out=link" in (tmp_path / "other/report.html").read_text()  # the command of the numbers that it shows
 
 
 def test_two_runs_on_the_same_images(digits_run, command, tmp_path):

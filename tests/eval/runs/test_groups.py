@@ -144,6 +144,48 @@ def test_what_an_evaluation_was_told_sets_runs_apart(runs):
     }
 
 
+def test_other_test_images_are_another_data_set(runs):
+    """With data.pseudo_unknown known classes test as unknown ones, and the unknown ones not at all."""
+    for split in (1, 2, 3):
+        path = runs / f"gradmix/split-{split}/config.yaml"
+        path.write_text(path.read_text().replace("pseudo_unknown: 0", "pseudo_unknown: 2"))
+    sets = group_runs([read_run(path, images=False) for path in find_runs([runs / "none", runs / "gradmix"])])
+    assert list(sets) == ["data.pseudo_unknown=0", "data.pseudo_unknown=2"]
+
+
+def test_a_folder_of_images_is_the_same_however_it_was_typed(runs, tmp_path):
+    for typed, folder in (("ph", runs / "none/split-1"), ("./ph", runs / "gradmix/split-1")):
+        text = (folder / "config.yaml").read_text()
+        text = text.replace("name: digits", "name: imagefolder").replace("root: null", f"root: {typed}", 1)
+        (folder / "config.yaml").write_text(text)
+        change(folder, data={"name": "imagefolder", "root": str(tmp_path / "ph"), "split": 1, "known": None})
+
+    def labels():
+        sets = group_runs([read_run(runs / f"{mix}/split-1", images=False) for mix in ("none", "gradmix")])
+        return [[group.label for group in groups] for groups in sets.values()]
+
+    assert labels() == [["mix=none", "mix=gradmix"]]
+    change(folder, data={"name": "imagefolder", "root": str(tmp_path / "elsewhere"), "split": 1, "known": None})
+    assert len(labels()) == 2
+
+
+def test_runs_trained_on_other_images_are_no_pair(runs, compare):
+    """Images that were added between two trainings: other ones are drawn to train on, and to test."""
+    note = "that were trained on other images (train/images in metrics.json) are no pairs."
+    assert note not in compare(runs / "none", runs / "gradmix")[1]
+    change(runs / "gradmix/split-1", train__images="of more images")
+    code, out, _ = compare(runs / "none", runs / "gradmix")
+    assert code == 0 and note in out
+    (row,) = re.findall(r"  AUROC of deep_knn, % ↑\n.*\n(.*)", out)
+    assert row.endswith("+2.00 (n = 1: no evidence)")  # split 2 alone: 0.72 - 0.70
+    path = runs / "none/split-2/metrics.json"  # one that does not say so, as weights from elsewhere
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "train/images"}))
+    assert row in compare(runs / "none", runs / "gradmix")[1]
+    change(runs / "gradmix/split-2", train__images=[1])
+    code, _, err = compare(runs / "none", runs / "gradmix")
+    assert code == 2 and "metrics.json: train/images" in err and len(err.strip().splitlines()) == 1
+
+
 def test_other_thresholds_are_no_difference(runs, compare):
     """False alarms and balanced decisions follow accept and per_class; the threshold has no part in the others."""
     keys = [f"osr/deep_knn/{name}" for name in ("false_alarms", "balanced_accuracy", "fpr95")]

@@ -109,6 +109,15 @@ def test_grown_is_fitted_from_the_start(name, space, digits_run, zeros, tmp_path
     np.testing.assert_array_equal(less.detector.classify(queries), anew.classify(queries))
 
 
+def test_copies_are_added_to_one_side(detector, zeros, tmp_path):
+    """An image that is in the bank too scores 0 when it is held out, and draws the threshold down."""
+    copies = [shutil.copy(path, tmp_path / f"copy of {os.path.basename(path)}") for path in zeros]
+    paths = [*zeros, *map(str, copies)]
+    grown = add_images(Scorer(detector), paths, "zero", 0.25, 3)
+    bank, aside = ([open(paths[row], "rb").read() for row in part[-1].rows] for part in (grown.train, grown.held_out))
+    assert len(bank) + len(aside) == 120 and len(aside) > 20 and not {*bank} & {*aside}
+
+
 def test_the_command(detector, zeros, command, tmp_path):
     before = content(detector)
     result = command("detector", *ADD[:-3], "out=grown")

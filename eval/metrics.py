@@ -16,13 +16,12 @@ from gradmix.eval.features.arrays import to_numpy
 
 Scores = np.ndarray | torch.Tensor | Sequence[float]
 Rows = slice | np.ndarray
+Evaluate = Callable[..., float]  # of (known_rows, unknown_rows), by default of all rows
 
 
 def auroc(known_scores: Scores, unknown_scores: Scores) -> float:
     """Probability that an unknown image scores above a known one, ties half."""
-    known, unknown = _scores(known_scores, unknown_scores)
-    below, equal = _counts(known, unknown)
-    return float((2 * below.sum() + equal.sum()) / (2 * len(known) * len(unknown)))
+    return _pairs(*_scores(known_scores, unknown_scores))()
 
 
 def aupr(known_scores: Scores, unknown_scores: Scores, positive: str = "unknown") -> float:
@@ -79,13 +78,7 @@ def oscr(known_scores: Scores, unknown_scores: Scores, correct: Scores) -> float
     Raises:
         ValueError: empty or non-finite scores, or other than one boolean for each known image.
     """
-    known, unknown = _scores(known_scores, unknown_scores)
-    correct = _array(correct)
-    if correct.shape != known.shape or not np.isin(correct, (0, 1)).all():
-        got = f"{correct.dtype} of shape {correct.shape}"
-        raise ValueError(f"correct: expected {len(known)} booleans, got {got}")
-    below, equal = _counts(known[correct.astype(bool)], unknown)
-    return float((2 * below.sum() + equal.sum()) / (2 * len(known) * len(unknown)))
+    return _pairs(*_scores(known_scores, unknown_scores), _array(correct))()
 
 
 def closed_set_accuracy(predicted: Scores, labels: Scores) -> float:
@@ -150,7 +143,7 @@ def bootstrap(
         correct: with `oscr`, its third argument.
     """
     run = _run((known_scores, unknown_scores, *correct))
-    return _interval(lambda *rows: _evaluate(metric, run, *rows), run, samples, level, seed)
+    return _interval(_evaluator(metric, run), run, samples, level, seed)
 
 
 def paired_bootstrap(
@@ -175,10 +168,8 @@ def paired_bootstrap(
         if len(one) != len(other):
             raise ValueError(f"{name}: {len(one)} in the first run, {len(other)} in the second")
 
-    def difference(*rows: Rows) -> float:
-        return _evaluate(metric, theirs, *rows) - _evaluate(metric, ours, *rows)
-
-    return _interval(difference, ours, samples, level, seed)
+    before, after = _evaluator(metric, ours), _evaluator(metric, theirs)
+    return _interval(lambda *rows: after(*rows) - before(*rows), ours, samples, level, seed)
 
 
 def threshold_for(scores: np.ndarray, share: float) -> np.floating:
@@ -206,11 +197,26 @@ def _array(values: Scores) -> np.ndarray:
     return to_numpy(values) if isinstance(values, torch.Tensor) else np.asarray(values)
 
 
-def _counts(known: np.ndarray, unknown: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """For each unknown score, how many known ones are below it and how many are equal."""
-    known = np.sort(known)
-    below = np.searchsorted(known, unknown, "left")
-    return below, np.searchsorted(known, unknown, "right") - below
+def _pairs(known: np.ndarray, unknown: np.ndarray, correct: np.ndarray | None = None) -> Evaluate:
+    """Share of pairs in which the known score is below the unknown one, and its image correct; ties half.
+
+    Scores are ranked once. However many rows are drawn, they are counted by rank, and nothing is sorted again.
+    """
+    values, ranks = np.unique(np.r_[known, unknown], return_inverse=True)
+    ours, theirs = np.split(ranks, [len(known)])
+    if correct is not None:
+        if correct.shape != known.shape or not np.isin(correct, (0, 1)).all():
+            got = f"{correct.dtype} of shape {correct.shape}"
+            raise ValueError(f"correct: expected {len(known)} booleans, got {got}")
+        ours = np.where(correct, ours, len(values))  # above all
+
+    def evaluate(known_rows: Rows = slice(None), unknown_rows: Rows = slice(None)) -> float:
+        equal = np.bincount(ours[known_rows], minlength=len(values) + 1)[:-1]
+        counts = np.bincount(theirs[unknown_rows], minlength=len(values))
+        twice = counts @ (2 * equal.cumsum() - equal)  # 2 * those below + those equal
+        return float(twice / (2 * len(known) * len(unknown)))
+
+    return evaluate
 
 
 def _check_side(positive: str) -> None:
@@ -223,20 +229,20 @@ def _run(arrays: Sequence[Scores]) -> tuple[np.ndarray, ...]:
     return *_scores(known_scores, unknown_scores), *(_array(part) for part in correct)
 
 
-def _evaluate(
-    metric: Callable[..., float],
-    run: tuple[np.ndarray, ...],
-    known_rows: Rows = slice(None),
-    unknown_rows: Rows = slice(None),
-) -> float:
+def _evaluator(metric: Callable[..., float], run: tuple[np.ndarray, ...]) -> Evaluate:
+    """The metric of some rows of a run, by default of all."""
     known, unknown, *correct = run
-    return metric(known[known_rows], unknown[unknown_rows], *(part[known_rows] for part in correct))
+    if (metric, len(correct)) in ((auroc, 0), (oscr, 1)):
+        return _pairs(*run)
+
+    def evaluate(known_rows: Rows = slice(None), unknown_rows: Rows = slice(None)) -> float:
+        return metric(known[known_rows], unknown[unknown_rows], *(part[known_rows] for part in correct))
+
+    return evaluate
 
 
-def _interval(
-    evaluate: Callable[..., float], run: tuple[np.ndarray, ...], samples: int, level: float, seed: int
-) -> Interval:
-    """Of `evaluate(known_rows, unknown_rows)`, by default of all rows; `run` says how many there are."""
+def _interval(evaluate: Evaluate, run: tuple[np.ndarray, ...], samples: int, level: float, seed: int) -> Interval:
+    """Of `evaluate`; `run` says how many rows there are."""
     if samples < 1:
         raise ValueError(f"samples: expected at least 1, got {samples}")
     if not 0 < level < 1:

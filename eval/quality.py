@@ -41,11 +41,14 @@ def uniformity(features: Array, most: int = 4096) -> float:
 def effective_rank(features: Array) -> float:
     """exp of the entropy of the singular values of `[N, F]`, from 1 to F. RankMe, Garrido et al., arXiv 2210.02885."""
     rows = check_features("features", features)
-    gram = np.zeros((rows.shape[1], rows.shape[1]))
-    for block in blocks(rows.shape):
-        part = np.asarray(rows[block], np.float64)
-        gram += part.T @ part
-    values = np.sqrt(np.linalg.eigvalsh(gram).clip(min=0))  # the singular values
+    if len(rows) < rows.shape[1]:
+        values = np.linalg.svdvals(np.asarray(rows, np.float64))
+    else:  # of many rows by their Gram matrix, block by block
+        gram = np.zeros((rows.shape[1], rows.shape[1]))
+        for block in blocks(rows.shape):
+            part = np.asarray(rows[block], np.float64)
+            gram += part.T @ part
+        values = np.sqrt(np.linalg.eigvalsh(gram).clip(min=0))
     total = values.sum()
     share = values / total if total > 0 else np.eye(1, len(values))[0]
     share = share[share > 0]

@@ -1,5 +1,7 @@
 """Linear probe, protocol ``cached``: a softmax classifier on features that were extracted once."""
 
+import sys
+import time
 from collections.abc import Sequence
 from itertools import product
 
@@ -7,11 +9,16 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
+from tqdm.auto import tqdm
 
 from gradmix.eval.features.arrays import Array, blocks, check_features, check_labels, like
 
 SELECTION = 0.25  # length of the training that chooses, as a share of the final one
 LEAST_STEPS = 2000  # of the final training, whatever the number of epochs; small sets need them to converge
+MOST_CHOOSING = (
+    4000  # steps of the training that chooses: enough to rank settings; 1.28 million rows would take 100,000
+)
+TIMED, LONG = 20, 300  # steps after which the rest is known; seconds of it that are told
 MOMENTUM = 0.9
 Settings = float | Sequence[float]
 
@@ -31,7 +38,8 @@ class LinearProbe:
             along a cosine.
         weight_decay: the objective is mean cross-entropy + weight_decay / 2 * |W|^2 on standardised features,
             scikit-learn's with C = 1 / (weight_decay * N).
-        epochs: of the final training, at least `LEAST_STEPS` steps; choosing takes `SELECTION` of them.
+        epochs: of the final training, at least `LEAST_STEPS` steps; choosing takes `SELECTION` of them, and at most
+            `MOST_CHOOSING` steps, which suffice to rank the settings.
         holdout: share of each class held out for the choice, at least one image, none of a class with one.
         seed: of the held-out part and the order of the images.
         device: where to train; None: where the features are.
@@ -83,7 +91,7 @@ class LinearProbe:
         held = self._held_out(positions)
         chosen, self.held_out_accuracy_ = len(settings) // 2, None
         if held.any():
-            heads = self._train(x, y, np.flatnonzero(~held), settings, SELECTION)
+            heads = self._train(x, y, np.flatnonzero(~held), settings, SELECTION, MOST_CHOOSING)
             merits = _merits(heads, x, y, np.flatnonzero(held))
             chosen = merits.index(max(merits))
             self.held_out_accuracy_ = merits[chosen][0]
@@ -122,7 +130,13 @@ class LinearProbe:
 
     @torch.no_grad()
     def _train(
-        self, x: "_Standardised", y: Tensor, rows: np.ndarray, settings: Tensor, share: float
+        self,
+        x: "_Standardised",
+        y: Tensor,
+        rows: np.ndarray,
+        settings: Tensor,
+        share: float,
+        most: float = np.inf,
     ) -> tuple[Tensor, Tensor]:
         """Weights `[S, K, F]` and biases `[S, K]` of S settings (lr, weight decay), trained on some rows of x."""
         heads, classes = len(settings), len(self.classes_)
@@ -131,9 +145,16 @@ class LinearProbe:
         speeds = torch.zeros_like(weight), torch.zeros_like(bias)
         lr, weight_decay = settings.repeat_interleave(classes, dim=0)[:, :, None].unbind(1)  # [S * K, 1] each
         per_epoch = -(-len(rows) // self.batch_size)
-        steps = max(1, round(share * max(self.epochs * per_epoch, LEAST_STEPS)))
+        steps = int(min(max(1, round(share * max(self.epochs * per_epoch, LEAST_STEPS))), most))
         order = np.empty(0, dtype=int)
-        for step in range(steps):
+        what = "linear probe" if heads == 1 else f"linear probe, choosing among {heads} settings"
+        began = time.perf_counter()
+        for step in tqdm(range(steps), desc=what, unit="step", leave=False, disable=None, delay=5):
+            if step == TIMED:
+                bias.sum().item()  # waits for a GPU
+                left = (time.perf_counter() - began) / TIMED * (steps - TIMED)
+                if left > LONG:
+                    tqdm.write(f"{what}: expected time {tqdm.format_interval(left)}", file=sys.stderr)
             place = step % per_epoch
             if place == 0:
                 order = np.random.default_rng([self.seed, step]).permutation(rows)
@@ -162,7 +183,8 @@ class _Standardised:
         # numpy's own std would hold all deviations in float64 at once
         squares = sum(np.square(rows[block] - self.mean).sum(axis=0) for block in blocks(rows.shape))
         self.scale = np.sqrt(squares / len(rows))
-        self.scale[self.scale <= 1e-12 * np.abs(self.mean)] = 1  # a constant column: don't blow up its rounding
+        # a constant column but for float32's rounding, which is not to be blown up
+        self.scale[self.scale <= np.finfo(np.float32).eps * np.abs(self.mean)] = 1
         self.rows, self.ready = rows, None
         if not isinstance(rows, np.memmap):
             ready = np.empty(rows.shape, np.float32)

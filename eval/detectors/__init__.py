@@ -40,7 +40,8 @@ KINDS = (
 )
 DETECTORS: Registry[type[Detector]] = Registry("gradmix.detectors", {kind.NAME: kind for kind in KINDS})
 
-PRIMARY = DeepKNN.NAME  # on backbone features: claims are made with it; `primary=` says which one a run saves
+# On backbone features, the reference that claims are made with; `primary=` says what detector/ holds.
+PRIMARY = DeepKNN.NAME
 
 __all__ = ["DETECTORS", "PRIMARY", "Detector", "load", *(kind.__name__ for kind in KINDS)]
 

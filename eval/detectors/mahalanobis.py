@@ -9,7 +9,6 @@ import numpy as np
 from gradmix.eval.detectors.base import Detector
 from gradmix.eval.detectors.class_mean import class_means
 from gradmix.eval.features.arrays import blocks
-from gradmix.eval.features.search import nearest_rows
 
 
 @dataclass
@@ -47,9 +46,8 @@ class Mahalanobis(Detector):
 
     def _assess(self, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         whitened = (features - self.centre_) @ self.whitening_
-        _, position = nearest_rows(whitened, self.means_, k=1, metric="l2")
-        position = np.asarray(position)[:, 0]
-        # FAISS expands the square, which loses digits; the nearest distance is computed again in float64
+        position = (np.square(self.means_).sum(axis=1) - whitened @ (2 * self.means_.T)).argmin(axis=1)
+        # expanding the square loses digits, which the distance itself is to have
         return np.square(whitened - self.means_[position]).sum(axis=1), position
 
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any, cast
 import faiss
 import numpy as np
 
-from gradmix.eval.features.arrays import Array, blocks, check_features, check_k, float32, like, unit_rows
+from gradmix.eval.features.arrays import blocks, check_k, unit_rows
 from gradmix.ssl.keys import Key
 
 # past it an inverted file answers faster (1.4 x at 200,000, 4 x at 500,000); from about 500,000 on, 10,000 images repay
@@ -25,36 +25,6 @@ TRAINED_ON = 2**16  # rows that an index is trained on, or 40 per inverted list 
 def inner_product(queries: np.ndarray, bank: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     """The k largest inner products `[N, k]`, descending, and their rows of the bank, of float32 arrays."""
     return faiss.knn(queries, bank, k, faiss.METRIC_INNER_PRODUCT)
-
-
-def nearest_rows(queries: Array, bank: Array, k: int, metric: str = "cosine") -> tuple[Array, Array]:
-    """The k rows of `bank` nearest to each query, exactly.
-
-    Args:
-        queries: `[N, F]`.
-        bank: `[M, F]`, M >= k.
-        metric: "cosine" (the largest cosine similarities, descending) or "l2" (the smallest squared Euclidean
-            distances, ascending).
-
-    Returns:
-        Similarities or squared distances `[N, k]` float32, and row numbers in the bank `[N, k]` int64.
-
-    Raises:
-        ValueError: bad arrays, k above M, or an unknown metric.
-    """
-    reference = queries
-    bank = check_features("bank", bank)
-    queries = check_features("queries", queries, width=bank.shape[1])
-    check_k(k, len(bank))
-    if metric == "cosine":
-        values, rows = Neighbours(bank, index="Flat").search(queries, k)
-    elif metric == "l2":
-        bank = float32(bank)
-        parts = [faiss.knn(float32(queries[rows]), bank, k) for rows in blocks(queries.shape)]
-        values, rows = (np.concatenate(part) for part in zip(*parts, strict=True))
-    else:
-        raise ValueError(f"metric: expected cosine or l2, got {metric!r}")
-    return like(values, reference), like(rows, reference)
 
 
 def inverted_file(count: int) -> str:

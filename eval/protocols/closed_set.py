@@ -84,13 +84,13 @@ class Linear(Measure):
     needs = ("features", "classes")
 
     def fit(self, subject: Subject) -> LinearProbe:
-        return subject.linear_probe
+        return subject.linear_probe()
 
     def measure(self, subject: Subject) -> Iterator[tuple[str, Any]]:
         features, labels = subject.known_test("features")
-        predicted = subject.linear_probe.predict(features)
+        predicted = subject.linear_probe().predict(features)
         yield from of_predictions("linear", predicted, labels, subject.data.classes).items()
-        yield "protocol/linear", str(subject.linear_probe)
+        yield "protocol/linear", str(subject.linear_probe())
 
 
 class TrainedProbe(Measure):

@@ -4,7 +4,8 @@ corruptions made here.
 
 import sys
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -35,6 +36,7 @@ from gradmix.ssl.runs.folder import provenance
 CHUNK = 256  # images corrupted at once; the seed of made corruptions counts chunks, so it is part of the result
 METHODS: dict[str, KNN | Linear] = {"knn": KNN(), "linear": Linear(), "knn_pixels": KNNOnPixels()}
 LEARNED = ("knn", "linear")  # those that are compared with kNN on raw pixels
+Read = Callable[[ImageSet], ImageSet]
 Batches = Iterator[tuple[str, int, Tensor, Tensor]]  # kind, severity, images [n, 3, S, S] uint8, labels [n]
 
 
@@ -66,14 +68,23 @@ def evaluate_corruptions(
         out: folder to write to, ``run_dir`` unless given.
 
     Raises:
-        ValueError: no corrupted images of known classes there, or no test images of known classes.
+        ValueError: no corrupted images of known classes there, or no test images of known classes; a corrupted image
+            that can't be read, unless ``data.on_bad_image`` is skip.
     """
     if not data.classes:
         raise ValueError("corruptions: the run's images have no classes, so there is no accuracy to measure")
     test = data.test.select((data.test.labels >= 0).nonzero()[:, 0])
     if not len(test):
         raise ValueError("corruptions: the run's test set has no images of known classes")
-    batches = find_batches(where, data, test)  # bad input is said before anything is computed
+    scan = Scan()
+
+    def read(images: ImageSet) -> ImageSet:
+        images = scan.read(images, sys.maxsize)
+        if config.data.on_bad_image == "error":
+            scan.refuse_bad()
+        return images
+
+    batches = find_batches(where, data, test, read)  # bad input is said before anything is computed
     out = run_dir if out is None else out
     limit = int(config.data.memory_gib * 2**30)
     # The features that lie in ``out`` belong to its metrics.json, which may be of other unknown images.
@@ -84,7 +95,8 @@ def evaluate_corruptions(
             for name, images in data.sets().items()
         }
         result = on_corrupted(subject, batches, where)
-    result |= {"corruptions/source": where} | made_with(config) | provenance()
+    result |= {"corruptions/source": where, "data/bad_images": len(data.bad) + len(scan.bad)}
+    result |= made_with(config) | provenance()
     write_json(out / "metrics_corruptions.json", result)
     return result
 
@@ -115,7 +127,9 @@ def on_corrupted(subject: Subject, batches: Batches, where: str) -> dict[str, An
         for detector, parts in corrupted.items():
             parts.append(detector.judge(subject, seen[detector.space], labels))
     if not counts:
-        raise ValueError(f"corruptions: {where} holds no images of the known classes {', '.join(data.classes[:10])}")
+        raise ValueError(
+            f"corruptions: {where} holds no images to read of the known classes {', '.join(data.classes[:10])}"
+        )
     result = summarise(clean, counts)
     for detector, (known, unknown, sets) in tested.items():
         numbers = open_set_numbers(together([known, *corrupted[detector]]), unknown, sets)
@@ -146,37 +160,39 @@ def summarise(clean: np.ndarray, counts: dict[tuple[str, int], np.ndarray]) -> d
     return result
 
 
-def find_batches(where: str, data: OpenSetData, test: ImageSet) -> Batches:
+def find_batches(where: str, data: OpenSetData, test: ImageSet, read: Read) -> Batches:
     """The corrupted images that ``where`` stands for.
+
+    Args:
+        read: decodes images, and leaves out those that can't be read or raises.
 
     Raises:
         ValueError: neither ``make`` nor a folder in one of the two layouts.
     """
     if where == "make":
-        return make(test)
+        return make(test, read)
     root = Path(where).expanduser()
     if not root.is_dir():
         raise ValueError(f"corruptions: {root} is not a folder (make makes the corruptions from the run's test images)")
     if (root / "labels.npy").is_file():
         return read_cifar_layout(root, data, test.size)
     if any(folder.is_dir() for kind in CORRUPTIONS for folder in (root / kind / str(s) for s in SEVERITIES)):
-        return read_imagenet_layout(root, data, test)
+        return read_imagenet_layout(root, data, test, read)
     raise ValueError(
         f"corruptions: {root} is in no layout known here: CIFAR-10-C's (labels.npy and gaussian_noise.npy, ...) "
         "or TinyImageNet-C's (gaussian_noise/1/<class>/, ...)"
     )
 
 
-def make(test: ImageSet) -> Batches:
+def make(test: ImageSet, read: Read) -> Batches:
     """All kinds and severities of :mod:`gradmix.eval.protocols.corruptions`; each image is decoded once.
 
     Seeded by position alone, not by the run's seed: runs on the same test set see the same corrupted images.
     """
     for chunk, rows in enumerate(torch.arange(len(test)).split(CHUNK)):
-        images, labels = images_of(test, rows)
-        for kind in CORRUPTIONS:
-            for severity in SEVERITIES:
-                yield kind, severity, corrupt(images, kind, severity, seed=chunk), labels
+        images = read(test.select(rows))
+        for kind, severity in product(CORRUPTIONS, SEVERITIES) if len(images) else ():
+            yield kind, severity, corrupt(images.pixels, kind, severity, seed=chunk), images.labels
 
 
 def read_cifar_layout(root: Path, data: OpenSetData, size: int) -> Batches:
@@ -213,7 +229,7 @@ def _cifar_batches(root: Path, kinds: Sequence[str], labels: Tensor, size: int) 
                     yield kind, severity, from_array(arrays[part.numpy()], size), labels[part]
 
 
-def read_imagenet_layout(root: Path, data: OpenSetData, test: ImageSet) -> Batches:
+def read_imagenet_layout(root: Path, data: OpenSetData, test: ImageSet, read: Read) -> Batches:
     """TinyImageNet-C's layout: ``kind/severity/<class>/*.JPEG``; classes that are not known are left out."""
     for kind in CORRUPTIONS:
         for severity in SEVERITIES:
@@ -225,19 +241,14 @@ def read_imagenet_layout(root: Path, data: OpenSetData, test: ImageSet) -> Batch
                 labels += [label] * len(inside)
             images = ImageSet(torch.tensor(labels, dtype=torch.int64), test.size, files=files, fit=test.fit)
             for rows in torch.arange(len(images)).split(CHUNK):
-                if len(rows):
-                    yield kind, severity, *images_of(images, rows)
-
-
-def images_of(images: ImageSet, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Some images ``[n, 3, S, S]`` uint8, decoded if need be, and their labels ``[n]``."""
-    part = Scan().read(images.select(rows), sys.maxsize)
-    return part.pixels, part.labels
+                part = read(images.select(rows))
+                if len(part):
+                    yield kind, severity, part.pixels, part.labels
 
 
 def corruption_table(result: dict[str, Any]) -> str:
     """Accuracies, mean error and mCE as text."""
-    names = [key.split("/")[1] for key in result if key.count("/") == 3 and key.endswith("/1/knn")]
+    names = [key.split("/")[1] for key in result if key.startswith("corruptions/") and key.endswith("/ce/knn")]
     lines = [
         "",
         "accuracy on corrupted images, %, mean over severities",
@@ -257,6 +268,8 @@ def corruption_table(result: dict[str, Any]) -> str:
     if len(names) < len(CORRUPTIONS):
         missing = [kind for kind in CORRUPTIONS if kind not in names]
         lines.append(f"  {len(names)} of {len(CORRUPTIONS)} kinds; missing: {', '.join(missing)}")
+    if bad := result["data/bad_images"]:
+        lines.append(f"  image files that can't be read, left out: {bad:g}")
     return "\n".join(lines)
 
 

@@ -40,6 +40,7 @@ class Subject:
         asked: what gradmix-eval was asked for beside the usual.
         scores: what measures say of each test image, by name: ``[N]`` each, kept in ``features/scores.safetensors``.
         detectors: fitted ones, by name and space.
+        probes: fitted linear ones, by space.
         head: features to projections, which are not normalised yet; None where there is none.
     """
 
@@ -51,6 +52,7 @@ class Subject:
     asked: EvalConfig = field(default_factory=EvalConfig)
     scores: dict[str, Tensor] = field(default_factory=dict)
     detectors: dict[tuple[str, str], Detector] = field(default_factory=dict)
+    probes: dict[str, LinearProbe] = field(default_factory=dict)
     head: nn.Module | None = None
 
     def lacks(self, need: str) -> str | None:
@@ -110,23 +112,25 @@ class Subject:
         """The test images of known classes ``[n, D]``, and their labels ``[n]``."""
         return self.space(space)["test"][self.known], self.data.test.labels[self.known]
 
-    @cached_property
-    def linear_probe(self) -> LinearProbe:
-        """Fitted to the training features."""
-        probe = LinearProbe(seed=self.config.seed, device=self.device)
-        return probe.fit(self.space("features")["train"], self.data.train.labels)
+    def linear_probe(self, space: str = "features") -> LinearProbe:
+        """Fitted to the training images in a space, once."""
+        if space not in self.probes:
+            probe = LinearProbe(seed=self.config.seed, device=self.device)
+            self.probes[space] = probe.fit(self.space(space)["train"], self.data.train.labels)
+        return self.probes[space]
 
     def detector(self, name: str, space: str) -> Detector:
         """A detector with the run's options, fitted to the training images in a space, once; calibrated where images
-        were held out. Where it takes a head, it gets the linear probe's.
+        were held out. Where it takes a head, it gets the linear probe's of that space.
         """
         if (name, space) in self.detectors:
             return self.detectors[name, space]
         detector, images = build_detector(name, self.config.detector_options), self.space(space)
         labels = self.data.train.labels if self.data.classes else None
         head = {}  # other packages' detectors may have a fit of their own, of features and labels
-        if detector.TAKES_HEAD and labels is not None and space == "features":
-            head = {"head": (self.linear_probe.weight_, self.linear_probe.bias_)}
+        if detector.TAKES_HEAD and labels is not None:
+            probe = self.linear_probe(space)
+            head = {"head": (probe.weight_, probe.bias_)}
         detector.fit(images["train"], labels, **head)
         if "held_out" in images:
             detector.calibrate(images["held_out"], self.config.accept, self.config.per_class and labels is not None)

@@ -39,6 +39,8 @@ def open_set(run: Run) -> Section:
     known = run.features["test"]["labels"] >= 0 if "test" in run.features else np.zeros(0, bool)
     name, heading = "curves", "Unknown against known"
     if not run.scores:
+        if known.any() and not known.all():
+            return section(name, heading, why="No detector was measured.")
         side = "unknown" if known.any() else "known"
         why = f"no test images of {side} classes" if run.classes else "no classes"
         return section(name, heading, why=f"There are {why}, so there is nothing to tell apart.")
@@ -56,19 +58,19 @@ def open_set(run: Run) -> Section:
         line_chart("OSCR", lines["oscr"], "unknown images accepted", "known images accepted and right", unit=True),
         line_chart("Precision and recall", lines["pr"], "unknown images caught", "flagged images that are", unit=True),
     ]
-    shown, (score, _) = next(iter(run.scores.items()))  # the primary one, where it was measured
+    shown, (score, _) = next(iter(run.scores.items()))  # the reference, where it was measured
     parts = {"known": score[known], "unknown": score[~known]}
     calibration = run.detector.calibration_ if run.detector is not None and shown == PRIMARY else None
     limit = None if calibration is None or calibration.per_class else calibration.threshold
     marks: dict[str, float] = {} if limit is None else {"threshold": limit}
-    primary = "Scores of the primary detector: distance to a near training image"
+    reference = "Scores of the reference detector: distance to a near training image"
     return section(
         name,
         heading,
         why="",
         charts=[Chart(chart) for chart in charts],
         histogram=histogram("Scores of the test images", parts, f"{shown} score", marks),
-        what=primary if shown == PRIMARY else f"Scores of {shown}",
+        what=reference if shown == PRIMARY else f"Scores of {shown}",
         threshold=limit is not None,
     )
 

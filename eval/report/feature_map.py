@@ -6,6 +6,7 @@ import numpy as np
 from sklearn.manifold import TSNE
 
 from gradmix.eval.counted import counted
+from gradmix.eval.features.arrays import unit_rows
 from gradmix.eval.report.charts import COLOURS
 from gradmix.eval.report.page import Section, section
 from gradmix.eval.report.pictures import SHARP, data_uri, sheet
@@ -58,7 +59,7 @@ def plane(features: np.ndarray) -> np.ndarray:
     """Places ``[N, 2]`` in the unit square: t-SNE, seeded, of L2-normalised features ``[N, F]``; of few or collapsed
     ones their principal components.
     """
-    unit = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
+    unit = unit_rows(features)
     left, spread, _ = np.linalg.svd(unit - unit.mean(axis=0), full_matrices=False)
     reduced = (left * spread)[:, :50]
     flat = np.zeros((len(unit), 2))

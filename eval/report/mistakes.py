@@ -32,7 +32,7 @@ def confusion(run: Run) -> Section:
         name,
         title,
         why="",
-        primary=PRIMARY,
+        detector=PRIMARY,
         names=names,
         no_threshold=detector.threshold is None,
         **show(names, matrix, shares, rows),

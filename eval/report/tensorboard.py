@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import torch
 from google.protobuf import text_format
-from safetensors.torch import load_file
 from tensorboard.plugins.projector import ProjectorConfig
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
 from gradmix.eval.catalogue import ENDS, KNOWN, OPEN_SET, match, metric_of
 from gradmix.eval.features.feature_sets import FEATURES
+from gradmix.eval.features.mapped import map_arrays
 from gradmix.eval.report.pictures import sheet
 from gradmix.ssl.config import Config, flat
 from gradmix.ssl.data.open_set import OpenSetData
@@ -61,12 +61,12 @@ def hyperparameters(config: Config) -> dict[str, bool | int | float | str]:
 
 def write_projector(folder: Path, features: Path, data: OpenSetData) -> None:
     """``projector_config.pbtxt`` and its files: at most `POINTS` test images with feature, class and thumbnail."""
-    found = load_file(features)
+    found = map_arrays(features)[1]
     generator = torch.Generator().manual_seed(0)
     rows = torch.randperm(len(data.test), generator=generator)[:POINTS].sort().values
-    chosen, columns = found["features"][rows], math.ceil(math.sqrt(len(rows)))
+    chosen, columns = found["features"][rows.numpy()], math.ceil(math.sqrt(len(rows)))
     other = "unknown" if data.classes else "image"
-    names = [data.classes[label] if label >= 0 else other for label in found["labels"][rows].tolist()]
+    names = [data.classes[label] if label >= 0 else other for label in found["labels"][rows.numpy()].tolist()]
     files = [str(row) if data.test.files is None else data.test.files[row] for row in rows.tolist()]
     lines = ["class\ttest image", *("\t".join(map(_cell, pair)) for pair in zip(names, files, strict=True))]
     picture = sheet(data.test, rows.tolist(), columns, SIDE)

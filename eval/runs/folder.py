@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from gradmix.eval import detectors
-from gradmix.eval.detectors import PRIMARY, DeepKNN, Detector
+from gradmix.eval.detectors import PRIMARY, DeepKNN
 from gradmix.eval.detectors.base import Verdict
 from gradmix.eval.features.arrays import check_features, check_labels
 from gradmix.eval.features.feature_sets import FEATURES
@@ -44,9 +44,8 @@ class Run:
         scalars: TensorBoard's, tag to steps ``[n]`` and values ``[n]``.
         pictures: steps and encoded images of TensorBoard's ``mixing``, in order.
         features: ``train``, ``held_out``, ``test``, each ``features`` ``[N, F]`` and ``labels`` ``[N]``, mapped.
-        scores: by detector, for every test image: score ``[N]``, and whether its closest class is right ``[N]``.
-        detector: deep_knn on features, as it was saved; the report explains with it.
         classes: names of the known classes.
+        scores: by detector, for every test image: score ``[N]``, and whether its closest class is right ``[N]``.
         images: the image sets behind ``features``; empty when they are not where they were.
         why_no_images: a sentence, when they are not.
     """
@@ -57,11 +56,17 @@ class Run:
     scalars: Scalars
     pictures: list[tuple[int, bytes]]
     features: dict[str, Arrays]
-    scores: dict[str, tuple[np.ndarray, np.ndarray]]
-    detector: DeepKNN | None
     classes: list[str]
+    scores: dict[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
     images: dict[str, ImageSet] = field(default_factory=dict)
     why_no_images: str = ""
+
+    @cached_property
+    def detector(self) -> DeepKNN | None:
+        """deep_knn on features, as it was saved; the report explains with it. Its bank is checked as it is loaded, so
+        only when somebody asks for it.
+        """
+        return _detector(self.path / "detector") or _detector(self.path / "detectors" / PRIMARY)
 
     @cached_property
     def verdict(self) -> Verdict | None:
@@ -100,7 +105,6 @@ def read_run(path: Path, data: OpenSetData | None = None, images: bool = True) -
     scalars, pictures = read_events(path / "tensorboard", images)
     names = [name for name in ("train", "held_out", "test") if (path / f"features/{name}.safetensors").is_file()]
     features = {name: _features(path / f"features/{name}.safetensors") for name in names}
-    detector = _detector(path / "detector") or _detector(path / "detectors" / PRIMARY)
     run = Run(
         path=path,
         config=config,
@@ -108,10 +112,9 @@ def read_run(path: Path, data: OpenSetData | None = None, images: bool = True) -
         scalars=scalars,
         pictures=pictures,
         features=features,
-        scores=read_scores(path, features, detector),
-        detector=detector,
         classes=_classes(path / "detector" / "scorer.json"),
     )
+    run.scores = read_scores(run)
     for name, saved in features.items():
         top = int(saved["labels"].max())
         if run.classes and top >= len(run.classes):
@@ -150,25 +153,24 @@ def _events(events: EventAccumulator, images: bool) -> tuple[Scalars, list[tuple
     return scalars, sorted({event.step: event.encoded_image_string for event in mixing}.items())
 
 
-def read_scores(
-    path: Path, features: dict[str, Arrays], detector: Detector | None
-) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Every detector's scores, as the evaluation saved them; where it did not, the primary one's, computed again."""
-    labels = features["test"]["labels"] if "test" in features else np.zeros(0)
+def read_scores(run: Run) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Every detector's scores, as the evaluation saved them; where it did not, the reference's, computed again."""
+    path, labels = run.path / "features/scores.safetensors", np.zeros(0)
+    if "test" in run.features:
+        labels = run.features["test"]["labels"]
     if not (labels >= 0).any() or not (labels < 0).any():
         return {}
-    if (path / "features/scores.safetensors").is_file():
-        saved = _tensors(path / "features/scores.safetensors")
+    if path.is_file():
+        saved = _tensors(path)
         names = [key.removesuffix("/score") for key in saved if key.endswith("/score")]
         names = [name for name in names if f"{name}/correct" in saved]
         scores = {name: (saved[f"{name}/score"], saved[f"{name}/correct"].astype(bool)) for name in names}
         if all(score.shape == right.shape == labels.shape for score, right in scores.values()):
             return dict(sorted(scores.items(), key=lambda item: (item[0] != PRIMARY, item[0] == "pixels", item[0])))
-    if detector is None:
+    verdict = run.verdict
+    if verdict is None or verdict.closest is None:
         return {}
-    test = features["test"]["features"]
-    verdict = detector.judge(test)
-    return {} if verdict.closest is None else {PRIMARY: (verdict.score, verdict.closest == labels)}
+    return {PRIMARY: (verdict.score, verdict.closest == labels)}
 
 
 def find_images(run: Run, data: OpenSetData | None) -> tuple[dict[str, ImageSet], str]:

@@ -141,8 +141,7 @@ def load_data(config: DataConfig, seed: int, look: bool = False, pixels: bool = 
     elif config.on_bad_image == "skip":
         sets = [replace(part, lenient=True) for part in sets]
     copies, lines = count_copies(first, train, test, scan.bad)
-    names_of_sets = config.unknown_roots if folders else ()
-    of_set = {name: sets[2].labels == -number for number, name in enumerate(names_of_sets, start=1)}
+    of_set = named_sets(config.unknown_roots if folders else {}, sets[2].labels)
     test = replace(sets[2], labels=sets[2].labels.clamp(min=-1))
     notes = [*source.notes, *notes, *lines]
     split = sets[0], sets[1], test, classes, names, known
@@ -175,6 +174,19 @@ def unknown_folders(config: DataConfig) -> dict[str, str]:
             raise ValueError(f"data.unknown_roots.{name}: expected a folder, got {folder!r}")
     several = {f"data.unknown_roots.{name}": folder for name, folder in config.unknown_roots.items()}
     return several if config.unknown_root is None else {"data.unknown_root": config.unknown_root}
+
+
+def named_sets(folders: dict[str, str], labels: Tensor) -> dict[str, Tensor]:
+    """Which test images are of which folder, by name: those with -1 as label are of the first one, and so on.
+
+    Raises:
+        ValueError: none is left of a folder.
+    """
+    sets = {name: labels == -number for number, name in enumerate(folders, start=1)}
+    for name, rows in sets.items():
+        if not rows.any():
+            raise ValueError(f"data.unknown_roots.{name}: no image in {folders[name]} can be read")
+    return sets
 
 
 def of_its_size(source: Source, config: DataConfig) -> tuple[Source, bool, list[str]]:

@@ -236,6 +236,28 @@ def test_bootstrap_is_seeded_and_takes_oscr():
     assert bootstrap(oscr, np.arange(50), np.full(50, 24.5), np.arange(50) >= 25, samples=50).high == 0
 
 
+@pytest.mark.parametrize("decimals", [0, 1, 6])
+def test_bootstrap_is_scikit_learn_s_auroc_of_the_drawn_rows(decimals, monkeypatch):
+    """With ties and without; OSCR by the curve of the drawn rows. No draw sorts."""
+    known, unknown = (scores.round(decimals) for scores in normal_scores(40, 1.0, 0))
+    other, correct = known[::-1].copy(), np.arange(40) % 3 > 0
+    generator = np.random.default_rng(5)
+    draws = [(generator.integers(40, size=40), generator.integers(40, size=40)) for _ in range(30)]
+    areas, differences, rates = [], [], []
+    for k, u in draws:
+        area, others = (roc_auc_score(*targets(one[k], unknown[u])) for one in (known, other))
+        areas, differences = [*areas, area], [*differences, others - area]
+        rates.append(slow_oscr(known[k], unknown[u], correct[k]))
+    asked = {"samples": 30, "seed": 5, "level": 0.9}
+    monkeypatch.setattr(np, "sort", None)
+    for values, found in (
+        (areas, bootstrap(auroc, known, unknown, **asked)),
+        (differences, paired_bootstrap(auroc, (known, unknown), (other, unknown), **asked)),
+        (rates, bootstrap(oscr, known, unknown, correct, **asked)),
+    ):
+        assert found[1:] == pytest.approx(np.quantile(values, [0.05, 0.95]), abs=1e-12)
+
+
 def test_paired_bootstrap_sees_a_difference_that_separate_intervals_hide():
     known, unknown = normal_scores(150, 1.0, 0)
     generator = np.random.default_rng(1)

@@ -42,6 +42,16 @@ def test_effective_rank_is_that_of_the_singular_values():
     assert effective_rank(np.zeros((4, 3))) == 1
 
 
+def test_effective_rank_of_few_wide_rows(monkeypatch):
+    """As of their transpose, which has the same singular values; no [F, F] array is decomposed."""
+    rows = features(12, 900) * np.geomspace(1, 1e-6, 12)[:, None]
+    expected = effective_rank(rows.T.copy())
+    monkeypatch.setattr(np.linalg, "eigvalsh", None)
+    assert effective_rank(rows) == pytest.approx(expected, rel=1e-3)
+    assert effective_rank(np.eye(3, 50)) == pytest.approx(3)
+    assert effective_rank(np.zeros((2, 3))) == 1
+
+
 def test_class_spread_is_nc1():
     rows, labels = features(60, 4), np.repeat([3, 5, 9], 20)  # labels with gaps
     rows[labels == 5] += 4

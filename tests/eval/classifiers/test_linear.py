@@ -5,6 +5,7 @@ from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
+from gradmix.eval.classifiers import linear
 from gradmix.eval.classifiers.linear import LinearProbe, _merits, _Standardised
 
 
@@ -175,6 +176,26 @@ def test_one_image_per_class_and_constant_columns():
     probe = LinearProbe().fit(train, [0, 1, 2])
     assert np.isfinite(probe.predict_proba(train)).all()
     assert np.abs(probe.weight_[:, 1:]).max() < 1e-5
+
+
+def test_a_column_that_is_constant_but_for_rounding_has_no_weight():
+    train, labels = noisy(1000, 0, width=4)
+    train = train.astype(np.float32)
+    train[:, 2] = 5
+    train[::333, 2] = np.nextafter(np.float32(5), np.float32(6))
+    probe = LinearProbe(lr=1, weight_decay=1e-2).fit(train, labels)
+    assert np.abs(probe.weight_[:, 2]).max() < 1e-3 < np.abs(probe.weight_[:, 0]).max()
+
+
+def test_a_long_training_says_how_long_and_choosing_has_an_end(monkeypatch, capsys):
+    monkeypatch.setattr(linear, "LONG", 0)
+    train, labels = noisy(100, 0, width=4)
+    LinearProbe(weight_decay=1e-2).fit(train, labels)
+    told = capsys.readouterr().err
+    assert "linear probe, choosing among 4 settings: expected time 0" in told and "linear probe: expected" in told
+    monkeypatch.setattr(linear, "MOST_CHOOSING", linear.TIMED)  # is over before its time is known
+    LinearProbe(weight_decay=1e-2).fit(train, labels)
+    assert "choosing" not in (told := capsys.readouterr().err) and "linear probe: expected" in told
 
 
 def test_bad_input():

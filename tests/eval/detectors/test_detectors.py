@@ -354,6 +354,20 @@ def test_mahalanobis_with_fewer_images_than_dimensions():
     np.testing.assert_allclose(ours.score(test + 100 * rows[-1]), ours.score(test), rtol=1e-2)
 
 
+def test_mahalanobis_finds_the_class_where_directions_hardly_vary():
+    """Whitened, the classes lie 1e5 deviations away from the centre, and close together."""
+    generator = np.random.default_rng(0)
+    labels = np.arange(400) % 8
+    centres = np.zeros((8, 40))
+    centres[:, 0], centres[:, 1] = np.where(np.arange(8) < 4, -1, 1), 2e-5 * np.arange(8)
+    train, queries = (centres[rows] + 1e-5 * generator.normal(size=(400, 40)) for rows in (labels, labels[::-1]))
+    train, queries = train.astype(np.float32), queries.astype(np.float32)
+    scores, classes = slow_mahalanobis(train, labels, queries)
+    detector = Mahalanobis().fit(train, labels)
+    np.testing.assert_array_equal(detector.classify(queries), classes)
+    np.testing.assert_allclose(detector.score(queries), scores, rtol=1e-3)
+
+
 def test_mahalanobis_survives_a_large_offset():
     """Features far from zero: what counts is differences, whose digits the offset must not eat."""
     scores, _ = slow_mahalanobis(TRAIN + 1000, TRAIN_LABELS, QUERIES + 1000)

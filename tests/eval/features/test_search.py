@@ -4,55 +4,32 @@ import torch
 
 from gradmix.eval.features import arrays, search
 from gradmix.eval.features.arrays import check_features, check_k, check_labels, unit_rows
-from gradmix.eval.features.search import Neighbours, nearest_rows
+from gradmix.eval.features.search import Neighbours
 
 
 def features(n, width=16, seed=0):
     return np.random.default_rng(seed).normal(size=(n, width)).astype(np.float32)
 
 
-def slow_nearest(queries, bank, k, metric):
+def slow_nearest(queries, bank, k):
     """One query, one bank row at a time, in Python floats."""
     values, rows = [], []
     for query in queries.astype(np.float64):
-        if metric == "cosine":
-            value = [query @ row / np.sqrt((query @ query) * (row @ row)) for row in bank.astype(np.float64)]
-            order = sorted(range(len(bank)), key=lambda row: -value[row])[:k]
-        else:
-            value = [sum((query - row) ** 2) for row in bank.astype(np.float64)]
-            order = sorted(range(len(bank)), key=lambda row: value[row])[:k]
+        value = [query @ row / np.sqrt((query @ query) * (row @ row)) for row in bank.astype(np.float64)]
+        order = sorted(range(len(bank)), key=lambda row: -value[row])[:k]
         values.append([value[row] for row in order])
         rows.append(order)
     return np.array(values), np.array(rows)
 
 
-@pytest.mark.parametrize("metric", ["cosine", "l2"])
-def test_nearest_equals_a_slow_loop(metric):
+@pytest.mark.parametrize("block", [arrays.BLOCK, 16 * 4])
+def test_nearest_equals_a_slow_loop(block, monkeypatch):
+    monkeypatch.setattr(arrays, "BLOCK", block)
     queries, bank = features(30), features(120, seed=1)
-    values, rows = nearest_rows(queries, bank, 7, metric)
-    expected_values, expected_rows = slow_nearest(queries, bank, 7, metric)
+    values, rows = Neighbours(bank, "Flat").search(queries, 7)
+    expected_values, expected_rows = slow_nearest(queries, bank, 7)
     np.testing.assert_array_equal(rows, expected_rows)
     np.testing.assert_allclose(values, expected_values, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("metric", ["cosine", "l2"])
-def test_small_blocks_change_nothing(metric, monkeypatch):
-    queries, bank = features(30), features(120, seed=1)
-    values, rows = nearest_rows(queries, bank, 7, metric)
-    monkeypatch.setattr(arrays, "BLOCK", 16 * 4)
-    small_values, small_rows = nearest_rows(queries, bank, 7, metric)
-    np.testing.assert_array_equal(rows, small_rows)
-    np.testing.assert_allclose(values, small_values, rtol=1e-5, atol=1e-6)
-
-
-def test_tensors_in_tensors_out():
-    queries, bank = features(3), features(9, seed=1)
-    values, rows = nearest_rows(queries, bank, 2)
-    tensor_values, tensor_rows = nearest_rows(torch.from_numpy(queries).requires_grad_(), torch.from_numpy(bank), 2)
-    assert isinstance(values, np.ndarray) and isinstance(tensor_values, torch.Tensor)
-    assert tensor_values.dtype == torch.float32 and tensor_rows.dtype == torch.int64
-    np.testing.assert_array_equal(values, tensor_values.numpy())
-    np.testing.assert_array_equal(rows, tensor_rows.numpy())
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.uint8])
@@ -87,16 +64,14 @@ def test_non_finite_values_are_counted_over_blocks(monkeypatch):
 
 def test_wrong_width():
     with pytest.raises(ValueError, match=r"queries: expected \[N, 4\], got shape \(2, 3\)"):
-        nearest_rows(np.zeros((2, 3)), np.ones((5, 4)), 1)
+        check_features("queries", np.zeros((2, 3)), width=4)
 
 
-def test_bad_k_and_metric():
+def test_bad_k():
     with pytest.raises(ValueError, match="k=7 is larger than the number of reference features, 5"):
-        nearest_rows(np.ones((2, 3)), np.ones((5, 3)), 7)
+        Neighbours(np.ones((5, 3)), "Flat").search(np.ones((2, 3)), 7)
     with pytest.raises(ValueError, match="k=0 is smaller than 1"):
         check_k(0, 5)
-    with pytest.raises(ValueError, match="metric: expected cosine or l2, got 'l1'"):
-        nearest_rows(np.ones((2, 3)), np.ones((5, 3)), 1, "l1")
 
 
 def test_bad_labels():
@@ -114,7 +89,7 @@ def test_unit_rows_at_the_ends_of_float32():
 
 def test_search_finds_duplicates_and_zero_rows():
     bank = np.array([[1, 0], [0, 0], [2, 0]], np.float32)
-    values, rows = nearest_rows(np.array([[5, 0], [0, 0]], np.float32), bank, 3)
+    values, rows = Neighbours(bank, "Flat").search(np.array([[5, 0], [0, 0]], np.float32), 3)
     assert values[0].tolist() == [1, 1, 0] and set(rows[0, :2]) == {0, 2}
     assert values[1].tolist() == [0, 0, 0]
 
@@ -128,7 +103,7 @@ def test_memory_mapped_bank_stays_on_disk(tmp_path, monkeypatch):
     neighbours = Neighbours(mapped, "Flat")
     assert neighbours.features is mapped
     values, rows = neighbours.search(features(20), 9)
-    expected_values, expected_rows = slow_nearest(features(20), bank, 9, "cosine")
+    expected_values, expected_rows = slow_nearest(features(20), bank, 9)
     np.testing.assert_array_equal(rows, expected_rows)
     np.testing.assert_allclose(values, expected_values, atol=1e-6)
 

@@ -293,7 +293,40 @@ def test_tinyimagenet_c_layout(digits_run, command, tmp_path, everything):
         assert result.code == 2 and message in result.err and len(result.err.strip().splitlines()) == 1
     (tmp_path / "others" / "fog" / "1" / "7").mkdir(parents=True)
     result = command("eval", f"run={digits_run}", "corruptions=others", "out=out")
-    assert result.code == 2 and "holds no images of the known classes" in result.err
+    assert result.code == 2 and "holds no images to read of the known classes" in result.err
+
+
+def test_corrupted_files_that_can_not_be_read(digits_run, command, tmp_path, everything):
+    images, labels = everything
+    known = [int(name) for name in load_data(read_config(digits_run).data, 0).classes]
+    places = [(severity, i) for severity in (2, 3) for i in range(60) if labels[i] in known]
+    for severity, i in places:
+        path = tmp_path / "C" / "snow" / str(severity) / str(labels[i].item()) / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(images[i].permute(1, 2, 0).numpy()).save(path)
+    bad = list((tmp_path / "C/snow/3").rglob("*.png"))  # all of one severity
+    for path in bad:
+        path.write_bytes(path.read_bytes()[:60])
+    run = shutil.copytree(digits_run, tmp_path / "run")
+    asked = (f"run={run}", "corruptions=C", "detectors=[deep_knn]", "out=out")
+    result = command("eval", *asked)
+    assert result.code == 2 and f"{len(bad)} image files can't be read" in result.err and bad[0].name in result.err
+    assert not (tmp_path / "out/metrics_corruptions.json").exists()
+
+    config = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(config.replace("on_bad_image: error", "on_bad_image: skip"))
+    result = command("eval", *asked)
+    assert result.code == 0, result.err
+    assert f"image files that can't be read, left out: {len(bad)}" in result.out
+    # a kind without severity 1 is none that is missing
+    assert "  snow  " in result.out and "1 of 15 kinds; missing" in result.out and ", snow," not in result.out
+    got = scores(tmp_path / "out")
+    assert got["data/bad_images"] == len(bad) and "corruptions/snow/3/knn" not in got
+    # the whole ones are the test images as they are
+    assert got["corruptions/snow/knn"] == got["corruptions/snow/2/knn"] > 0.5
+    shutil.rmtree(tmp_path / "C/snow/2")
+    result = command("eval", *asked)
+    assert result.code == 2 and "holds no images to read of the known classes" in result.err
 
 
 def test_corruptions_made_here(digits_run, command, tmp_path):

@@ -13,6 +13,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler, normalize
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from gradmix.eval.classifiers.linear import LinearProbe
 from gradmix.eval.detectors import Detector
 from gradmix.eval.protocols.closed_set import Majority
 from gradmix.eval.protocols.evaluate import evaluate
@@ -129,6 +130,20 @@ def subject_with(labels, spaces=("features",), classes=("a",), memory=1.0):
     config = Config(data=DataConfig(name="x", memory_gib=memory))
     data = OpenSetData(images, images, images, list(classes), [], [0])
     return Subject(config, data, torch.nn.Identity(), torch.device("cpu"), {space: {} for space in spaces})
+
+
+def test_detectors_share_one_probe_in_every_space(monkeypatch):
+    fitted, fit = [], LinearProbe.fit
+    monkeypatch.setattr(LinearProbe, "fit", lambda self, *arrays: fitted.append(self.device) or fit(self, *arrays))
+    subject = subject_with([0, 1] * 10, (), ("a", "b"))
+    generator = torch.Generator().manual_seed(0)
+    for space in ("features", "projections", "start"):
+        subject.spaces[space] = {"train": torch.randn(20, 4, generator=generator)}
+        for name in ("msp", "energy", "max_logit", "mahalanobis"):
+            subject.detector(name, space)
+        head = subject.detector("energy", space).head_
+        np.testing.assert_array_equal(head[:, :-1], subject.linear_probe(space).weight_)
+    assert fitted == [subject.device] * 3
 
 
 def test_what_is_missing_is_said_once_for_all_measures_that_need_it():

@@ -20,6 +20,7 @@ from gradmix.eval.detectors import DeepKNN
 from gradmix.eval.report import curves, write_report
 from gradmix.eval.report.charts import thin
 from gradmix.eval.report.feature_map import plane
+from gradmix.eval.report.numbers import numbers
 from gradmix.eval.report.report import _mixing as mixing_rows
 from gradmix.eval.report.report import what_was_run
 from gradmix.eval.runs.folder import command as command_of
@@ -268,12 +269,24 @@ def test_a_flat_folder_without_classes(command, tmp_path):
 
 def test_the_histogram_names_the_detector_it_shows(digits_run, tmp_path):
     run = shutil.copytree(digits_run, tmp_path / "run")
-    assert "Scores of the primary detector" in write_report(run).read_text()
+    assert "Scores of the reference detector" in write_report(run).read_text()
     scores = load_file(run / "features/scores.safetensors")
     save_file({k: v for k, v in scores.items() if "deep_knn" not in k}, run / "features/scores.safetensors")
     text = write_report(run).read_text()
     assert "class_knn score<" in text and "<p>Scores of class_knn; the less" in text
-    assert "deep_knn score<" not in text and "Scores of the primary detector" not in text
+    assert "deep_knn score<" not in text and "Scores of the reference detector" not in text
+    save_file({key: scores[key] for key in ("labels", "images")}, run / "features/scores.safetensors")
+    assert "No detector was measured." in curves.open_set(read_run(run)).body
+
+
+def test_the_numbers_say_which_detector_is_shaded_and_which_one_scores(digits_run):
+    run = read_run(digits_run)
+    assert "The shaded column is the reference detector" in (text := numbers(run).body)
+    assert "holds <code>deep_knn</code>." in text
+    run.config.primary = "mahalanobis"
+    run.numbers = {key: value for key, value in run.numbers.items() if not key.startswith("osr/deep_knn/")}
+    assert 'class="primary"' not in (text := numbers(run).body) and "shaded" not in text
+    assert "holds <code>mahalanobis</code>; the confusion and the surest mistakes below are those of" in text
 
 
 def test_the_histogram_has_no_threshold_where_each_class_has_its_own(digits_run):
@@ -344,6 +357,7 @@ def test_the_map_is_the_same_every_time_and_stands_degenerate_features():
     rng = np.random.default_rng(0)
     features = rng.normal(size=(40, 60))
     assert np.array_equal(plane(features), plane(features))
+    assert np.allclose(plane(features[:9]), plane((features[:9] * 1e25).astype(np.float32)), atol=1e-3)  # no overflow
     for odd in (np.ones((20, 8)), np.zeros((3, 4)), rng.normal(size=(1, 4)), rng.normal(size=(30, 1))):
         places = plane(odd)
         assert places.shape == (len(odd), 2) and np.isfinite(places).all()

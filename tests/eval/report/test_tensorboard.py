@@ -22,6 +22,7 @@ from tensorboard.plugins.projector.projector_plugin import ProjectorPlugin
 from werkzeug.test import Client
 from werkzeug.wrappers import Response
 
+from gradmix.eval.features.mapped import map_arrays
 from gradmix.eval.report import tensorboard
 from gradmix.eval.report.tensorboard import write_projector, write_tensorboard
 from gradmix.ssl.data.open_set import load_data
@@ -99,8 +100,17 @@ def test_again_replaces_what_was_there_and_points_are_bounded(digits_run, tmp_pa
     run = shutil.copytree(digits_run, tmp_path / "run")
     config, numbers = read_config(run), json.loads((run / "metrics.json").read_text())
     monkeypatch.setattr(tensorboard, "POINTS", 50)
+    read = []
+
+    def mapped(path):
+        about, arrays = map_arrays(path)
+        read.append(arrays)
+        return about, arrays
+
+    monkeypatch.setattr(tensorboard, "map_arrays", mapped)
     write_tensorboard(run, config, numbers | {"knn/top1": 0.125}, load_data(config.data, config.seed))
     events = EventAccumulator(str(run / "tensorboard")).Reload()
     assert [event.value for event in events.Scalars("knn/top1")] == [0.125]
     assert len(events.Scalars("train/loss")) > 1  # training's own are still there
     assert len((run / "tensorboard/projector/metadata.tsv").read_text().splitlines()) == 51
+    assert isinstance(read[0]["features"], np.memmap)  # the other rows stay on disk

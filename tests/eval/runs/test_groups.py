@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 
+from gradmix.eval import detectors
 from gradmix.eval.commands.compare import main
 from gradmix.eval.runs.folder import read_run
 from gradmix.eval.runs.groups import difference, find_runs, group_runs
@@ -43,6 +44,18 @@ def compare(monkeypatch, capsys, tmp_path):
         return code, *capsys.readouterr()
 
     return run
+
+
+def test_detectors_are_read_where_no_scores_were_saved_alone(digits_run, tmp_path, monkeypatch):
+    """A bank that is hashed, checked and indexed for a table takes minutes."""
+    kept = read_run(digits_run, images=False).scores
+    run = shutil.copytree(digits_run, tmp_path / "run")
+    (run / "features/scores.safetensors").unlink()
+    score, correct = read_run(run, images=False).scores["deep_knn"]
+    np.testing.assert_allclose(score, kept["deep_knn"][0], atol=1e-5)
+    np.testing.assert_array_equal(correct, kept["deep_knn"][1])
+    monkeypatch.setattr(detectors, "load", lambda *_, **__: pytest.fail("a detector was loaded"))
+    assert read_run(digits_run, images=False).scores.keys() == kept.keys() > {"deep_knn"}
 
 
 def test_differences_are_over_the_splits_that_both_have(runs):

@@ -266,7 +266,12 @@ def test_several_named_folders_of_unknown_images(tmp_path):
             assert sizes == {"near": 3 - (bad == "skip"), "far": 2}
             names = {name: [data.test.files[i] for i in rows.nonzero()] for name, rows in data.unknown_sets.items()}
             assert all(path.startswith(both[name]) for name, paths in names.items() for path in paths)
+        for path in (tmp_path / "b").rglob("*.*"):
+            path.write_text("<html>")
+        with pytest.raises(ValueError, match=r"data\.unknown_roots\.far: no image in .*b can be read"):
+            load_data(config, 0, look=True)
         folder(tmp_path / "a", ["x"], 3)
+        folder(tmp_path / "b" / "deep", ["y"], 2)
 
     for wrong, message in (
         ({"unknown_root": "x"}, "data.unknown_root is given too"),

@@ -72,7 +72,7 @@ class EvalConfig:
     knn_temperature: list[float] = key([], "beside the run's own; every k with every temperature", above=0)
     protocols: list[str] = key([], "beside the cached probe: augmented, finetune")
     probe: ProbeConfig = field(default_factory=ProbeConfig)
-    device: str = key("auto", "where the network and the probes run; auto: where training would", choices=DEVICES)
+    device: str = key("auto", "where network and probes run; auto: CUDA's GPU, else the CPU", choices=DEVICES)
     measures: list[str] = key([], "beside the usual: those of other packages, by name")
     few_labels: list[Any] = key([], "probes on few labels: 1%, 10%, or images per class")
     export: list[str] = key([], "instead of evaluating: safetensors, onnx, torch_export")

@@ -15,9 +15,7 @@ from gradmix.eval.features.arrays import Array, blocks, check_features, check_la
 
 SELECTION = 0.25  # length of the training that chooses, as a share of the final one
 LEAST_STEPS = 2000  # of the final training, whatever the number of epochs; small sets need them to converge
-MOST_CHOOSING = (
-    4000  # steps of the training that chooses: enough to rank settings; 1.28 million rows would take 100,000
-)
+MOST_CHOOSING = 4000  # steps of the training that chooses, enough to rank settings; a million rows would take 80,000
 TIMED, LONG = 20, 300  # steps after which the rest is known; seconds of it that are told
 MOMENTUM = 0.9
 Settings = float | Sequence[float]

@@ -87,7 +87,8 @@ def measured(
     save_detectors(out, run_dir, subject)
     result: dict[str, Any] = {"skipped": skipped, "data/bad_images": len(data.bad)} | data.copies | numbers
     result |= made_with(config)
-    result |= {key: value for key, value in said.items() if key not in result} | provenance()  # what is measured counts
+    result |= {key: value for key, value in said.items() if key not in result}  # what is measured counts
+    result |= provenance(subject.device)
     write_json(out / "metrics.json", result)
     return result
 
@@ -117,7 +118,7 @@ def save_detectors(out: Path, run_dir: Path | None, subject: Subject) -> None:
 
 
 def device_of(config: Config, asked: str = "auto") -> str:
-    """Where the network and the probes run: ``asked``, or where training would.
+    """Where the network and the probes run: ``asked``; with ``auto``, the CPU if training was kept on it.
 
     Raises:
         ValueError: this machine has no such device.

@@ -96,7 +96,7 @@ def evaluate_corruptions(
         }
         result = on_corrupted(subject, batches, where)
     result |= {"corruptions/source": where, "data/bad_images": len(data.bad) + len(scan.bad)}
-    result |= made_with(config) | provenance()
+    result |= made_with(config) | provenance(torch.device(device))
     write_json(out / "metrics_corruptions.json", result)
     return result
 

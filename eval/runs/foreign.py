@@ -13,6 +13,7 @@ from gradmix.ssl.runs.files import write_json, write_tensors
 from gradmix.ssl.runs.folder import claim
 
 ELSEWHERE = "elsewhere"  # method.name of what was not trained here
+READING = ("memory_gib", "on_bad_image", "workers")  # keys of data that say how images are read, not which
 
 
 Foreign = tuple[Config, Encoder]  # a run that its folder does not hold yet
@@ -57,18 +58,21 @@ def adopt(run: Config, backbone: Encoder) -> None:
 
 
 def transfer(run: Config, config: EvalConfig) -> None:
-    """Give a run the data of ``data=NAME``, as squares like those that the backbone was trained on.
+    """Give a run the data of ``data=NAME``, as squares like those that the backbone was trained on; or its own data
+    another way of reading them.
 
     Raises:
-        ValueError: keys of ``data`` without a name.
+        ValueError: other keys of ``data`` without a name.
     """
     if config.data.name:
         run.data = replace(config.data, image_size=run.data.image_size, fit=run.data.fit)
         return
     usual = flat(asdict(EvalConfig().data))
-    given = [key for key, value in flat(asdict(config.data)).items() if value != usual[key]]
-    if given:
-        raise ValueError(f"data.{given[0]}: needs data=NAME; root=PATH says where the run's own data lies now")
+    given = {key: value for key, value in flat(asdict(config.data)).items() if value != usual[key]}
+    for key in given:
+        if key not in READING:
+            raise ValueError(f"data.{key}: needs data=NAME; root=PATH says where the run's own data lies now")
+    run.data = replace(run.data, **given)
 
 
 def check_transfer_classes(run: Config, data: OpenSetData) -> None:

@@ -126,16 +126,21 @@ def has_begun(run_dir: Path) -> bool:
     return any(any(run_dir.glob(pattern)) for pattern in WORK)
 
 
-def provenance() -> dict[str, Any]:
-    """Versions, revision and hardware, flat, to stand beside every result."""
+def provenance(device: torch.device) -> dict[str, Any]:
+    """Versions, revision and hardware, flat, to stand beside every result.
+
+    Args:
+        device: where it was computed.
+    """
     packages = ["torchvision", "lightly", "faiss-cpu", "pytorch-lightning", "numpy", "gradmix"]
     packages += ["timm"] * (find_spec("timm") is not None)
-    cuda, threads = torch.cuda.is_available(), torch.get_num_threads()
+    threads = torch.get_num_threads()
+    places = {"cpu": f"CPU, {threads} thread{'s' * (threads > 1)}", "mps": "Apple's GPU"}
     return {
         "version/torch": torch.__version__,  # with the CUDA build
         **{f"version/{name}": version(name) for name in packages},
         "git/revision": _revision(),
-        "hardware": torch.cuda.get_device_name() if cuda else f"CPU, {threads} thread{'s' * (threads > 1)}",
+        "hardware": places.get(device.type) or torch.cuda.get_device_name(device),
     }
 
 

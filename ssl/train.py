@@ -85,6 +85,7 @@ def train(config: Config, data: OpenSetData, callbacks: Sequence[Callback] = ())
     trainer = build_trainer(config, [*callbacks, progress, guard, checkpoints])
     workers = decoders(config.data.workers, trainer.world_size // trainer.num_nodes)
     if data.train.images is None:
+        progress.workers = workers
         views = module.crops.count if data.train.photographs else 1
         check_queue(config.batch_size // trainer.world_size * views * 3 * data.train.size**2, workers)
     check_batch_size(config.batch_size, len(data.train), trainer.world_size, mixes=module.mixer is not None)

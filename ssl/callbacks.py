@@ -111,15 +111,20 @@ class Checkpoints(Callback):
     def on_train_start(self, trainer: Trainer, module: Pretraining) -> None:
         if self.resume is None:
             return
-        if len(trainer.optimizers[0].param_groups) > 1 == len(self.resume["optimizer"]["param_groups"]):
+        optimizer, saved = trainer.optimizers[0], self.resume["optimizer"]
+        if len(optimizer.param_groups) > 1 == len(saved["param_groups"]):
             raise ValueError(
                 f"{self.folder}: the run began when optimizer.weight_decay still fell on biases and BatchNorm; go on "
                 "with the version of gradmix that began it, or begin again in another run_dir="
             )
+        if "fused" in optimizer.defaults:  # a matter of today's precision and on_nonfinite=, not of the run's
+            for group in saved["param_groups"]:
+                group["fused"] = optimizer.defaults["fused"]
         try:
-            trainer.optimizers[0].load_state_dict(self.resume["optimizer"])
+            optimizer.load_state_dict(saved)
             trainer.lr_scheduler_configs[0].scheduler.load_state_dict(self.resume["schedule"])
-            trainer.precision_plugin.load_state_dict(self.resume["precision"])
+            if self.resume["precision"]:  # empty where no gradients were scaled; they may be now
+                trainer.precision_plugin.load_state_dict(self.resume["precision"])
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"{self.folder}: the newest checkpoint is of another optimizer ({error})") from error
 

@@ -1,5 +1,6 @@
 """What happens beside training: checkpoints, the progress bar, curves and pictures."""
 
+import math
 import signal
 import sys
 import time
@@ -110,15 +111,20 @@ class Checkpoints(Callback):
     def on_train_start(self, trainer: Trainer, module: Pretraining) -> None:
         if self.resume is None:
             return
-        if len(trainer.optimizers[0].param_groups) > 1 == len(self.resume["optimizer"]["param_groups"]):
+        optimizer, saved = trainer.optimizers[0], self.resume["optimizer"]
+        if len(optimizer.param_groups) > 1 == len(saved["param_groups"]):
             raise ValueError(
                 f"{self.folder}: the run began when optimizer.weight_decay still fell on biases and BatchNorm; go on "
                 "with the version of gradmix that began it, or begin again in another run_dir="
             )
+        if "fused" in optimizer.defaults:  # a matter of today's precision and on_nonfinite=, not of the run's
+            for group in saved["param_groups"]:
+                group["fused"] = optimizer.defaults["fused"]
         try:
-            trainer.optimizers[0].load_state_dict(self.resume["optimizer"])
+            optimizer.load_state_dict(saved)
             trainer.lr_scheduler_configs[0].scheduler.load_state_dict(self.resume["schedule"])
-            trainer.precision_plugin.load_state_dict(self.resume["precision"])
+            if self.resume["precision"]:  # empty where no gradients were scaled; they may be now
+                trainer.precision_plugin.load_state_dict(self.resume["precision"])
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"{self.folder}: the newest checkpoint is of another optimizer ({error})") from error
 
@@ -189,20 +195,24 @@ class Progress(Callback):
     A line every ten seconds in the first minute, then one a minute, and one at the end of more than ten seconds.
 
     Attributes:
-        seconds, images: of this session, without its first step (it warms caches up).
+        seconds, images: of this session, without its first step, which warms caches up, and without those after it that
+            are quick because workers had decoded their images meanwhile.
+        workers: processes that decode images, each two batches ahead; 0 where images lie in memory.
         knn: the latest kNN accuracy in percent, put here by the callback that measures it.
     """
 
     log_every_steps = 10
-    first_steps = 5  # over which the time that a run will take is measured
+    first_steps = 5  # at least, over which the time that a run will take is measured
     first_minute, seconds_per_line = 10.0, 60.0  # between two lines
 
     def __init__(self, images_per_step: int) -> None:
         self.images_per_step = images_per_step
         self.seconds = 0.0
         self.images = 0
+        self.workers = 0
         self.knn: float | None = None
-        self._started: float | None = None
+        self._started = 0.0
+        self._done = self._counted = 0  # steps of this session; and those that took ``seconds``
 
     @property
     def images_per_s(self) -> float:
@@ -227,14 +237,18 @@ class Progress(Callback):
     ) -> None:
         now, before = time.perf_counter(), self._step_at
         self._step_at = now
-        if self._started is None:
-            self._started = now
+        self._done += 1
+        begin = 1 + 3 * self.workers  # two batches each were ready; while these were taken, the third began
+        if self._done in (1, begin):
+            self._started, self._counted = now, 0
         else:
-            self.seconds = now - self._started
-            self.images += self.images_per_step
+            self._counted += 1
+            self.seconds, self.images = now - self._started, self._counted * self.images_per_step
+        rounds = max(1, self.workers)  # batches that workers began together come together
+        measured = math.ceil(self.first_steps / rounds) * rounds
         left = (self.total - module.steps) * self.seconds * self.images_per_step / max(self.images, 1)
-        if self.images == self.first_steps * self.images_per_step and left >= 30 and trainer.is_global_zero:
-            tqdm.write(f"expected time: {tqdm.format_interval(left)}, measured over {self.first_steps} steps")
+        if self._done == begin + measured and left >= 30 and trainer.is_global_zero:
+            tqdm.write(f"expected time: {tqdm.format_interval(left)}, measured over {measured} steps")
         last = module.steps == self.total
         if self.bar.update(1) or (last and not self.bar.disable):
             end = {name: value for name, value in self.end(module).items() if name != "left"}  # the bar has it

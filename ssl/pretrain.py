@@ -136,7 +136,7 @@ class Pretraining(LightningModule):
         """
         method, mix = self.config.method, self.config.mix
         seed = seed_of(self.config.seed, batch.epoch, batch.step, self.global_rank)
-        torch.manual_seed(seed)  # what a network drops at random, too, is a function of the step
+        torch.manual_seed(seed_of(seed, 4))  # what a network drops at random, too, is a function of the step
         mixer = self.mixer if mixes_at(mix, self.config.seed, batch.epoch, batch.step) else None
         asked = (mixer is not None and mixer.looks) or self.config.outliers.name == "attribution"
         looks = asked and batch.step % mix.attribution_every == 0
@@ -230,7 +230,7 @@ class Pretraining(LightningModule):
             views = self.draw_views(others, seed_of(seed, 1))
         if mixer.looks and maps is None:  # flat: boxes lie at random places
             maps = torch.zeros_like(views[:, 0])
-        generator = torch.Generator(views.device).manual_seed(seed)
+        generator = torch.Generator(views.device).manual_seed(seed_of(seed, 3))  # not the stream of the views
         return mixer(views, guide, generator, projections=z, attribution=maps if mixer.looks else None)
 
     def batches_before(self, batch: Batch) -> int:

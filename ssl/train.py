@@ -85,6 +85,7 @@ def train(config: Config, data: OpenSetData, callbacks: Sequence[Callback] = ())
     trainer = build_trainer(config, [*callbacks, progress, guard, checkpoints])
     workers = decoders(config.data.workers, trainer.world_size // trainer.num_nodes)
     if data.train.images is None:
+        progress.workers = workers
         views = module.crops.count if data.train.photographs else 1
         check_queue(config.batch_size // trainer.world_size * views * 3 * data.train.size**2, workers)
     check_batch_size(config.batch_size, len(data.train), trainer.world_size, mixes=module.mixer is not None)
@@ -171,6 +172,11 @@ def check(config: Config) -> None:
         raise ValueError(
             f"optimizer.warmup_epochs: {config.optimizer.warmup_epochs} are more than epochs={config.epochs}"
         )
+    if config.optimizer.name == "lars" and not config.optimizer.weight_decay:
+        raise ValueError(
+            "optimizer.weight_decay: LARS scales the steps of what decays only; without, this is plain SGD at "
+            "LARS's learning rate; give a little, as 1e-6, or take optimizer=sgd"
+        )
     if config.mix.end_epoch is not None and config.mix.end_epoch <= config.mix.start_epoch:
         raise ValueError(
             f"mix.end_epoch: {config.mix.end_epoch} is not behind mix.start_epoch={config.mix.start_epoch}, nothing "
@@ -211,7 +217,7 @@ def build_trainer(config: Config, callbacks: list[Callback]) -> Trainer:
     }
     try:
         return Trainer(**settings, callbacks=callbacks)
-    except (MisconfigurationException, ValueError) as error:
+    except (MisconfigurationException, TypeError, ValueError) as error:
         raise ValueError(f"trainer: {error}") from error
 
 

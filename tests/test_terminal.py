@@ -66,6 +66,32 @@ def test_after_five_steps_a_training_says_how_long_it_will_take(capsys, monkeypa
     assert f"expected time: {tqdm.format_interval(10 * (1000 - 6))}, measured over 5 steps" in told
 
 
+@pytest.mark.parametrize("workers", [1, 2, 3, 8, 16])
+def test_the_time_that_a_training_will_take_is_that_of_its_slow_decoding(capsys, monkeypatch, workers):
+    """Each worker decodes in turn, ten seconds a batch, and is two batches ahead of the training at most."""
+    steps, ends, ready = 40 * workers, [0.0], []
+    for step in range(steps):
+        free = ready[step - workers] if step >= workers else 0.0
+        asked = ends[step - 2 * workers] if step >= 2 * workers else 0.0
+        ready.append(max(free, asked) + 10)
+        ends.append(max(ends[-1], ready[-1]) + (0.1 if step else 60))
+    now = 0.0
+    monkeypatch.setattr("gradmix.ssl.callbacks.time.perf_counter", lambda: now)
+    progress = Progress(images_per_step=10)
+    progress.workers, progress.log_every_steps = workers, 10**6  # no curves
+    module, trainer = training(steps)
+    progress.on_train_start(trainer, module)
+    said = ""
+    while not said:
+        module.steps += 1
+        now = ends[module.steps]
+        progress.on_train_batch_end(trainer, module, None, SimpleNamespace(epoch=0), 0)
+        said = capsys.readouterr().out
+    minutes, seconds = map(int, re.match(r"expected time: (\d\d):(\d\d), measured over \d+ steps", said).groups())
+    assert 60 * minutes + seconds == pytest.approx(ends[-1] - now, rel=0.03)
+    assert progress.images_per_s == pytest.approx(workers, rel=0.03)  # 10 images in 10 seconds from each
+
+
 @pytest.mark.parametrize(("seconds", "speed"), [(0.5, "20"), (2.5, "4.0")])
 def test_elsewhere_a_line_every_ten_seconds_then_every_minute(capsys, monkeypatch, seconds, speed):
     now = 1000.0

@@ -20,6 +20,7 @@ from gradmix.ssl.data.listing import list_folders, list_images
 from gradmix.ssl.data.reading import EXTENSIONS
 from gradmix.ssl.data.shards import list_shards, read_shards
 from gradmix.ssl.data.splits import CIFAR_PLUS
+from gradmix.ssl.runs.lock import in_turn
 
 UNKNOWN_SIZE = 0  # of images that are still files, until gradmix.ssl.data.open_set chooses one by them
 # In any case; of the test folders the first that is there is the test set.
@@ -177,16 +178,15 @@ def _torchvision(name: str) -> Callable[[DataConfig, int], Source]:
     def load(config: DataConfig, seed: int) -> Source:
         if config.root is not None and (Path(config.root).expanduser() / "train").is_dir():
             return imagefolder(config, seed)  # the same classes as folders of image files, in the same order
-        kind = getattr(datasets, name)
-        parts = []
-        for train in (True, False):
-            which = {"split": "train" if train else "test"} if name == "SVHN" else {"train": train}
-            try:
-                parts.append(kind(config.root or "data", download=True, **which))
-            except (OSError, RuntimeError) as error:
-                raise ValueError(
-                    f"data.root: {config.root or 'data'} does not hold {name}, and it can't be downloaded ({error})"
-                ) from error
+        kind, root = getattr(datasets, name), Path(config.root or "data").expanduser()
+        halves = ({"split": "train"}, {"split": "test"}) if name == "SVHN" else ({"train": True}, {"train": False})
+        try:
+            with in_turn(root):  # the processes of a job start at once: the first downloads, for the others it is there
+                parts = [kind(root, download=True, **half) for half in halves]
+        except (OSError, RuntimeError) as error:
+            raise ValueError(
+                f"data.root: {config.root or 'data'} does not hold {name}, and it can't be downloaded ({error})"
+            ) from error
         sets = []
         for part in parts:
             array = np.asarray(part.data)

@@ -1,10 +1,11 @@
 """One process at a time in a run's folder."""
 
 import errno
+import math
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -71,13 +72,27 @@ def is_still_at(path: Path, descriptor: int) -> bool:
     return path.exists() and os.path.samestat(os.stat(path), os.fstat(descriptor))
 
 
-def lock(descriptor: int, path: Path) -> None:
+@contextmanager
+def in_turn(folder: Path) -> Iterator[None]:
+    """One process after the other, of a job or of several; nobody waits where nothing can be written."""
+    with ExitStack() as stack:
+        with suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(open(folder / ".lock", "a"))  # to write: without, network file systems lock none
+            lock(file.fileno(), folder, math.inf)
+        yield
+
+
+def lock(descriptor: int, path: Path, patience: float | None = None) -> None:
     """Keep other processes from locking the open file or folder ``path`` until it is closed; see :func:`alone_in`.
+
+    Args:
+        patience: seconds to wait for another process that has it; None: ``PATIENCE``.
 
     Raises:
         ValueError: another process has it.
     """
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + (PATIENCE if patience is None else patience)
     while fcntl:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -108,6 +108,30 @@ def test_skipped_steps_beside_a_gradient_scaler(tmp_path, monkeypatch, config, d
     assert json.loads((tmp_path / "training.json").read_text())["train/skipped_steps"] == 1
 
 
+class PowerCut(Callback):
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        if module.steps == 4:
+            raise RuntimeError("power cut")
+
+
+@pytest.mark.parametrize(
+    ("before", "on_nonfinite"), [("32-true", "error"), ("bf16-mixed", "error"), ("16-mixed", "skip")]
+)
+def test_a_run_goes_on_with_a_gradient_scaler(before, on_nonfinite, tmp_path, monkeypatch, config, data):
+    """It began without one, or with an optimizer that was not fused."""
+    settings = config(tmp_path, on_nonfinite=on_nonfinite, checkpoint_seconds=0)
+    settings.trainer["precision"] = before
+    with pytest.raises(RuntimeError, match="power cut"), monkeypatch.context() as patch:
+        if before == "16-mixed":
+            scale_on_the_cpu(patch, settings)
+        train(settings, data, [PowerCut()])
+    settings.on_nonfinite = "error"
+    scale_on_the_cpu(monkeypatch, settings)
+    train(settings, data)
+    told = json.loads((tmp_path / "training.json").read_text())
+    assert (told["train/resumed_from_step"], told["train/precision"]) == (3, "16-mixed")
+
+
 class AlwaysOverflow(Callback):
     def on_after_backward(self, trainer, module):
         next(module.parameters()).grad[0] = float("inf")

@@ -222,6 +222,25 @@ def test_what_is_drawn_is_of_its_place(monkeypatch, config, data):
         assert not any(map(torch.equal, first, drawn(**changes))), changes
 
 
+@pytest.mark.parametrize("flip", [0.0, 0.5])
+def test_what_is_mixed_and_dropped_has_nothing_to_do_with_how_views_are_drawn(flip, config, data):
+    """They once read one random stream: ResizeMix kept more of the photographs' views that were jittered."""
+    settings = config("unused", mix="resizemix")
+    settings.data.augment.flip = flip
+    module, batch = built(settings, data)
+    batch = batch._replace(images=batch.images[:16, None].expand(-1, 2, -1, -1, -1), labels=batch.labels[:16])
+    (jitter,) = (step for step in module.augment.steps if type(step).__name__ == "ColorJitter")
+    drawn = {"jittered": [], "kept": [], "dropped": []}
+    module.head.register_forward_pre_hook(lambda head, inputs: drawn["dropped"].append(torch.rand(32)))
+    for step in range(80):
+        module.training_step(batch._replace(step=step), 0)
+        drawn["dropped"].pop()  # of the mixed ones
+        drawn["jittered"].append(jitter._params["batch_prob"].float())
+        drawn["kept"].append(module.pictures[1].kept)
+    correlation = torch.corrcoef(torch.stack([torch.cat(of) for of in drawn.values()])) - torch.eye(3)
+    assert correlation.abs().max() < 5 / math.sqrt(80 * 32)  # five standard errors
+
+
 def test_which_steps_mix_is_of_the_runs_seed(config, data):
     module, batch = built(config("unused", mix="cutmix", mixing={"probability": 0.5}), data)
     mix = module.config.mix

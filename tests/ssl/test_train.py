@@ -12,9 +12,7 @@ import torch
 from pytorch_lightning import Callback
 from safetensors.torch import load_file
 
-from gradmix.ssl.config import (
-    MixConfig,
-)
+from gradmix.ssl.config import MixConfig, OptimizerConfig
 from gradmix.ssl.pretrain import Pretraining, mixes_at
 from gradmix.ssl.train import build_trainer, train, where_images_lie
 
@@ -201,6 +199,8 @@ def test_when_to_mix():
         ({"strategy": "fsdp"}, r"trainer\.strategy: expected one of auto, ddp, .*got 'fsdp'"),
         ({"accumulate_grad_batches": 0}, r"trainer\.accumulate_grad_batches: expected at least 1, got 0"),
         ({"num_nodes": 0}, r"trainer\.num_nodes: expected at least 1, got 0"),
+        ({"devices": [1]}, r"trainer: .*devices.* should be an int"),
+        ({"devices": "abc"}, r"trainer: .*devices.* should be an int"),
         ({"gradient_clip_val": -1.0}, r"trainer\.gradient_clip_val: expected at least 0, got -1"),
     ],
 )
@@ -218,6 +218,7 @@ def test_what_training_could_not_honour_is_refused_before_it(tmp_path, arguments
         ("seed", 2**32, r"seed: expected 0 to 4294967295, got 4294967296"),
         ("optimizer.name", "adan", r"optimizer\.name: expected one of adam, adamw, sgd, lars, got 'adan'"),
         ("optimizer.base_lr", float("inf"), r"optimizer\.base_lr: expected a finite number, got inf"),
+        ("optimizer", OptimizerConfig("lars"), r"optimizer\.weight_decay: LARS scales .* a little, as 1e-6, or"),
         ("optimizer.warmup_epochs", 2.5, r"optimizer\.warmup_epochs: 2\.5 are more than epochs=2"),
         ("method.temperature", float("inf"), r"method\.temperature: expected a finite number"),
         ("mix.end_epoch", 0, r"mix\.end_epoch: 0 is not behind mix\.start_epoch=0, nothing would be mixed"),

@@ -1,7 +1,9 @@
 import itertools
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from time import sleep
 from types import SimpleNamespace
 from unicodedata import normalize
 
@@ -150,6 +152,34 @@ def cifar(tmp_path, monkeypatch):
         monkeypatch.setattr(kind, "_check_integrity", lambda self: True)  # the checksums are the real files'
         monkeypatch.setitem(kind.meta, "md5", None)
     return tmp_path
+
+
+def test_processes_that_start_at_once_download_once(tmp_path, monkeypatch):
+    """As torchrun starts them. A set that is half written is no set, and two that write one folder spoil it."""
+    downloads, there = [], tmp_path / "new/images"
+
+    class Downloads:
+        def __init__(self, root, train, download):
+            if not there.exists():
+                downloads.append(train)
+                there.parent.mkdir(exist_ok=True)
+                there.touch()
+                sleep(0.3)
+                there.write_text("whole")
+            if there.read_text() != "whole":
+                raise RuntimeError("Dataset not found or corrupted")
+            self.data, self.targets, self.classes = np.zeros((4, 8, 8, 3), np.uint8), [0, 1, 0, 1], ["cat", "dog"]
+
+    monkeypatch.setattr(datasets, "CIFAR10", Downloads)
+    config = DataConfig("cifar10", root=str(tmp_path / "new"), image_size=8)
+    with ThreadPoolExecutor() as pool:  # locks hold between threads as they do between processes
+        found = list(pool.map(lambda _: SOURCES["cifar10"](config, 0), range(4)))
+    assert downloads == [True] and [len(source.train) for source in found] == [4] * 4
+
+    (tmp_path / "file").touch()  # nothing can be written there: nobody waits, and torchvision says what is wrong
+    monkeypatch.setattr(Downloads, "__init__", lambda *_, **__: (tmp_path / "file/x").touch())
+    with pytest.raises(ValueError, match=r"file does not hold CIFAR10, and it can't be downloaded \(.*Not a directory"):
+        SOURCES["cifar10"](replace(config, root=str(tmp_path / "file")), 0)
 
 
 @pytest.mark.parametrize("name", ["cifar_plus10", "cifar_plus50"])

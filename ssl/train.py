@@ -83,11 +83,12 @@ def train(config: Config, data: OpenSetData, callbacks: Sequence[Callback] = ())
     guard = Guard(config.on_nonfinite, config.max_skipped_steps, 0 if resume is None else resume["skipped"])
     checkpoints = Checkpoints(run_dir / "checkpoints", config.checkpoint_seconds, guard, fingerprint, resume)
     trainer = build_trainer(config, [*callbacks, progress, guard, checkpoints])
-    workers = decoders(config.data.workers, trainer.world_size // trainer.num_nodes)
+    here = trainer.world_size // trainer.num_nodes  # processes on this machine
+    workers = decoders(config.data.workers, here)
     if data.train.images is None:
         progress.workers = workers
         views = module.crops.count if data.train.photographs else 1
-        check_queue(config.batch_size // trainer.world_size * views * 3 * data.train.size**2, workers)
+        check_queue(config.batch_size // trainer.world_size * views * 3 * data.train.size**2, workers * here)
     check_batch_size(config.batch_size, len(data.train), trainer.world_size, mixes=module.mixer is not None)
     if trainer.is_global_zero:
         claim(run_dir, config)  # not before all of it has shown that it can be built
@@ -146,8 +147,8 @@ def where_images_lie(config: Config, images: ImageSet, device: torch.device, wor
     if images.photographs:
         return f"training images: views are cut from the files as they are needed, by {workers} workers"
     return (
-        f"training images: {mebibytes:.0f} MiB are more than data.memory_gib={config.data.memory_gib:g}, "
-        f"decoded as they are needed by {workers} workers"
+        f"training images: {mebibytes:.0f} MiB exceed data.memory_gib={config.data.memory_gib:g} or half of the free "
+        f"memory, decoded as they are needed by {workers} workers"
     )
 
 

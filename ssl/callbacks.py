@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from gradmix.ssl.data.loader import Batch
 from gradmix.ssl.guard import Guard, check_finite
 from gradmix.ssl.loggers import log
+from gradmix.ssl.machine import duration
 from gradmix.ssl.pictures import mixing_picture
 from gradmix.ssl.pretrain import Pretraining
 from gradmix.ssl.runs.files import write_atomically
@@ -248,7 +249,7 @@ class Progress(Callback):
         measured = math.ceil(self.first_steps / rounds) * rounds
         left = (self.total - module.steps) * self.seconds * self.images_per_step / max(self.images, 1)
         if self._done == begin + measured and left >= 30 and trainer.is_global_zero:
-            tqdm.write(f"expected time: {tqdm.format_interval(left)}, measured over {measured} steps")
+            tqdm.write(f"expected time: {duration(left)}, measured over {measured} steps")
         last = module.steps == self.total
         if self.bar.update(1) or (last and not self.bar.disable):
             end = {name: value for name, value in self.end(module).items() if name != "left"}  # the bar has it

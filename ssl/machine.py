@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from gradmix.ssl.config import Config
 
@@ -217,7 +216,19 @@ def least_time(config: Config, network: nn.Module, image_size: int, steps: int, 
     if seconds < 60:
         return None
     hint = f"; quicker: {', '.join(quicker(config, image_size))}" if seconds >= LONG else ""
-    return f"expected time: {tqdm.format_interval(seconds)} or more on this CPU{hint}"
+    return f"expected time: {duration(seconds)} or more on this CPU{hint}"
+
+
+def duration(seconds: float) -> str:
+    """In words: 3:55 could be minutes or hours."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f"{days} d {hours} h"
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 def quicker(config: Config, image_size: int) -> list[str]:

@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
 from gradmix.eval.features.arrays import Array, blocks, check_features, check_labels, like
+from gradmix.ssl.machine import duration
 
 SELECTION = 0.25  # length of the training that chooses, as a share of the final one
 LEAST_STEPS = 2000  # of the final training, whatever the number of epochs; small sets need them to converge
@@ -152,7 +153,7 @@ class LinearProbe:
                 bias.sum().item()  # waits for a GPU
                 left = (time.perf_counter() - began) / TIMED * (steps - TIMED)
                 if left > LONG:
-                    tqdm.write(f"{what}: expected time {tqdm.format_interval(left)}", file=sys.stderr)
+                    tqdm.write(f"{what}: expected time {duration(left)}", file=sys.stderr)
             place = step % per_epoch
             if place == 0:
                 order = np.random.default_rng([self.seed, step]).permutation(rows)

@@ -104,12 +104,12 @@ def a_pass_takes_a_second(monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "processes", "steps", "said"),
     [
-        ({}, 1, 450, "expected time: 1:00:00 or more on this CPU; quicker: mix=none, fewer epochs="),
-        ({"name": "none"}, 1, 450, "expected time: 30:00 or more on this CPU"),
-        ({"name": "none"}, 2, 450, "expected time: 15:00 or more on this CPU"),
-        ({"probability": 0.5}, 1, 450, "expected time: 30:00 or more on this CPU"),
-        ({"start_epoch": 1}, 1, 450, "expected time: 30:00 or more on this CPU"),
-        ({"end_epoch": 1}, 1, 450, "expected time: 30:00 or more on this CPU"),
+        ({}, 1, 450, "expected time: 1 h 0 min or more on this CPU; quicker: mix=none, fewer epochs="),
+        ({"name": "none"}, 1, 450, "expected time: 30 min 0 s or more on this CPU"),
+        ({"name": "none"}, 2, 450, "expected time: 15 min 0 s or more on this CPU"),
+        ({"probability": 0.5}, 1, 450, "expected time: 30 min 0 s or more on this CPU"),
+        ({"start_epoch": 1}, 1, 450, "expected time: 30 min 0 s or more on this CPU"),
+        ({"end_epoch": 1}, 1, 450, "expected time: 30 min 0 s or more on this CPU"),
         ({}, 1, 7, None),
     ],
 )
@@ -119,6 +119,14 @@ def test_the_least_time(tmp_path, a_pass_takes_a_second, config, changes, proces
     for key, value in changes.items():
         setattr(settings.mix, key, value)
     assert least_time(settings, ResNet("resnet18", width=4), 8, steps, processes) == said
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [(29.6, "30 s"), (235, "3 min 55 s"), (3600, "1 h 0 min"), (14_100, "3 h 55 min"), (2e5, "2 d 7 h")],
+)
+def test_a_duration_says_its_units(seconds, said):
+    assert machine.duration(seconds) == said
 
 
 def test_the_least_time_of_a_wide_network_on_photographs(tmp_path, a_pass_takes_a_second, config):

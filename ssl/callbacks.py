@@ -144,8 +144,10 @@ class Checkpoints(Callback):
 
     def on_train_end(self, trainer: Trainer, module: Pretraining) -> None:
         self.save(trainer, module)
-        if self.guard.received:  # behind the last step
-            self.leave(trainer, module, self.guard.received)
+        # Behind the last step nobody agrees on anything any more, and a process that left alone would end the others.
+        received = torch.tensor(self.guard.received, device=module.device)
+        if stop := int(trainer.strategy.reduce(received, reduce_op="max")):
+            self.leave(trainer, module, stop)
 
     def leave(self, trainer: Trainer, module: Pretraining, number: int) -> None:
         """End the process as the signal ``number`` asks, and say how to go on."""

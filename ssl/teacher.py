@@ -116,6 +116,11 @@ def check_teacher(config: Config, classes: list[str] | None = None) -> None:
     distill = config.distill
     if distill.name == "none":
         return
+    if config.trainer.get("sync_batchnorm"):
+        raise ValueError(
+            f"trainer.sync_batchnorm: not with distill={distill.name}, whose teacher it would take for a part of what "
+            "is trained; leave one of the two out"
+        )
     if distill.form == "logits" and not config.method.targets:
         raise ValueError(
             f"distill.form: logits are those of class targets (method=sphor), which method={config.method.name} has "

@@ -195,5 +195,8 @@ def check_batch_size(batch_size: int, images: int, world_size: int = 1, mixes: b
 
 
 def seed_of(*place: int) -> int:
-    """A 63-bit seed for a place such as (seed, epoch, step, rank): neighbours are as unrelated as any two."""
+    """A 63-bit seed for a place such as (seed, epoch, step, rank), unrelated to those of its neighbours.
+
+    Zeros at the end are as none: what is drawn for another use of a place ends in a number of its own.
+    """
     return int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0]) >> 1

@@ -156,8 +156,11 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path, config, data):
 class Ask(Callback):
     """A signal that reaches one process only."""
 
+    def __init__(self, step=4):
+        self.step = step
+
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-        if module.steps == 4 and module.global_rank == 1:
+        if module.steps == self.step and module.global_rank == 1:
             signal.raise_signal(signal.SIGTERM)
 
 
@@ -183,13 +186,15 @@ def test_processes_decide_alike(start_processes, tmp_path, port, config, data):
     runs = {
         "signal": (config(tmp_path / "a"), Ask()),
         "gradient": (config(tmp_path / "b"), Break("activation", 5, rank=1)),
+        "last": (config(tmp_path / "c"), Ask(10)),
     }
     for settings, _ in runs.values():
         settings.trainer = {"accelerator": "cpu", "devices": 1, "num_nodes": 2, "strategy": "ddp"}
     start_processes(one_process, (port, tmp_path, runs, data), 2)
 
-    assert [(tmp_path / f"signal-{rank}").read_text() for rank in range(2)] == ["SystemExit 143"] * 2
-    assert newest_checkpoint(tmp_path / "a/checkpoints")["step"] == 5
+    for name, folder, step in (("signal", "a", 5), ("last", "c", 10)):
+        assert [(tmp_path / f"{name}-{rank}").read_text() for rank in range(2)] == ["SystemExit 143"] * 2
+        assert newest_checkpoint(tmp_path / folder / "checkpoints")["step"] == step
 
     stopped = [(tmp_path / f"gradient-{rank}").read_text() for rank in range(2)]
     assert all(text.startswith("FloatingPointError the loss is not finite at step 5") for text in stopped)

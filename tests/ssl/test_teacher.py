@@ -304,6 +304,18 @@ def test_teachers_that_cannot_teach_are_refused_before_anything_is_read(method, 
         check(config("unused", method, distill=DistillConfig(**distill)))
 
 
+@pytest.mark.parametrize("name", ["ema", "run"])
+def test_a_teacher_whose_batchnorm_would_be_exchanged_is_refused(name, runs, config, data):
+    settings = config("unused", distill=asked(name, runs))
+    settings.trainer["sync_batchnorm"] = True
+    with pytest.raises(ValueError, match=rf"trainer\.sync_batchnorm: not with distill={name}, .* leave one of the two"):
+        check(settings)
+    with pytest.raises(TypeError):  # as torch has it: should that change, there is nothing left to refuse
+        nn.SyncBatchNorm.convert_sync_batchnorm(built(settings, data)[0])
+    settings.trainer["sync_batchnorm"] = False
+    check(settings)
+
+
 def test_logits_need_the_same_classes_and_relations_do_not(runs, tmp_path, config, data):
     renamed = replace(data, classes=[*data.classes[1:], data.classes[0]])
     settings = config(tmp_path / "a", "sphor", epochs=1, distill=asked("run", runs, form="logits"))

@@ -81,3 +81,4 @@ def test_seeds_of_neighbouring_places_differ():
     seeds = {seed_of(s, e, t, r) for s in range(4) for e in range(4) for t in range(4) for r in range(4)}
     assert len(seeds) == 256
     assert all(0 <= seed < 2**63 for seed in seeds)
+    assert seed_of(3, 5) == seed_of(3, 5, 0) != seed_of(3, 5, 1)

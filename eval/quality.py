@@ -42,7 +42,7 @@ def effective_rank(features: Array) -> float:
     """exp of the entropy of the singular values of `[N, F]`, from 1 to F. RankMe, Garrido et al., arXiv 2210.02885."""
     rows = check_features("features", features)
     if len(rows) < rows.shape[1]:
-        values = np.linalg.svdvals(np.asarray(rows, np.float64))
+        values = np.linalg.svd(np.asarray(rows, np.float64), compute_uv=False)
     else:  # of many rows by their Gram matrix, block by block
         gram = np.zeros((rows.shape[1], rows.shape[1]))
         for block in blocks(rows.shape):

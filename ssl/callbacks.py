@@ -1,5 +1,6 @@
 """What happens beside training: checkpoints, the progress bar, curves and pictures."""
 
+import errno
 import math
 import signal
 import sys
@@ -49,13 +50,16 @@ def newest_checkpoint(folder: Path) -> dict[str, Any] | None:
     """The newest checkpoint that can be read; damaged ones are passed over with a warning. None where there is none.
 
     Raises:
-        ValueError: there are checkpoints, but none can be read.
+        ValueError: there are checkpoints, but all are damaged.
+        OSError, MemoryError: one can't be read now; it may be whole.
     """
     paths = sorted(folder.glob("step-*.ckpt"), reverse=True)
     for path in paths:
         try:
             return read_checkpoint(path)
-        except Exception as error:  # a damaged file can raise nearly anything
+        except Exception as error:  # a damaged file can raise nearly anything, and sends a reader to impossible places
+            if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno != errno.EINVAL):
+                raise
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             warnings.warn(f"{path}: damaged checkpoint skipped ({reason})", stacklevel=2)
     if paths:

@@ -1,5 +1,6 @@
 """Training repeats itself: the same seed, and a run that was stopped between two steps."""
 
+import errno
 import json
 import os
 import re
@@ -12,6 +13,7 @@ import torch
 from pytorch_lightning import Callback
 from safetensors.torch import load_file
 
+from gradmix.ssl.callbacks import newest_checkpoint
 from gradmix.ssl.config import MixConfig, OptimizerConfig
 from gradmix.ssl.pretrain import Pretraining, mixes_at
 from gradmix.ssl.train import build_trainer, train, where_images_lie
@@ -116,12 +118,17 @@ def truncated(content):
     return content[:-500]
 
 
+def sent_to_an_impossible_place(content):
+    place = content.rindex(b"PK\6\6") + 48  # where the archive's table begins: a gigabyte behind its end
+    return content[:place] + (2**30).to_bytes(8, "little") + content[place + 8 :]
+
+
 def one_bit_flipped(content):
     middle = len(content) // 2  # among the weights: torch itself would read them
     return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
 
 
-@pytest.mark.parametrize("damage", [truncated, one_bit_flipped])
+@pytest.mark.parametrize("damage", [truncated, one_bit_flipped, sent_to_an_impossible_place])
 def test_a_damaged_checkpoint_is_passed_over(tmp_path, whole, damage, config, data):
     settings = config(tmp_path, epochs=3, checkpoint_seconds=0)
     with pytest.raises(RuntimeError, match="power cut"):
@@ -132,6 +139,19 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, whole, damage, config, da
     with pytest.warns(UserWarning, match=r"step-00000005\.ckpt: damaged checkpoint skipped"):
         train(settings, data)
     assert same(whole, weights(tmp_path))
+
+
+@pytest.mark.parametrize("error", [PermissionError(errno.EACCES, "no right"), OSError(errno.EIO, "I/O"), MemoryError()])
+def test_a_checkpoint_that_may_be_whole_is_not_passed_over(tmp_path, monkeypatch, error):
+    for step in (1, 2):
+        (tmp_path / f"step-{step:08d}.ckpt").touch()
+
+    def fail(path):
+        raise error
+
+    monkeypatch.setattr("gradmix.ssl.callbacks.zipfile.ZipFile", fail)
+    with pytest.raises(type(error)):
+        newest_checkpoint(tmp_path)
 
 
 def test_a_run_without_a_readable_checkpoint_or_with_other_images_does_not_start_over(tmp_path, config, data):

@@ -17,7 +17,7 @@ from gradmix.eval.report.summary import over_splits, table
 from gradmix.eval.report.tensorboard import write_tensorboard
 from gradmix.eval.runs.compare import compare, comparison_table
 from gradmix.eval.runs.export import export_backbone
-from gradmix.eval.runs.folder import GROUPS, defaults
+from gradmix.eval.runs.folder import GROUPS, UNFINISHED, defaults
 from gradmix.eval.runs.foreign import Foreign, adopt, check_transfer_classes, features_run, read_foreign, transfer
 from gradmix.eval.runs.groups import find_runs
 from gradmix.eval.runs.numbers import check_same_data, check_trained_on
@@ -157,7 +157,7 @@ def eval_one(
     choose_measures(run, config)
     device = device_of(run, config.device)
     if foreign is None and not (run_dir / "training.json").exists():
-        raise ValueError(f"run: {run_dir} has not finished training; gradmix-pretrain run_dir={run_dir} goes on")
+        raise ValueError(f"run: {run_dir} {UNFINISHED}")
     key = "run" if config.out is None else "out"
     with alone_in(out, key):
         check_writable(key, out, FILES, FOLDERS)

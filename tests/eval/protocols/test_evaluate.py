@@ -95,7 +95,7 @@ def test_evaluating_all_splits_again(command, tmp_path, digits_run):
         finished = tmp_path / f"all/split-{failing}/training.json"
         finished.rename(tmp_path / "aside")
         result = command("eval", "run=all", "detectors=[]")
-        assert result.code == 2 and f"split-{failing} has not finished training" in result.err
+        assert result.code == 2 and f"split-{failing} has not finished training; repeat the gradmix-" in result.err
         assert [path.exists() for path in means] == left
         (tmp_path / "aside").rename(finished)
 

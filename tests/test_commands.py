@@ -274,7 +274,8 @@ def test_bad_runs_and_detectors_are_named(command, run, tmp_path):
     assert "run: missing" in command("eval").err
     assert "encoder: belongs to checkpoint=FILE" in command("eval", f"run={run}", "encoder=resnet50").err
     assert "root: data=digits reads no folder" in command("eval", f"run={run}", "root=.").err
-    assert f"did you mean {run / 'detector'}" in command("score", f"detector={run}", "images=/etc/hostname").err
+    replaced = command("detector", "remove", f"detector={run}", "class=1", f"out={run}")
+    assert replaced.code == 2 and "is there already" in replaced.err
     assert "names no image file" in command("score", f"detector={run / 'detector'}", "images=nothing*").err
     weights = run / "detector" / "backbone.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")

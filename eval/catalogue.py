@@ -310,13 +310,19 @@ SESSION = tuple(
         (
             "data/test_copies",
             "Copies in the test set",
-            "Test images that are exact copies of training images.",
+            "Test images that are exact copies of training images, but for unknown ones.",
+            False,
+        ),
+        (
+            "data/unknown_copies",
+            "Copies among the unknown",
+            "Unknown images that are exact copies of training images, which are of known classes.",
             False,
         ),
         (
             "data/class_copies",
             "Copies in two classes",
-            "Image files that are exact copies of another class's.",
+            "Image files that are exact copies of another class's, but for unknown ones of training images.",
             False,
         ),
         ("splits", "Splits", "How many splits a mean is over.", False),

@@ -35,6 +35,7 @@ HEADLINE = (
 TROUBLES = {
     "data/bad_images": "unreadable files, left out",
     "data/test_copies": "exact copies of training images in the test set",
+    "data/unknown_copies": "exact copies of training images among the unknown images",
     "data/class_copies": "exact copies of an image in another class",
 }
 

@@ -85,6 +85,10 @@ def table(result: dict[str, Any]) -> str:
     lines = [*_known(result), *_open_set(result), *_others(result)]
     if result.get("data/test_copies"):
         lines.append(f"  too good: exact copies of training images in the test set: {result['data/test_copies']:g}")
+    if result.get("data/unknown_copies"):
+        lines.append(
+            f"  wrong: exact copies of training images among the unknown ones: {result['data/unknown_copies']:g}"
+        )
     lines += [f"  not measured: {what} ({why})" for what, why in result.get("skipped", {}).items()]
     return "\n".join(lines)
 

@@ -83,6 +83,8 @@ def _in_splits(whys: list[str], splits: int) -> str:
 def table(result: dict[str, Any]) -> str:
     """What a person wants to see first, as text."""
     lines = [*_known(result), *_open_set(result), *_others(result)]
+    if result.get("data/bad_images") and "corruptions/source" not in result:  # corruption_table says it
+        lines.append(f"  left out: image files that can't be read: {result['data/bad_images']:g}, see bad_images.json")
     if result.get("data/test_copies"):
         lines.append(f"  too good: exact copies of training images in the test set: {result['data/test_copies']:g}")
     if result.get("data/unknown_copies"):

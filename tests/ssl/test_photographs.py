@@ -84,6 +84,7 @@ def test_a_run_that_meets_a_bad_file_stops_and_one_that_skips_it_does_not_measur
     assert "views are cut from the files" in result.out and "16 x 16 pixels, 6 steps, a step of 8" in result.out
     result = command("pretrain", *arguments, "data.on_bad_image=skip")
     assert result.code == 0, result.err
+    assert "\n  left out: image files that can't be read: 1, see bad_images.json\n" in result.out
     assert list(json.loads((tmp_path / "run/bad_images.json").read_text())) == [str(bad)]
     measured = [len(load_file(path)["labels"]) for path in (tmp_path / "run/features").glob("t*.safetensors")]
     held_out = len(load_file(tmp_path / "run/features/held_out.safetensors")["labels"])

@@ -306,6 +306,8 @@ SESSION = tuple(
         ("train/outliers", "Loss of outliers", "How much images of no class are like those of one.", False),
         ("train/kept", "Kept share of the image", "Share of an image's own pixels after mixing, mean.", True),
         ("data/bad_images", "Unreadable files", "Image files that could not be decoded and were left out.", False),
+        ("data/test_known", "Known test images", "Test images of known classes.", False),
+        ("data/test_unknown", "Unknown test images", "Test images of no known class.", False),
         ("data/copies", "Copies", "Image files that are exact copies of another one.", False),
         (
             "data/test_copies",

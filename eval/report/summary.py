@@ -8,7 +8,7 @@ import numpy as np
 from gradmix.eval import catalogue
 from gradmix.eval.counted import counted
 from gradmix.eval.detectors import PRIMARY
-from gradmix.ssl.config import Config
+from gradmix.ssl.config import Config, DataConfig
 from gradmix.ssl.data.open_set import OpenSetData
 
 CLASSES = 10  # whose recall is listed
@@ -16,16 +16,25 @@ CLASSES = 10  # whose recall is listed
 
 def describe(config: Config, data: OpenSetData) -> str:
     """One paragraph on what is about to happen."""
+    how = (
+        f"{config.method.name} with mix={config.mix.name}, {config.encoder}, "
+        f"{counted(config.epochs, 'epoch')}, batch {config.batch_size}"
+    )
+    return f"{describe_data(config.data, data)}\n{how}"
+
+
+def describe_data(config: DataConfig, data: OpenSetData) -> str:
+    """How many images of which kind there are, and what people should know of them."""
     known = len(data.classes)
     unknown = int((data.test.labels < 0).sum()) if known else 0
     others = f"{len(data.unknown)} unknown"
-    if config.data.unknown_root is not None:
-        others = f"unknown: {config.data.unknown_root}"
-    if config.data.unknown_roots:
+    if config.unknown_root is not None:
+        others = f"unknown: {config.unknown_root}"
+    if config.unknown_roots:
         sets = (f"{name} ({counted(int(rows.sum()), 'image')})" for name, rows in data.unknown_sets.items())
         others = f"unknown: {', '.join(sets)}"
     lines = [
-        f"{config.data.name}: {len(data.train)} training, {len(data.held_out)} held-out, {len(data.test)} test images"
+        f"{config.name}: {len(data.train)} training, {len(data.held_out)} held-out, {len(data.test)} test images"
         + (f" ({unknown} of unknown classes)" if unknown else ""),
     ]
     if known:
@@ -36,10 +45,6 @@ def describe(config: Config, data: OpenSetData) -> str:
     lines += data.notes
     if data.bad:
         lines.append(f"image files that can't be read, left out: {len(data.bad)}, see bad_images.json")
-    lines.append(
-        f"{config.method.name} with mix={config.mix.name}, {config.encoder}, "
-        f"{config.epochs} epochs, batch {config.batch_size}"
-    )
     return "\n".join(lines)
 
 

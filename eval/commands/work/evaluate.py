@@ -13,7 +13,7 @@ from gradmix.eval.protocols.robustness import corruption_table, evaluate_corrupt
 from gradmix.eval.protocols.subject import subject_of_features
 from gradmix.eval.report import write_report
 from gradmix.eval.report.comparison import write_comparison
-from gradmix.eval.report.summary import over_splits, table
+from gradmix.eval.report.summary import describe_data, over_splits, table
 from gradmix.eval.report.tensorboard import write_tensorboard
 from gradmix.eval.runs.compare import compare, comparison_table
 from gradmix.eval.runs.export import export_backbone
@@ -165,6 +165,7 @@ def eval_one(
         if out != run_dir or config.data.name:
             check_same_data(key if config.out is not None else "data", out, run)
         data = load_data(run.data, run.seed, look=True)
+        print(describe_data(run.data, data))
         check_names(data.classes, data.train, data.held_out, data.test)
         if config.data.name:
             check_transfer_classes(run, data)

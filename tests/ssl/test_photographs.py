@@ -95,6 +95,9 @@ def test_a_run_that_meets_a_bad_file_stops_and_one_that_skips_it_does_not_measur
     assert "knn/top1" in numbers and numbers["data/class_copies"] == 1 and numbers["data/test_copies"] == 0
     assert command("eval", "run=run").code == 0
     assert command("score", "detector=run/detector", f"images={root}").code == 2  # the bad one is a row with an error
+    moved = root.rename(tmp_path / "moved")
+    assert "not a folder; root=PATH says where it lies now" in command("eval", "run=run").err
+    moved.rename(root)
     (root / "b" / "04.jpg").unlink()  # now the split is drawn otherwise: what was trained on would be tested
     (tmp_path / "run/report.html").unlink()
     for result in (command("eval", "run=run"), command("pretrain", *arguments, "data.on_bad_image=skip")):

@@ -164,7 +164,13 @@ def eval_one(
         remove_strays(out)
         if out != run_dir or config.data.name:
             check_same_data(key if config.out is not None else "data", out, run)
-        data = load_data(run.data, run.seed, look=True)
+        try:
+            data = load_data(run.data, run.seed, look=True)
+        except ValueError as error:
+            root = run.data.root
+            if config.run is None or config.data.name or root is None or Path(root).expanduser().is_dir():
+                raise
+            raise ValueError(f"{error}; root=PATH says where it lies now") from error
         print(describe_data(run.data, data))
         check_names(data.classes, data.train, data.held_out, data.test)
         if config.data.name:

@@ -185,6 +185,7 @@ def test_a_flat_folder_without_classes(command, tmp_path):
     ("arguments", "message"),
     [
         (["epocs=3"], "epocs: no such key; did you mean epochs?"),
+        (["seed=0,1"], "seed: several values need --multirun; a list needs brackets, seed=[A,B]; quote a value that"),
         (["data.splitt=3"], "did you mean data.split?"),
         (["+data.nonsense=3"], "data.nonsense: no such key"),
         (["trainer.max_epoch=3"], "did you mean max_epochs?"),

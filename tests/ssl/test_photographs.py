@@ -98,7 +98,11 @@ def test_a_run_that_meets_a_bad_file_stops_and_one_that_skips_it_does_not_measur
     moved = root.rename(tmp_path / "moved")
     assert "not a folder; root=PATH says where it lies now" in command("eval", "run=run").err
     moved.rename(root)
+    again = command("pretrain", *arguments, "data.on_bad_image=skip").out
+    assert "finished already" in again and "have changed" not in again
     (root / "b" / "04.jpg").unlink()  # now the split is drawn otherwise: what was trained on would be tested
+    again = command("pretrain", *arguments, "data.on_bad_image=skip").out
+    assert "finished already" in again and "the images have changed since: another run_dir= trains on them\n" in again
     (tmp_path / "run/report.html").unlink()
     for result in (command("eval", "run=run"), command("pretrain", *arguments, "data.on_bad_image=skip")):
         assert result.code == 2 and "not the training images that run was trained on" in result.err

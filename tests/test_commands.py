@@ -185,6 +185,7 @@ def test_a_flat_folder_without_classes(command, tmp_path):
     ("arguments", "message"),
     [
         (["epocs=3"], "epocs: no such key; did you mean epochs?"),
+        (["seed=0,1"], "seed: several values need --multirun; a list needs brackets, seed=[A,B]; quote a value that"),
         (["data.splitt=3"], "did you mean data.split?"),
         (["+data.nonsense=3"], "data.nonsense: no such key"),
         (["trainer.max_epoch=3"], "did you mean max_epochs?"),
@@ -274,7 +275,8 @@ def test_bad_runs_and_detectors_are_named(command, run, tmp_path):
     assert "run: missing" in command("eval").err
     assert "encoder: belongs to checkpoint=FILE" in command("eval", f"run={run}", "encoder=resnet50").err
     assert "root: data=digits reads no folder" in command("eval", f"run={run}", "root=.").err
-    assert f"did you mean {run / 'detector'}" in command("score", f"detector={run}", "images=/etc/hostname").err
+    replaced = command("detector", "remove", f"detector={run}", "class=1", f"out={run}")
+    assert replaced.code == 2 and "is there already" in replaced.err
     assert "names no image file" in command("score", f"detector={run / 'detector'}", "images=nothing*").err
     weights = run / "detector" / "backbone.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")

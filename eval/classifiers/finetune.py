@@ -16,6 +16,7 @@ from lightly.utils.lars import LARS
 from torch import Tensor, nn
 
 from gradmix.eval.config import ProbeConfig
+from gradmix.eval.counted import counted
 from gradmix.eval.features.cache import frozen
 from gradmix.eval.features.extraction import batches
 from gradmix.ssl.augment import TwoViews
@@ -101,5 +102,5 @@ class ImageProbe:
 
     def __str__(self) -> str:
         s = self.settings
-        how = f"{s.optimizer}, {s.epochs} epochs, lr {self.lr:.3g}, weight decay {s.weight_decay:.3g}, last weights"
-        return f"{self.protocol}: {how}"
+        how = f"lr {self.lr:.3g}, weight decay {s.weight_decay:.3g}, last weights"
+        return f"{self.protocol}: {s.optimizer}, {counted(s.epochs, 'epoch')}, {how}"

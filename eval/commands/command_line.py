@@ -136,6 +136,10 @@ def explain(error: Exception, schema: type) -> str:
     text = str(error.__cause__ if hides else error)  # Hydra says that it failed, OmegaConf why
     if text.startswith("Caught "):  # in a DataLoader worker, whose traceback is the message
         text = text.splitlines()[-1].partition(": ")[2]
+    several = re.match(r"\s*Ambiguous value for argument '([^=]+)=", text)
+    if several:
+        brackets = f"a list needs brackets, {several[1]}=[A,B]"
+        return f"{several[1]}: several values need --multirun; {brackets}; quote a value that has a comma"
     unknown = re.search(r"Key '[^']+' (?:is )?not in .*\s+full_key: (\S+)", text)
     if unknown:
         wrong = unknown.group(1)

@@ -86,6 +86,9 @@ def measured(
         skipped["the promise of the threshold"] = why
     save_detectors(out, run_dir, subject)
     result: dict[str, Any] = {"skipped": skipped, "data/bad_images": len(data.bad)} | data.copies | numbers
+    if data.classes:
+        unknown = int((data.test.labels < 0).sum())
+        result |= {"data/test_known": len(data.test) - unknown, "data/test_unknown": unknown}
     result |= made_with(config)
     result |= {key: value for key, value in said.items() if key not in result}  # what is measured counts
     result |= provenance(subject.device)

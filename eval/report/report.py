@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from gradmix.eval.catalogue import title
+from gradmix.eval.counted import counted
 from gradmix.eval.detectors import PRIMARY
 from gradmix.eval.features.feature_sets import FEATURES
 from gradmix.eval.report.curves import open_set, training
@@ -35,6 +36,7 @@ HEADLINE = (
 TROUBLES = {
     "data/bad_images": "unreadable files, left out",
     "data/test_copies": "exact copies of training images in the test set",
+    "data/unknown_copies": "exact copies of training images among the unknown images",
     "data/class_copies": "exact copies of an image in another class",
 }
 
@@ -92,7 +94,7 @@ def what_was_run(run: Run) -> Section:
         else f"{config.encoder}, {config.data.image_size} x {config.data.image_size} pixels",
         "Training": "elsewhere"
         if config.method.name == ELSEWHERE
-        else f"{config.epochs} epochs, batch {config.batch_size}"
+        else f"{counted(config.epochs, 'epoch')}, batch {config.batch_size}"
         + (f", {_duration(seconds)}" if seconds is not None else ""),
         "Speed": f"{found['train/images_per_s']:.0f} images/s" if "train/images_per_s" in found else "",
         "Resumed": f"from step {found['train/resumed_from_step']}" if found.get("train/resumed_from_step") else "",

@@ -8,7 +8,7 @@ import numpy as np
 from gradmix.eval import catalogue
 from gradmix.eval.counted import counted
 from gradmix.eval.detectors import PRIMARY
-from gradmix.ssl.config import Config
+from gradmix.ssl.config import Config, DataConfig
 from gradmix.ssl.data.open_set import OpenSetData
 
 CLASSES = 10  # whose recall is listed
@@ -16,16 +16,25 @@ CLASSES = 10  # whose recall is listed
 
 def describe(config: Config, data: OpenSetData) -> str:
     """One paragraph on what is about to happen."""
+    how = (
+        f"{config.method.name} with mix={config.mix.name}, {config.encoder}, "
+        f"{counted(config.epochs, 'epoch')}, batch {config.batch_size}"
+    )
+    return f"{describe_data(config.data, data)}\n{how}"
+
+
+def describe_data(config: DataConfig, data: OpenSetData) -> str:
+    """How many images of which kind there are, and what people should know of them."""
     known = len(data.classes)
     unknown = int((data.test.labels < 0).sum()) if known else 0
     others = f"{len(data.unknown)} unknown"
-    if config.data.unknown_root is not None:
-        others = f"unknown: {config.data.unknown_root}"
-    if config.data.unknown_roots:
+    if config.unknown_root is not None:
+        others = f"unknown: {config.unknown_root}"
+    if config.unknown_roots:
         sets = (f"{name} ({counted(int(rows.sum()), 'image')})" for name, rows in data.unknown_sets.items())
         others = f"unknown: {', '.join(sets)}"
     lines = [
-        f"{config.data.name}: {len(data.train)} training, {len(data.held_out)} held-out, {len(data.test)} test images"
+        f"{config.name}: {len(data.train)} training, {len(data.held_out)} held-out, {len(data.test)} test images"
         + (f" ({unknown} of unknown classes)" if unknown else ""),
     ]
     if known:
@@ -36,10 +45,6 @@ def describe(config: Config, data: OpenSetData) -> str:
     lines += data.notes
     if data.bad:
         lines.append(f"image files that can't be read, left out: {len(data.bad)}, see bad_images.json")
-    lines.append(
-        f"{config.method.name} with mix={config.mix.name}, {config.encoder}, "
-        f"{config.epochs} epochs, batch {config.batch_size}"
-    )
     return "\n".join(lines)
 
 
@@ -83,8 +88,14 @@ def _in_splits(whys: list[str], splits: int) -> str:
 def table(result: dict[str, Any]) -> str:
     """What a person wants to see first, as text."""
     lines = [*_known(result), *_open_set(result), *_others(result)]
+    if result.get("data/bad_images") and "corruptions/source" not in result:  # corruption_table says it
+        lines.append(f"  left out: image files that can't be read: {result['data/bad_images']:g}, see bad_images.json")
     if result.get("data/test_copies"):
         lines.append(f"  too good: exact copies of training images in the test set: {result['data/test_copies']:g}")
+    if result.get("data/unknown_copies"):
+        lines.append(
+            f"  wrong: exact copies of training images among the unknown ones: {result['data/unknown_copies']:g}"
+        )
     lines += [f"  not measured: {what} ({why})" for what, why in result.get("skipped", {}).items()]
     return "\n".join(lines)
 

@@ -33,6 +33,8 @@ Scalars = dict[str, tuple[np.ndarray, np.ndarray]]  # by tag: steps [n] and valu
 # Config groups: the option's name is the group's .name.
 GROUPS = tuple(name.removesuffix(".name") for name in keys_of(Config) if name.endswith(".name"))
 
+UNFINISHED = "has not finished training; repeat the gradmix-pretrain command that began it"
+
 
 @dataclass
 class Run:
@@ -99,6 +101,8 @@ def read_run(path: Path, data: OpenSetData | None = None, images: bool = True) -
     """
     config = read_config(path)
     if not (path / "metrics.json").is_file():
+        if not (path / "training.json").is_file():
+            raise ValueError(f"{path} {UNFINISHED}")
         raise ValueError(f"{path}: not evaluated yet, metrics.json is missing; gradmix-eval run={path} writes it")
     numbers = read_metrics(path / "metrics.json")
     config = as_evaluated(config, numbers)

@@ -159,6 +159,13 @@ def shows_images(detector: Detector, space: str) -> bool:
     return isinstance(detector, DeepKNN) and space == "features"
 
 
+def detector_in(folder: str | Path) -> Path:
+    """A detector's folder; a run's has one in it."""
+    folder = Path(folder).expanduser()
+    inside = folder / "detector"
+    return inside if (inside / "scorer.json").is_file() and not (folder / "scorer.json").is_file() else folder
+
+
 class Scorer:
     """A saved detector, ready for image files.
 
@@ -170,7 +177,7 @@ class Scorer:
     """
 
     def __init__(self, folder: str | Path, device: str = "cpu") -> None:
-        folder = Path(folder).expanduser()
+        folder = detector_in(folder)
         if not (folder / "scorer.json").is_file():
             run = folder.parent.parent if folder.parent.name == "detectors" else folder
             there = [*run.glob("detector/scorer.json"), *sorted(run.glob("detectors/*/scorer.json"))]

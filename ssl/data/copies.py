@@ -84,11 +84,13 @@ def count_copies(
     files, labels = train.paths + test.paths, torch.cat([train.labels, test.labels.clamp(min=-1)])
     rows = (first != torch.arange(len(first))).nonzero()[:, 0].tolist()
     pairs = [(row, int(first[row])) for row in rows if files[row] not in bad]
-    in_test = [(row, other) for row, other in pairs if other < len(train) <= row]
-    in_class = [(row, other) for row, other in pairs if labels[row] != labels[other]]
+    unknown = [(row, other) for row, other in pairs if other < len(train) <= row and labels[row] < 0 <= labels[other]]
+    rest = sorted({*pairs} - {*unknown})
+    in_test = [(row, other) for row, other in rest if other < len(train) <= row]
+    in_class = [(row, other) for row, other in rest if labels[row] != labels[other]]
     told = [
         (
-            pairs if {*pairs} - {*in_test, *in_class} else [],
+            pairs if {*pairs} - {*unknown, *in_test, *in_class} else [],
             "exact copies among the image files",
             "they count more than once; a split that is drawn keeps copies together",
         ),
@@ -96,6 +98,11 @@ def count_copies(
             in_test,
             f"exact copies of training images among {len(test)} test images",
             "the numbers will look better than they are; remove them from one of the two",
+        ),
+        (
+            unknown,
+            f"exact copies of training images among {int((test.labels < 0).sum())} unknown images",
+            "they are of known classes, and the numbers will look worse than they are; remove them",
         ),
         (
             in_class,
@@ -111,6 +118,7 @@ def count_copies(
     return {
         "data/copies": len(pairs),
         "data/test_copies": len(in_test),
+        "data/unknown_copies": len(unknown),
         "data/class_copies": len(in_class),
     }, notes
 

@@ -139,6 +139,8 @@ def test_the_terminal_has_a_line_for_a_number_of_no_classifier(monkeypatch):
     assert "copies" not in table(numbers | {"data/test_copies": 0})
     copies = table(numbers | {"data/test_copies": 3})
     assert "\n  too good: exact copies of training images in the test set: 3" in copies
+    wrong = table(numbers | {"data/unknown_copies": 4})
+    assert "\n  wrong: exact copies of training images among the unknown ones: 4" in wrong and "too good" not in wrong
     assert "\n  Effective rank: 3.25 ± 0.50\n  Mean error of kNN %: 12.50" in table(numbers)
 
 

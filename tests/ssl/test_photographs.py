@@ -84,6 +84,7 @@ def test_a_run_that_meets_a_bad_file_stops_and_one_that_skips_it_does_not_measur
     assert "views are cut from the files" in result.out and "16 x 16 pixels, 6 steps, a step of 8" in result.out
     result = command("pretrain", *arguments, "data.on_bad_image=skip")
     assert result.code == 0, result.err
+    assert "\n  left out: image files that can't be read: 1, see bad_images.json\n" in result.out
     assert list(json.loads((tmp_path / "run/bad_images.json").read_text())) == [str(bad)]
     measured = [len(load_file(path)["labels"]) for path in (tmp_path / "run/features").glob("t*.safetensors")]
     held_out = len(load_file(tmp_path / "run/features/held_out.safetensors")["labels"])
@@ -94,7 +95,14 @@ def test_a_run_that_meets_a_bad_file_stops_and_one_that_skips_it_does_not_measur
     assert "knn/top1" in numbers and numbers["data/class_copies"] == 1 and numbers["data/test_copies"] == 0
     assert command("eval", "run=run").code == 0
     assert command("score", "detector=run/detector", f"images={root}").code == 2  # the bad one is a row with an error
+    moved = root.rename(tmp_path / "moved")
+    assert "not a folder; root=PATH says where it lies now" in command("eval", "run=run").err
+    moved.rename(root)
+    again = command("pretrain", *arguments, "data.on_bad_image=skip").out
+    assert "finished already" in again and "have changed" not in again
     (root / "b" / "04.jpg").unlink()  # now the split is drawn otherwise: what was trained on would be tested
+    again = command("pretrain", *arguments, "data.on_bad_image=skip").out
+    assert "finished already" in again and "the images have changed since: another run_dir= trains on them\n" in again
     (tmp_path / "run/report.html").unlink()
     for result in (command("eval", "run=run"), command("pretrain", *arguments, "data.on_bad_image=skip")):
         assert result.code == 2 and "not the training images that run was trained on" in result.err

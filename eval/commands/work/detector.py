@@ -10,7 +10,7 @@ from gradmix.eval.counted import counted
 from gradmix.eval.detectors.store import read_manifest
 from gradmix.eval.runs.portable import export_scorer
 from gradmix.eval.scoring.growth import add_images, read_space, without_class, write_grown
-from gradmix.eval.scoring.scorer import FITTED_TO, Scorer, find_images
+from gradmix.eval.scoring.scorer import FITTED_TO, Scorer, detector_in, find_images
 from gradmix.ssl.machine import pick_device
 from gradmix.ssl.runs.outputs import check_output, check_writable
 from gradmix.ssl.runs.whole_folder import whole_folder
@@ -31,7 +31,7 @@ def run_detector(config: DetectorConfig) -> None:
         print("\n".join(about(Scorer(config.detector))))
         return
     paths = find_images(config.images or "") if config.action == "add" else []
-    folder, out = Path(config.detector).expanduser(), Path(config.out or "").expanduser()
+    folder, out = detector_in(config.detector), Path(config.out or "").expanduser()
     if config.action == "export":
         check_output("out", out, folders=[folder])
         check_writable("out", out.parent, [out.name])

@@ -13,11 +13,11 @@ from gradmix.eval.protocols.robustness import corruption_table, evaluate_corrupt
 from gradmix.eval.protocols.subject import subject_of_features
 from gradmix.eval.report import write_report
 from gradmix.eval.report.comparison import write_comparison
-from gradmix.eval.report.summary import over_splits, table
+from gradmix.eval.report.summary import describe_data, over_splits, table
 from gradmix.eval.report.tensorboard import write_tensorboard
 from gradmix.eval.runs.compare import compare, comparison_table
 from gradmix.eval.runs.export import export_backbone
-from gradmix.eval.runs.folder import GROUPS, defaults
+from gradmix.eval.runs.folder import GROUPS, UNFINISHED, defaults
 from gradmix.eval.runs.foreign import Foreign, adopt, check_transfer_classes, features_run, read_foreign, transfer
 from gradmix.eval.runs.groups import find_runs
 from gradmix.eval.runs.numbers import check_same_data, check_trained_on
@@ -157,14 +157,21 @@ def eval_one(
     choose_measures(run, config)
     device = device_of(run, config.device)
     if foreign is None and not (run_dir / "training.json").exists():
-        raise ValueError(f"run: {run_dir} has not finished training; gradmix-pretrain run_dir={run_dir} goes on")
+        raise ValueError(f"run: {run_dir} {UNFINISHED}")
     key = "run" if config.out is None else "out"
     with alone_in(out, key):
         check_writable(key, out, FILES, FOLDERS)
         remove_strays(out)
         if out != run_dir or config.data.name:
             check_same_data(key if config.out is not None else "data", out, run)
-        data = load_data(run.data, run.seed, look=True)
+        try:
+            data = load_data(run.data, run.seed, look=True)
+        except ValueError as error:
+            root = run.data.root
+            if config.run is None or config.data.name or root is None or Path(root).expanduser().is_dir():
+                raise
+            raise ValueError(f"{error}; root=PATH says where it lies now") from error
+        print(describe_data(run.data, data))
         check_names(data.classes, data.train, data.held_out, data.test)
         if config.data.name:
             check_transfer_classes(run, data)

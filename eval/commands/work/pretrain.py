@@ -99,8 +99,10 @@ def pretrain_one(config: Config) -> dict[str, Any] | None:
         if (run_dir / "report.html").exists() and (run_dir / "metrics.json").exists():
             if not first:
                 return None
-            print(f"{run_dir}: finished already; gradmix-eval run={run_dir} evaluates again")
-            return read_metrics(run_dir / "metrics.json")
+            numbers = read_metrics(run_dir / "metrics.json")
+            other = "; the images have changed since: another run_dir= trains on them" * changed(config, numbers)
+            print(f"{run_dir}: finished already; gradmix-eval run={run_dir} evaluates again{other}")
+            return numbers
         if first:
             check_writable("run_dir", run_dir, FILES, FOLDERS)
         data = load_data(config.data, config.seed)
@@ -124,6 +126,16 @@ def pretrain_one(config: Config) -> dict[str, Any] | None:
         write_tensorboard(run_dir, config, result, data)
         write_report(run_dir, data)
         return result
+
+
+def changed(config: Config, numbers: dict[str, Any]) -> bool:
+    """Whether a folder's files are others than the run was trained on. Nothing is decoded that was ever looked at."""
+    if config.data.name != "imagefolder" or "train/images" not in numbers:
+        return False
+    try:
+        return load_data(config.data, config.seed, pixels=False).drawn != numbers["train/images"]
+    except (ValueError, OSError):  # they are not there any more, and the numbers still are
+        return False
 
 
 def look_at(config: Config, data: OpenSetData, first: bool) -> OpenSetData:

@@ -70,6 +70,8 @@ def check_outputs(config: ScoreConfig, files: Sequence[str], write: bool = True)
     if write:
         check_output("out", out, files, folders)
         check_replaceable(out)
+        if out.suffix not in (".csv", ".jsonl") and not out.is_dir():
+            raise ValueError(f"out: {out}: expected a name that ends in .csv, .jsonl")
     if config.explain is not None:  # written last
         check_output("explain", Path(config.explain).expanduser(), files, folders)
         check_writable("explain", Path(config.explain).expanduser())
@@ -149,5 +151,6 @@ def summarise(calibration: Calibration, out: Path, false_discovery: float | None
         limit = discoveries(p_values, false_discovery)
         add_discoveries(out, limit)
         share = f"on average at most {100 * false_discovery:g} % of them are known"
-        found = counted(int((p_values <= limit).sum()), "image")
-        print(f"discoveries: {found} with a p_value of at most {limit:.2g}; {share}")
+        found = int((p_values <= limit).sum())
+        with_limit = f"{counted(found, 'image')} with a p_value of at most {limit:.2g}; {share}"
+        print(f"discoveries: {with_limit if found else 'none'}")

@@ -95,7 +95,7 @@ def test_evaluating_all_splits_again(command, tmp_path, digits_run):
         finished = tmp_path / f"all/split-{failing}/training.json"
         finished.rename(tmp_path / "aside")
         result = command("eval", "run=all", "detectors=[]")
-        assert result.code == 2 and f"split-{failing} has not finished training" in result.err
+        assert result.code == 2 and f"split-{failing} has not finished training; repeat the gradmix-" in result.err
         assert [path.exists() for path in means] == left
         (tmp_path / "aside").rename(finished)
 
@@ -336,7 +336,10 @@ def test_other_images_cannot_be_compared(digits_run, command, tmp_path):
         Image.fromarray(rng.integers(0, 256, (20, 20, 3), dtype=np.uint8)).save(tmp_path / f"far/{i}.png")
     result = command("eval", f"run={digits_run}", "unknown_root=far", "detectors=[deep_knn]", "out=out")
     assert result.code == 0, result.err
-    assert read(tmp_path / "out")["data/unknown_root"] == "far"
+    numbers = read(tmp_path / "out")
+    assert numbers["data/unknown_root"] == "far"
+    assert numbers["data/test_known"] == 359 and numbers["data/test_unknown"] == 30
+    assert "389 test images (30 of unknown classes)\n" in result.out and "; unknown: far\n" in result.out
     scores = load_file(tmp_path / "out/features/scores.safetensors")
     assert (scores["labels"] < 0).sum() == 30 and (scores["labels"] >= 0).sum() == 359
     assert read(tmp_path / "out")["osr/pixels/auroc"] > 0.9  # noise is no digit

@@ -349,6 +349,9 @@ def test_a_folder_that_is_no_evaluated_run(tmp_path, digits_run):
     with pytest.raises(ValueError, match=r"config\.yaml is missing"):
         write_report(tmp_path)
     shutil.copy(digits_run / "config.yaml", tmp_path)
+    with pytest.raises(ValueError, match="has not finished training; repeat the gradmix-pretrain command that began"):
+        write_report(tmp_path)
+    shutil.copy(digits_run / "training.json", tmp_path)
     with pytest.raises(ValueError, match=r"not evaluated yet, metrics\.json is missing"):
         write_report(tmp_path)
 

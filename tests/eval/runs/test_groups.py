@@ -237,7 +237,7 @@ def test_bad_input_is_one_line(compare, tmp_path, runs):
     for folder, message in (
         ("empty", "empty: no evaluated run there"),
         ("nowhere", "nowhere: no evaluated run there"),
-        ("unfinished", "not evaluated yet, metrics.json is missing"),
+        ("unfinished", "has not finished training; repeat the gradmix-pretrain command"),
     ):
         code, _, err = compare(folder)
         assert code == 2 and message in err and len(err.strip().splitlines()) == 1

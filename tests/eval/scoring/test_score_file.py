@@ -213,6 +213,7 @@ def test_discoveries_are_a_column(name, command, detector, tmp_path):
         lines = (tmp_path / name).read_bytes().splitlines()
         assert [line.rpartition(b",")[0] for line in lines] == before.splitlines()
     expected = false_discovery_control([float(row["p_value"]) for row in rows]) <= 0.2 + 1e-12
+    assert "\ndiscoveries: none\n" in command("score", *plain, "false_discovery=1e-6").out
     assert found == expected.tolist() and f"discoveries: {sum(found)} images" in result.out and sum(found) > 5
 
 

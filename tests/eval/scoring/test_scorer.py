@@ -87,9 +87,9 @@ def test_any_detector_ships(digits_run, command, tmp_path):
     assert explained.code == 2 and "explain: vim knows no training images to show; deep_knn" in explained.err
     assert not (tmp_path / "scores.csv").exists()
     assert command("score", f"detector={run}/detectors/deep_knn", photos, "explain=sheets").code == 0
-    for folder in (run, run / "detectors/vim"):
-        result = command("score", f"detector={folder}", photos)
-        assert result.code == 2 and f"did you mean {run}/detector or {run}/detectors/class_knn or" in result.err
+    result = command("score", f"detector={run}/detectors/vim", photos)
+    assert result.code == 2 and f"did you mean {run}/detector or {run}/detectors/class_knn or" in result.err
+    assert Scorer(run).folder == run / "detector"
     (run / "detectors/deep_knn_projections/head.safetensors").unlink()
     with pytest.raises(ValueError, match=r"head\.safetensors: missing"):
         Scorer(run / "detectors/deep_knn_projections")

@@ -42,6 +42,7 @@ def contents(folder):
         ("images=photos", "out=detector/scores.csv"),
         ("images=photos", "out=scores.csv", "explain=photos/sheets"),
         ("images=photos", "out=scores.csv", "explain=detector"),
+        ("images=photos", "out=scores.txt"),
         ("images=photos/00.png", "out=photos/01.png"),  # no input, but no scores either
     ],
 )

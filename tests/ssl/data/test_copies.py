@@ -108,7 +108,7 @@ def test_a_draw_parts_no_copies(tmp_path, seed):
     data = load_data(config(tmp_path, holdout=0.25), seed)
     held = [{content(path) for path in part.files} for part in (data.train, data.held_out, data.test)]
     assert sum(map(len, held)) == len(set.union(*held)) == 20  # 24 pictures, of which four dogs became cats
-    assert data.copies == {"data/copies": 8, "data/test_copies": 0, "data/class_copies": 4}
+    assert data.copies == {"data/copies": 8, "data/test_copies": 0, "data/unknown_copies": 0, "data/class_copies": 4}
     notes = [note for note in data.notes if "exact copies" in note]
     assert len(notes) == 2 and "a split that is drawn keeps copies together" in notes[0]
     assert notes[1].startswith("exact copies of an image in another class: 4, such as ")
@@ -124,7 +124,7 @@ def test_a_draw_without_copies_is_what_it_was(tmp_path):
     kept, aside = stratified(torch.tensor([0] * 9 + [1] * 9), 0.1, 3)
     assert list(data.train.files) == list(files[train][kept])
     assert list(data.held_out.files) == list(files[train][aside])
-    assert data.copies == {"data/copies": 0, "data/test_copies": 0, "data/class_copies": 0}
+    assert data.copies == {"data/copies": 0, "data/test_copies": 0, "data/unknown_copies": 0, "data/class_copies": 0}
     assert not any("copies" in note for note in data.notes)
 
 
@@ -145,7 +145,8 @@ def test_a_split_that_was_brought_stays_as_it_is(tmp_path):
     copy(tmp_path / "test/dog/a\nb.png", tmp_path / "train/cat/01.png")
     data = load_data(config(tmp_path), 0)
     assert len(data.test) == 14 and len(data.train) + len(data.held_out) == 12
-    assert data.copies == {"data/copies": 2, "data/test_copies": 2, "data/class_copies": 1}
+    counts = {"data/copies": 2, "data/test_copies": 2, "data/unknown_copies": 0, "data/class_copies": 1}
+    assert data.copies == counts
     first, second = (note for note in data.notes if "exact copies" in note)
     named = f"such as {tmp_path / 'test/cat/same.png'} of {tmp_path / 'train/cat/00.png'}; "
     assert first == (
@@ -161,7 +162,11 @@ def test_unknown_images_that_were_trained_on_are_said(tmp_path):
     copy(tmp_path / "near/2.png", tmp_path / "far/1.png")
     copy(tmp_path / "far/3.png", tmp_path / "photos/dog/11.png")
     folders = {"far": str(tmp_path / "far"), "near": str(tmp_path / "near")}
-    copies = [load_data(config(tmp_path / "photos", unknown_roots=folders), seed).copies for seed in range(8)]
-    trained_on = [of["data/test_copies"] for of in copies]
+    drawn = [load_data(config(tmp_path / "photos", unknown_roots=folders), seed) for seed in range(8)]
+    trained_on = [data.copies["data/unknown_copies"] for data in drawn]
     assert {*trained_on} == {0, 1}  # by which half the dog was drawn into
-    assert all(of["data/copies"] == 2 and of["data/class_copies"] == 1 for of in copies)
+    for data, count in zip(drawn, trained_on, strict=True):
+        counts = {"data/copies": 2, "data/test_copies": 0, "data/unknown_copies": count}
+        assert data.copies == counts | {"data/class_copies": 1 - count}
+        said = [note for note in data.notes if note.startswith("exact copies of training images")]
+        assert len(said) == count and all("among 3 unknown images: 1, such as " in note for note in said)

@@ -153,7 +153,7 @@ def _by_unit(groups: list[Group], units: list[Unit], key: str) -> Chart:
         shown = [number for number, unit in enumerate(units) if unit in values]
         lines.append(Line(shown, [100 * values[units[number]] for number in shown], group.label))
     names = "; ".join(f"{number}: {_unit(unit)}" for number, unit in enumerate(units))
-    return Chart(line_chart(f"{title(key)} by split and seed, %", lines, "split and seed", "", marks=True), names)
+    return Chart(line_chart(f"{title(key)} by split and seed", lines, "split and seed", "%", marks=True), names)
 
 
 def _lines(groups: list[Group], curve: Callable[[Run], Points | None]) -> list[Line]:

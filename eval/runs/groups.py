@@ -48,7 +48,7 @@ class Group:
 
 @dataclass
 class Difference:
-    """A group minus the first one, over the units that both have: mean and its standard error, which one pair has not."""
+    """A group minus the first one, over the units that both have: mean and standard error, which needs two pairs."""
 
     mean: float
     error: float | None

@@ -281,7 +281,7 @@ SESSION = tuple(
         (
             "knn/held_out",
             "kNN accuracy on held-out images",
-            "Share of the known images kept aside whose class is right, watched while training; in TensorBoard only.",
+            "Share of the known images kept aside whose class is right, watched while training; not in metrics.json.",
             True,
         ),
         (

@@ -56,7 +56,7 @@ def line_chart(title: str, lines: Sequence[Line], x: str, y: str, *, unit: bool 
     """Curves over one axis.
 
     Args:
-        x, y: what the axes show.
+        x, y: what the axes show; an axis y of "%" ends at 100.
         unit: both axes go from 0 to 1.
         marks: a dot on every vertex, also of short curves without it.
     """
@@ -66,12 +66,23 @@ def line_chart(title: str, lines: Sequence[Line], x: str, y: str, *, unit: bool 
             colour = line.colour or COLOURS[number % len(COLOURS)]
             dashes = line.dashes or DASHES[number % len(DASHES)]
             dot = "o" if marks or len(line.x) < 20 else None
-            axes.plot(line.x, line.y, color=colour, linestyle=dashes, label=line.label, marker=dot, markersize=3)
+            axes.plot(
+                line.x,
+                line.y,
+                color=colour,
+                linestyle=dashes,
+                label=line.label,
+                marker=dot,
+                markersize=3,
+                clip_on=y != "%",
+            )
         if unit:
             axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01))
             axes.set_aspect("equal")
         else:
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if y == "%":
+            axes.set_ylim(top=min(axes.get_ylim()[1], 100))
         if any(line.label for line in lines):
             axes.legend(loc="best")
         return _svg(figure, title)

@@ -19,7 +19,8 @@ from gradmix.eval.runs.groups import Difference, Group, Unit, difference, group_
 from gradmix.ssl.runs.files import write_text
 
 SHOWN = (*compared(("knn", "linear", PRIMARY)), "osr/pixels/auroc")  # the numbers of the table
-NO_EVIDENCE = "n = 1: one pair of runs is no evidence of a difference; run more splits or seeds."
+ENOUGH = 5  # pairs
+TOO_FEW = "Differences of fewer than five pairs: too few to tell; run more splits or seeds."
 OTHER_THRESHOLDS = (
     "accept or per_class differ: false alarms and balanced decisions, which follow them, stand without a difference."
 )
@@ -110,10 +111,13 @@ def _row(groups: list[Group], key: str, scale: float, named: bool = True) -> dic
 def _notes(groups: list[Group]) -> list[str]:
     notes = ["Mean ± standard deviation over splits and seeds (n); ↑ higher is better, ↓ lower is better."]
     if len(groups) > 1:
-        notes.append("Differences to the first group are over the splits and seeds that both have.")
+        notes.append(
+            "Differences to the first group are over the splits and seeds that both have; "
+            "± of a difference is its standard error."
+        )
         apart = [difference(group, groups[0], key) for group in groups[1:] for key in _measured(groups)]
-        if any(one is not None and one.pairs == 1 for one in apart):
-            notes.append(NO_EVIDENCE)
+        if any(one is not None and one.pairs < ENOUGH for one in apart):
+            notes.append(TOO_FEW)
         if any(shared(group, groups[0])[1] for group in groups[1:]):
             notes.append(OTHER_IMAGES)
         if len(set[tuple[float, bool]]().union(*(group.thresholds for group in groups))) > 1:
@@ -149,7 +153,7 @@ def _by_unit(groups: list[Group], units: list[Unit], key: str) -> Chart:
         shown = [number for number, unit in enumerate(units) if unit in values]
         lines.append(Line(shown, [100 * values[units[number]] for number in shown], group.label))
     names = "; ".join(f"{number}: {_unit(unit)}" for number, unit in enumerate(units))
-    return Chart(line_chart(f"{title(key)} by split and seed, %", lines, "split and seed", "", marks=True), names)
+    return Chart(line_chart(f"{title(key)} by split and seed", lines, "split and seed", "%", marks=True), names)
 
 
 def _lines(groups: list[Group], curve: Callable[[Run], Points | None]) -> list[Line]:
@@ -206,15 +210,18 @@ def mean(values: list[float], scale: float) -> str:
 
 
 def gap(apart: Difference | None, scale: float, better: str) -> str:
-    """A difference, and in how many pairs the group is the better one; of a single pair that it is no evidence."""
+    """A difference with its standard error, and in how many pairs the group is the better one; of a single pair that it
+    is no evidence.
+    """
     if apart is None:
         return ""
     digits = _digits(apart.mean, scale)
-    text = f"{scale * apart.mean:+.{digits}f}"
-    if apart.deviation is None:
+    value = round(scale * apart.mean, digits)
+    text = f"{value:+.{digits}f}" if value else f"{0:.{digits}f}"  # no -0.00
+    if apart.error is None:
         return f"{text} (n = 1: no evidence)"
     count, word = (apart.lower if better == "lower" else apart.higher), ("better" if better else "higher")
-    return f"{text} ± {scale * apart.deviation:.{digits}f}, {word} in {count} of {apart.pairs}"
+    return f"{text} ± {scale * apart.error:.{digits}f}, {word} in {count} of {apart.pairs}"
 
 
 def _digits(value: float, scale: float) -> int:

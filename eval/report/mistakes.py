@@ -59,7 +59,7 @@ def mistakes(run: Run) -> Section:
         chosen, cards = rows[:SHOWN], []
         if len(chosen):
             nearest = detector.neighbours(test[chosen], min(NEAREST, len(run.features["train"]["labels"])))[1]
-            cards = [_card(run, *each) for each in zip(chosen, nearest, score[chosen], closest[chosen], strict=True)]
+            cards = [_card(run, *each) for each in zip(chosen, nearest, score[chosen], predicted[chosen], strict=True)]
         shown.append((what, len(rows), cards))
     no_images = "" if run.images else run.why_no_images
     return section(name, title, why="", nearest=NEAREST, no_images=no_images, kinds=shown)
@@ -83,14 +83,14 @@ def _as_picture(names: list[str], matrix: np.ndarray, shares: np.ndarray, rows: 
     return {"picture": data_uri(image, lossless=True), "most": [entry for entry in most if entry[2]]}
 
 
-def _card(run: Run, row: int, nearest: np.ndarray, score: float, closest: int) -> dict[str, Any]:
+def _card(run: Run, row: int, nearest: np.ndarray, score: float, predicted: int) -> dict[str, Any]:
     pictures = []
     if run.images:
         pictures = [_picture(run, "test", row, 96), *(_picture(run, "train", near, 64) for near in nearest)]
     label = run.features["test"]["labels"][row]
     return {
         "pictures": pictures,
-        "what": f"{run.name_of(label)}, nearest class {run.name_of(closest)}",
+        "what": f"{run.name_of(label)}, taken for {run.name_of(predicted)}",
         "score": f"score {score:.3f}, {run.file_name('test', row)}",
     }
 

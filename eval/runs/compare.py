@@ -77,4 +77,8 @@ def comparison_table(first: Path, second: Path, differences: dict[str, metrics.I
         name, _ = key.split("/")
         label = f"{'deep_knn on pixels' if name == 'pixels' else name} {metric_of(f'osr/{key}').title}"
         lines.append(f"  {label:<32}{100 * value:>+8.2f} [{100 * low:+.2f}, {100 * high:+.2f}]")
+    lines.append(
+        "the interval is over the test images of these two trainings; "
+        "other seeds may turn it round: gradmix-compare over five seeds"
+    )
     return "\n".join(lines)

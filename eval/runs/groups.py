@@ -48,10 +48,10 @@ class Group:
 
 @dataclass
 class Difference:
-    """A group minus the first one, over the units that both have; of one pair there is no deviation."""
+    """A group minus the first one, over the units that both have: mean and standard error, which needs two pairs."""
 
     mean: float
-    deviation: float | None
+    error: float | None
     higher: int
     lower: int
     pairs: int
@@ -117,8 +117,8 @@ def difference(group: Group, reference: Group, key: str) -> Difference | None:
     values = np.array([ours[unit] - theirs[unit] for unit in pairs])
     if not len(values):
         return None
-    deviation = float(values.std(ddof=1)) if len(values) > 1 else None
-    return Difference(float(values.mean()), deviation, int((values > 0).sum()), int((values < 0).sum()), len(values))
+    error = float(values.std(ddof=1) / len(values) ** 0.5) if len(values) > 1 else None
+    return Difference(float(values.mean()), error, int((values > 0).sum()), int((values < 0).sum()), len(values))
 
 
 def _labels(configs: list[dict[str, Any]], alone: Sequence[str]) -> list[str]:

@@ -4,6 +4,7 @@ So it is equal to one that was fitted to all these images from the start, whatev
 """
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -79,7 +80,7 @@ def add_images(
     held_out += [Part(features, aside.numpy(), np.full(len(aside), label))] if len(aside) else []
     files, thumbnails = scorer.train_files, None
     if files is not None:
-        files = [*files, *(paths[row] for row in fresh.tolist())]
+        files = [*files, *(os.path.abspath(paths[row]) for row in fresh.tolist())]
     elif small is not None:
         thumbnails = torch.cat([stored_thumbnails(scorer), small[fresh]])
     return Kept(classes, train, held_out, files, thumbnails)

@@ -103,6 +103,8 @@ def save_scorer(
     """
     train, small = data.train, None
     files = None if train.files is None else list(train.files)
+    if files is not None and run_dir is not None:  # without images these are just names
+        files = list(map(os.path.abspath, files))
     if files is None and run_dir is not None and shows_images(detector, space):
         small = train.pixels if train.size <= THUMBNAIL_SIZE else shrunk(train.pixels)
     folder.mkdir(parents=True, exist_ok=True)
@@ -311,14 +313,12 @@ class Scorer:
         return features.cpu()
 
     def training_image(self, row: int) -> Tensor:
-        """A training image ``[3, s, s]`` uint8: the file, where it still is one, else the stored thumbnail.
+        """A training image ``[3, s, s]`` uint8: the file, or the stored thumbnail of one that never was a file.
 
         Raises:
             ValueError: the file is gone or unreadable.
         """
         if self.train_files is not None:
-            if not Path(self.train_files[row]).is_file():
-                raise ValueError(f"{self.train_files[row]}: not a readable image (no such file)")
             return decode(self.train_files[row], self.backbone.image_size, self.backbone.fit)
         with opened_tensors(self.folder / THUMBNAILS) as file:
             return file.get_slice("images")[row]

@@ -18,8 +18,9 @@ from torchvision.utils import make_grid
 
 from gradmix.eval.detectors import DeepKNN
 from gradmix.eval.report import curves, write_report
-from gradmix.eval.report.charts import thin
+from gradmix.eval.report.charts import Line, line_chart, thin
 from gradmix.eval.report.feature_map import plane
+from gradmix.eval.report.mistakes import mistakes
 from gradmix.eval.report.numbers import numbers
 from gradmix.eval.report.report import _mixing as mixing_rows
 from gradmix.eval.report.report import what_was_run
@@ -265,6 +266,24 @@ def test_a_flat_folder_without_classes(command, tmp_path):
     assert "the images have no classes" in text
     assert "mix=none: nothing was mixed." in text
     assert "image, flat/0.png, score" in text or "image, flat/1.png, score" in text
+
+
+@pytest.mark.parametrize(
+    ("values", "unit", "last"), [([80, 100], "%", 100), ([99, 100], "%", 100), ([80, 110], "", 110)]
+)
+def test_an_axis_of_shares_ends_at_100(values, unit, last):
+    chart = line_chart("Accuracy", [Line([0, 1], values)], "", unit)
+    assert max(float(number) for number in re.findall(r">([\d.]+)</text>", chart)) == last
+
+
+def test_mistakes_say_what_an_image_was_taken_for(digits_run):
+    """By the vote of the nearest training images, and the threshold."""
+    run = read_run(digits_run)
+    labels = load_file(digits_run / "features/test.safetensors")["labels"]
+    shown = re.findall(r"(\w+), taken for (\w+)\W.*?score [\d.]+, test image (\d+)", mistakes(run).body, re.DOTALL)
+    assert len(shown) > 12
+    for what, taken, row in shown:
+        assert what == run.name_of(labels[int(row)]) != taken == run.name_of(run.verdict.label[int(row)])
 
 
 def test_the_histogram_names_the_detector_it_shows(digits_run, tmp_path):

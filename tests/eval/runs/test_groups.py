@@ -4,14 +4,17 @@ import json
 import re
 import shutil
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from gradmix.eval import detectors
 from gradmix.eval.commands.compare import main
+from gradmix.eval.report.comparison import gap, text
 from gradmix.eval.runs.folder import read_run
-from gradmix.eval.runs.groups import difference, find_runs, group_runs
+from gradmix.eval.runs.groups import Difference, Group, difference, find_runs, group_runs
 
 
 @pytest.fixture
@@ -65,10 +68,10 @@ def test_differences_are_over_the_splits_that_both_have(runs):
     assert name == "data=digits"
     assert [group.label for group in groups] == ["mix=none", "mix=gradmix"]
     assert sorted(groups[0].values("osr/deep_knn/auroc").values()) == [0.50, 0.60, 0.70]
-    gap = difference(groups[1], groups[0], "osr/deep_knn/auroc")
-    assert (gap.pairs, gap.higher, gap.lower) == (2, 2, 0)
-    assert gap.mean == pytest.approx(0.035)
-    assert gap.deviation == pytest.approx(np.std([0.05, 0.02], ddof=1))
+    apart = difference(groups[1], groups[0], "osr/deep_knn/auroc")
+    assert (apart.pairs, apart.higher, apart.lower) == (2, 2, 0)
+    assert apart.mean == pytest.approx(0.035)
+    assert apart.error == pytest.approx(stats.sem([0.05, 0.02]))
 
 
 def test_the_table_and_the_page(runs, compare, tmp_path, browser):
@@ -78,8 +81,9 @@ def test_the_table_and_the_page(runs, compare, tmp_path, browser):
     first = next(i for i, line in enumerate(lines) if "AUROC of deep_knn" in line)
     assert lines[first + 1].split() == ["mix=none", "60.00", "±", "10.00", "n=3"]
     assert lines[first + 2].split()[:5] == ["mix=gradmix", "78.67", "±", "17.95", "n=3"]
-    assert "+3.50 ± 2.12, better in 2 of 2" in lines[first + 2]
+    assert "+3.50 ± 1.50, better in 2 of 2" in lines[first + 2]
     assert "images" not in out and "n = 1" not in out
+    assert "± of a difference is its standard error" in out and "fewer than five pairs: too few to tell" in out
     for width in (1200, 390):
         page = browser(tmp_path / "both.html", width)
         run = page.driver.execute_script
@@ -125,7 +129,7 @@ def test_lower_is_better_where_it_is(runs, compare):
     change(runs / "gradmix/split-2", osr__deep_knn__fpr95_known=0.45)
     out = compare(runs / "none", runs / "gradmix")[1]
     (row,) = re.findall(r"  FPR95 known of deep_knn, % ↓\n.*\n(.*)", out)
-    assert row.endswith("-7.50 ± 3.54, better in 2 of 2")
+    assert row.endswith("-7.50 ± 2.50, better in 2 of 2")
 
 
 def test_one_pair_is_no_evidence(runs, compare, tmp_path):
@@ -133,8 +137,21 @@ def test_one_pair_is_no_evidence(runs, compare, tmp_path):
     assert code == 0
     (row,) = re.findall(r"  AUROC of deep_knn, % ↑\n.*\n(.*)", out)
     assert row.endswith("n=1   +5.00 (n = 1: no evidence)") and "higher in" not in out and "better in" not in out
-    assert "n = 1: one pair of runs is no evidence of a difference" in out
-    assert "one pair of runs is no evidence of a difference" in (tmp_path / "compare.html").read_text()
+    assert "fewer than five pairs: too few to tell" in out
+    assert "fewer than five pairs: too few to tell" in (tmp_path / "compare.html").read_text()
+
+
+@pytest.mark.parametrize("pairs", [4, 5])
+def test_five_pairs_are_not_called_too_few(pairs):
+    config = SimpleNamespace(accept=0.95, per_class=False)
+    numbers = {"osr/deep_knn/auroc": 0.5}
+    runs = {(split,): [SimpleNamespace(numbers=numbers, config=config)] for split in range(pairs)}
+    told = text({"data": [Group("one", runs), Group("other", runs)]})
+    assert f"0.00 ± 0.00, better in 0 of {pairs}" in told and ("too few to tell" in told) == (pairs < 5)
+
+
+def test_nothing_has_no_sign():
+    assert gap(Difference(-1e-9, 0.001, 0, 1, 5), 100, "higher") == "0.00 ± 0.10, better in 0 of 5"
 
 
 def test_the_same_run_twice_counts_once_and_runs_again_are_one_unit(runs, compare):

@@ -150,7 +150,7 @@ def test_paths_of_training_images_and_no_held_out_ones(digits_run, zeros, tmp_pa
     save_scorer(tmp_path / "a", DeepKNN().fit(train, labels), digits_run, data, "features", tmp_path / "features")
     scorer = Scorer(tmp_path / "a")
     scorer.train_files = [f"{i}.png" for i in range(len(train))]
-    write_grown(scorer, add_images(scorer, zeros, "zero", 0.25, 0), tmp_path / "b")
+    write_grown(scorer, add_images(scorer, list(map(os.path.relpath, zeros)), "zero", 0.25, 0), tmp_path / "b")
     grown = Scorer(tmp_path / "b")
     assert grown.detector.threshold is None and grown.train_files == [*scorer.train_files, *zeros]
     nearest = [row.nearest for row in grown.score(zeros)]

@@ -4,6 +4,8 @@ import csv
 import json
 import os
 import shutil
+import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from safetensors.torch import load_file
 from gradmix.eval.detectors import DeepKNN
 from gradmix.eval.scoring.score_file import write_scores
 from gradmix.eval.scoring.scorer import Scorer, save_scorer
-from gradmix.eval.scoring.sheets import CAPTION, GAP, MARGIN, SIDE, write_sheets
+from gradmix.eval.scoring.sheets import CAPTION, GAP, MARGIN, SIDE, _font, _short, write_sheets
 from gradmix.ssl.config import DataConfig
 from gradmix.ssl.data.images import ImageSet, decode
 from gradmix.ssl.data.open_set import OpenSetData, load_data
@@ -206,6 +208,48 @@ def test_sheets_show_each_image_and_its_neighbours(detector, train, tmp_path):
     assert write_sheets(scorer, paths, tmp_path / "sheets", limit=3) == (3, 1)
     left = sorted(path.name for path in (tmp_path / "sheets").iterdir())
     assert left == ["sheet-001.png", "sheet-of-mine.png"]  # none of the longer scoring
+
+
+@pytest.mark.parametrize(
+    "name", ["ä", "Käfer grün, alt.JPEG", "W" * 40 + ".jpg", "two\nlines.png", "i" * 21, "caf\udce9"]
+)
+def test_names_on_sheets_are_as_wide_as_a_tile_and_have_no_boxes(name):
+    font, short = _font(10), _short(name, _font(10))
+    assert font.getlength(short) <= SIDE and short.rpartition("…")[2][-4:] == name[-4:]
+    assert ("…" in short) == (font.getlength(name.replace("\n", " ")) > SIDE)
+    box = bytes(font.getmask("\uffff"))
+    assert box and not any(bytes(font.getmask(letter)) == box for letter in short if letter < "\ud800")
+
+
+def test_letters_in_two_characters_are_put_together():
+    assert _short("a\u0308", _font(10)) == "ä"
+
+
+def test_training_images_are_found_from_any_folder(digits_run, train, tmp_path, monkeypatch, capsys):
+    """Trained on ``photos`` and a shard in one folder, scored in another."""
+    files_of(train.images[:6], tmp_path / "photos")
+    monkeypatch.chdir(tmp_path)
+    relative = sorted(str(path) for path in Path("photos").iterdir())
+    with tarfile.open("a.tar", "w", format=tarfile.USTAR_FORMAT) as tar:  # the header takes 512 bytes
+        tar.add(relative[5])
+    relative[5] = f"a.tar#512+{os.path.getsize(relative[5])}#{relative[5]}"
+    features = load_file(digits_run / "features" / "train.safetensors")["features"][:6]
+    data = OpenSetData(ImageSet(torch.zeros(6, dtype=torch.long), 16, files=relative), None, None, ["x"], [], [0])
+    save_scorer(tmp_path / "a", DeepKNN(k=1).fit(features, torch.zeros(6, dtype=torch.long)), digits_run, data)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    scorer = Scorer(tmp_path / "a")
+    assert torch.equal(scorer.training_image(4), decode(tmp_path / "photos/004.png", 16))
+    assert torch.equal(scorer.training_image(5), decode(tmp_path / "photos/005.png", 16))
+    assert next(scorer.score([tmp_path / "photos/000.png"])).nearest == str(tmp_path / "photos/000.png")
+    kept = files_of(train.images[:1], tmp_path / "kept")
+    write_sheets(scorer, kept, tmp_path / "sheets", 200)
+    assert capsys.readouterr().err == ""
+    shutil.rmtree(tmp_path / "photos")
+    (tmp_path / "a.tar").unlink()
+    write_sheets(scorer, kept, tmp_path / "sheets", 200)
+    told = capsys.readouterr().err
+    assert told == f"explain: none of the training images were found (looked for {tmp_path / 'photos/000.png'})\n"
 
 
 def test_thumbnails_of_large_images_and_paths_of_files(digits_run, train, tmp_path):

@@ -4,8 +4,10 @@ Hydra composes it, so that types are checked and an unknown key is an error.
 """
 
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.metadata import entry_points
 from importlib.util import find_spec
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from hydra.core.config_search_path import ConfigSearchPath
@@ -370,9 +372,16 @@ class ConfigsFromOutside(SearchPathPlugin):
             search_path.append(entry.name, f"pkg://{entry.value}")
 
 
+@cache
+def scratch() -> "TemporaryDirectory[str]":
+    """For the file that Hydra writes with --multirun, its own settings; gone at the end of the process."""
+    return TemporaryDirectory(prefix="gradmix-")
+
+
 def register_configs() -> None:
     """Tell Hydra the schema, and where the config files of other packages are."""
     ConfigStore.instance().store("pretrain_schema", Config)
+    OmegaConf.register_new_resolver("scratch", lambda: scratch().name, replace=True)
     Plugins.instance().register(TimmEncoders)
     Plugins.instance().register(ConfigsFromOutside)
 

@@ -208,6 +208,13 @@ def test_a_harmless_config_dir(flags, command, tmp_path):
     write_config_dir(tmp_path / "conf", "data/mine.yaml", "data: {name: digits, split: '${mix.attribution_every}'}", "")
     result = command("pretrain", f"--config-dir={tmp_path / 'conf'}", *flags, *TINY, "data=mine", "data.known=[77]")
     assert result.code == 2 and result.err.startswith("gradmix-pretrain: data.known: 77 is no class"), result.err
+    assert {path.name for path in tmp_path.iterdir()} <= {"conf", "runs"}  # no multirun.yaml
+
+
+@pytest.mark.parametrize("name", ["eval", "score", "embed"])
+def test_multirun_of_other_commands_leaves_nothing_beside(name, command, tmp_path):
+    command(name, "--multirun")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_evil_callback_runs_where_nobody_looks(command, tmp_path, monkeypatch):

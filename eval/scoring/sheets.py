@@ -92,7 +92,7 @@ def _tile(image: Tensor | None, name: str, value: str, colour: tuple[int, int, i
 
 def _font(size: int) -> ImageFont.FreeTypeFont:
     """matplotlib's, which has far more letters than Pillow's own: that one has no umlauts."""
-    import matplotlib  # scoring without sheets need not wait for it
+    import matplotlib  # only here: scoring without sheets need not wait for it
 
     return ImageFont.truetype(os.path.join(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf"), size)
 

@@ -218,7 +218,7 @@ def naive(case: Case, images: ImageSet) -> float:
         with autocast():
             mixed, kept = naive_mix(module, views)
             optimizer.zero_grad()
-            z, p = module.project(views), module.project(mixed)
+            z, p = module.embed(views)[1], module.embed(mixed)[1]
             ntxent = NTXentLoss(config.method.temperature)
             loss = ntxent(z) + ntxent(z, p, kept)
         loss.backward()
@@ -230,7 +230,7 @@ def naive(case: Case, images: ImageSet) -> float:
 def naive_mix(module: Pretraining, views: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     activations: list[torch.Tensor] = []
     with record(module.backbone, default_layers(module.backbone), activations):
-        loss = NTXentLoss(module.config.method.temperature)(module.project(views))
+        loss = NTXentLoss(module.config.method.temperature)(module.embed(views)[1])
     for activation in activations:
         activation.retain_grad()
     loss.backward()

@@ -1,4 +1,7 @@
-"""Two random views of every image, whole batches on the device, parameters per image (kornia)."""
+"""Two random views of every image, whole batches on the device (kornia).
+
+Parameters are drawn for each view by itself; only the order of the jitter's four steps is one for the whole batch.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -45,7 +45,7 @@ from gradmix.ssl.objective import (
     weights_of,
 )
 from gradmix.ssl.optimizer import build_optimizer, build_schedule
-from gradmix.ssl.teacher import build_teacher
+from gradmix.ssl.teacher import Teacher, build_teacher
 
 
 class Pretraining(LightningModule):
@@ -108,12 +108,9 @@ class Pretraining(LightningModule):
         """SHA-256 of a frozen teacher's weights; None without one."""
         return None if self.teacher is None else self.teacher.hash
 
-    def project(self, views: Tensor) -> Tensor:
-        """Views ``[N, 3, S, S]`` to projections ``[N, D]``, L2-normalised."""
-        return self.embed(views)[1]
-
     def embed(self, views: Tensor) -> tuple[Tensor, Tensor]:
-        """Views ``[N, 3, S, S]`` to features ``[N, F]`` and projections, in micro-batches if the config has them.
+        """Views ``[N, 3, S, S]`` to features ``[N, F]`` and normalised projections ``[N, D]``, in micro-batches if the
+        config has them.
 
         A micro-batch keeps nothing but these, and is computed again in the backward pass: gradient caching
         (arXiv 2101.06983). BatchNorm sees each micro-batch by itself, and counts it once.
@@ -244,13 +241,18 @@ class Pretraining(LightningModule):
         steps, since = divmod(self.batches_before(batch), self.config.trainer.get("accumulate_grad_batches", 1))
         if since == 0:
             self.teacher.follow(self.backbone, self.head, steps)
-        return self.teacher(views, temperature)
+        return self._taught(self.teacher, views, temperature)
 
     def teach_mixed(self, images: Tensor, temperature: float) -> Taught | None:
         """What the teacher makes of the mixed images themselves; None for relations, which do not ask."""
         if self.teacher is None or self.config.distill.form != "logits":
             return None
-        return self.teacher(images, temperature)
+        return self._taught(self.teacher, images, temperature)
+
+    def _taught(self, teacher: Teacher, images: Tensor, temperature: float) -> Taught:
+        """In micro-batches, if the config has them: a teacher sees each image by itself."""
+        parts = [teacher(part, temperature) for part in _parts(images, self.config.speed.micro_batch or len(images))]
+        return Taught._make(None if of[0] is None else torch.cat(of) for of in zip(*parts, strict=True))
 
     def disrupt(self, views: Tensor, maps: Tensor, seed: int) -> Tensor | None:
         """Outliers ``[M, 3, S, S]`` of the first views of the batch; None where none are asked for."""

@@ -20,7 +20,7 @@ from gradmix.ssl.data.reading import opened_image, orientation
 # Mean and deviation per channel. ImageNet's, for every data set: the first BatchNorm absorbs the rest, and ImageNet
 # weights fit in. Networks of timm's have their own.
 Constants = tuple[tuple[float, float, float], tuple[float, float, float]]
-MEAN, STD = IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from torchvision.transforms.functional import rgb_to_grayscale
 
 from gradmix.ssl.augment import TwoViews
 from gradmix.ssl.config import AugmentConfig
-from gradmix.ssl.data.images import MEAN, STD, denormalize, normalize
+from gradmix.ssl.data.images import IMAGENET, denormalize, normalize
 
 OFF = AugmentConfig(crop=(1.0, 1.0), ratio=(1.0, 1.0), flip=0, jitter=0, greyscale=0)
 
@@ -20,7 +20,8 @@ def pixels(count=6, size=12, seed=0):
 def test_with_every_step_off_views_are_the_normalised_images():
     images = pixels()
     views = TwoViews(OFF, 12)(images, seed=0)
-    by_hand = (images.double() / 255 - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in IMAGENET)
+    by_hand = (images.double() / 255 - mean) / std
     torch.testing.assert_close(views, torch.cat([by_hand, by_hand]).float(), atol=1e-4, rtol=1e-4)
 
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch.autograd import gradcheck
 
 from gradmix.ssl.config import MethodConfig, OutlierConfig
-from gradmix.ssl.data.loader import TrainLoader
+from gradmix.ssl.data.loader import TrainLoader, seed_of
 from gradmix.ssl.losses import NTXentLoss
 from gradmix.ssl.outlier_losses import negatives_loss, uniform_loss
 from gradmix.ssl.pictures import mixing_picture
@@ -130,8 +130,8 @@ def test_the_step_pushes_disrupted_views_away(method, mix, config, data):
         assert torch.equal(module.pictures[1].images, plain.pictures[1].images)
     with torch.no_grad():
         more = outliers if mix == "none" else torch.cat([module.pictures[1].images, outliers])
-        all_views = module.draw_views(batch.images, torch.initial_seed())
-        z, o = module.project(all_views), module.project(more)[-32:]
+        all_views = module.draw_views(batch.images, seed_of(module.config.seed, batch.epoch, batch.step))
+        z, o = module.embed(all_views)[1], module.embed(more)[1][-32:]
         expected = negatives_loss(z, o, 0.1) if method == "joint" else uniform_loss(module.target_loss.logits(o))
     torch.testing.assert_close(module.scalars["train/outliers"], expected, rtol=1e-4, atol=1e-5)
     parts = [value for name, value in module.scalars.items() if name not in ("train/loss", "train/kept")]
@@ -146,7 +146,7 @@ def test_mixed_images_may_be_the_outliers(config, data):
     module.training_step(batch, 0)
     views, mixed = module.pictures
     with torch.no_grad():
-        expected = negatives_loss(module.project(views), module.project(mixed.images)[:128], 0.1)
+        expected = negatives_loss(module.embed(views)[1], module.embed(mixed.images)[1][:128], 0.1)
     torch.testing.assert_close(module.scalars["train/outliers"], expected, rtol=1e-4, atol=1e-5)
     assert module.disrupted is None
 
@@ -158,7 +158,7 @@ def test_prototypes_are_all_as_likely(config, data):
     module, batch = built(settings, data)
     module.training_step(batch._replace(epoch=1, step=0), 0)  # half of two epochs: between 0.1 and 0.5
     with torch.no_grad():
-        logits = module.project(module.disrupted[2]) @ module.prototype_loss.prototypes.T / 0.3
+        logits = module.embed(module.disrupted[2])[1] @ module.prototype_loss.prototypes.T / 0.3
     torch.testing.assert_close(module.scalars["train/outliers"], uniform_loss(logits), rtol=1e-4, atol=1e-5)
 
 

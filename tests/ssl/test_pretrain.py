@@ -177,7 +177,7 @@ def test_the_losses_have_the_temperature_of_their_step(method, config, data):
     views, mixed = module.pictures
     labels = batch.labels.repeat(2)
     with torch.no_grad():
-        z, p = module.project(views), module.project(mixed.images)
+        z, p = module.embed(views)[1], module.embed(mixed.images)[1]
         expected = {"train/supervised": SupConLoss(t)(z, labels)}
         if method == "joint":
             expected |= {"train/selfsup": NTXentLoss(t)(z), "train/mixed": NTXentLoss(t)(z, p, mixed.kept)}
@@ -259,7 +259,7 @@ def test_attribution_follows_the_loss_that_it_was_asked_to(followed, config, dat
     views, mixed = module.pictures
     activations: list[torch.Tensor] = []
     with record(module.backbone, ["layer2", "layer3", "layer4"], activations):
-        z = module.project(views)
+        z = module.embed(views)[1]
     losses = {"selfsup": NTXentLoss(0.1)(z), "supervised": SupConLoss(0.1)(z, batch.labels.repeat(2))}
     losses["joint"] = losses["selfsup"] + 0.5 * losses["supervised"]
     torch.testing.assert_close(mixed.attribution, layercam(losses[followed], activations, (8, 8)), atol=1e-3, rtol=0)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from gradmix.ssl.config import DistillConfig, EncoderConfig
+from gradmix.ssl.config import DistillConfig, EncoderConfig, SpeedConfig
 from gradmix.ssl.data.loader import TrainLoader
 from gradmix.ssl.distillation import correlation_loss, relation_loss, two_hot_loss
 from gradmix.ssl.optimizer import build_optimizer
@@ -106,7 +106,7 @@ def test_the_step_follows_class_logits(name, runs, config, data):
     labels = batch.labels.repeat(2)
     other = labels[mixed.partner]
     with torch.no_grad():
-        s, m = (module.project(x) @ module.target_loss.targets.T / 0.1 for x in (views, mixed.images))
+        s, m = (module.embed(x)[1] @ module.target_loss.targets.T / 0.1 for x in (views, mixed.images))
         z = [F.normalize(module.teacher.head(module.teacher.backbone(x)), dim=1) for x in (views, mixed.images)]
         t, guess = (x @ module.teacher.targets.targets.T / 0.1 for x in z)
     sure = torch.tensor([int(g) in (int(a), int(b)) for g, a, b in zip(guess.argmax(1), labels, other, strict=True)])
@@ -197,6 +197,21 @@ def test_accumulated_steps_move_the_average_once(config, data):
     for place in places:
         module.training_step(place, 0)
     assert followed == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("form", ["relations", "logits"])
+def test_a_teacher_sees_no_more_at_a_time_than_the_student(form, runs, config, data):
+    distill = asked("run", runs, form=form)
+    module, batch = built(config("unused", "sphor", "mixup", distill=distill, speed=SpeedConfig(micro_batch=48)), data)
+    sizes = []
+    with module.teacher.backbone.register_forward_pre_hook(lambda network, views: sizes.append(len(views[0]))):
+        module.training_step(batch, 0)
+    assert max(sizes) <= 48 and sum(sizes) == 256 * (2 if form == "logits" else 1)
+    views = module.pictures[0]
+    for parts, whole in zip(module.teach(batch, views, 0.1), module.teacher(views, 0.1), strict=True):
+        assert (parts is None) == (whole is None)
+        if whole is not None:
+            torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-6)
 
 
 class Parallel(nn.Module):

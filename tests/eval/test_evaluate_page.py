@@ -64,7 +64,7 @@ def test_commands_of_the_page(line, folder, command):
     for entry in [expected] if isinstance(expected, str) else expected:
         assert (folder / entry).is_file() or 0 <= numbers[entry] <= 1, entry
     if "protocols=" in line:
-        for protocol in ("cached: lr", "augmented: sgd, 1 epochs", "finetune: sgd, 1 epochs"):
+        for protocol in ("cached: lr", "augmented: sgd, 1 epoch", "finetune: sgd, 1 epoch"):
             assert protocol in result.out
     if "transfer" in line:
         assert numbers["quality/effective_rank"] > 1 and numbers["quality/uniformity"] < 0

@@ -380,7 +380,7 @@ def test_named_sets_of_unknown_images(digits_run, command, tmp_path):
     for key in ("osr/msp/{}/auroc", "osr/pixels/{}/fpr95"):
         both = [numbers[key.format(name)] for name in ("near_a", "near_b")]
         assert numbers[key.format("near")] == pytest.approx(sum(both) / 2)
-    assert numbers["osr/deep_knn/far/aupr"] > 0.5
+    assert numbers["osr/deep_knn/far/aupr"] > 45 / (45 + 359)  # better than chance: the set's share
     result = command("eval", *usual, "unknown_roots={near: far, near_b: far}", "out=x")
     assert result.code == 2 and "data.unknown_roots.near: is the mean over near_..." in result.err
 

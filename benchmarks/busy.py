@@ -33,7 +33,7 @@ def main() -> None:
 
     from gradmix.eval.commands.waiting import SPINS
 
-    ways = {"its own waiting": {}, "ours": SPINS, "one thread": {"OMP_NUM_THREADS": "1"}}
+    ways = {"its own waiting": {}, "ours": {"GOMP_SPINCOUNT": SPINS}, "one thread": {"OMP_NUM_THREADS": "1"}}
     result: dict = {"hardware": hardware(torch.device("cpu")), "ms": {}}
     for case in CASES:
         for busy in (0, os.cpu_count() or 1):
